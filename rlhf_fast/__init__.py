@@ -1,0 +1,30 @@
+"""RLHF with PPO whose losses never hold a full-vocabulary tensor."""
+
+from .ops.check import debug
+from .ops.gae import gae
+from .ops.kl_penalized_rewards import kl_penalized_rewards
+from .ops.linear import chunk_budget
+from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.masked import masked_mean, masked_whiten
+from .ops.pairwise_loss import pairwise_loss
+from .ops.policy_loss import policy_loss
+from .ops.token_kl import token_kl
+from .ops.token_logprobs import token_logprobs
+from .ops.value_loss import value_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "chunk_budget",
+    "debug",
+    "gae",
+    "kl_penalized_rewards",
+    "linear_token_logprobs",
+    "masked_mean",
+    "masked_whiten",
+    "pairwise_loss",
+    "policy_loss",
+    "token_kl",
+    "token_logprobs",
+    "value_loss",
+]

@@ -1,0 +1,13 @@
+"""The ops, one file each. Importing a file registers its ops; the order here is the table's."""
+
+from . import (  # noqa: I001
+    token_logprobs,
+    linear_token_logprobs,
+    policy_loss,
+    value_loss,
+    gae,
+    token_kl,
+    kl_penalized_rewards,
+    pairwise_loss,
+    masked,
+)

@@ -1,0 +1,73 @@
+"""How per-token losses [B, T] become one number: the four aggregations, for every loss.
+
+Each is Σ_b c_b Σ_t mask·x, so a loss and its gradient need one coefficient a row (n_b: row b's
+counting tokens; N: ``normalizer``, or this call's own count where it is None)::
+
+    token-mean            c_b = 1 / N           N = Σ_b n_b tokens
+    seq-mean-token-mean   c_b = 1 / (N n_b)     N = rows with at least one counting token
+    seq-mean-token-sum    c_b = 1 / N           N = rows with at least one counting token
+    token-sum             c_b = 1 / N           N = 1; Dr. GRPO passes its constant
+
+``normalizer`` is the *global* count under gradient accumulation and data parallelism: then the
+micro-batches' losses and gradients add up to those of the one big batch. A count of zero gives
+c_b = 0, so an all-masked batch has loss 0 and zero gradients. Source: DAPO (arXiv:2503.14476)
+eq. 8, Dr. GRPO (arXiv:2503.20783) sec. 3.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import check
+
+AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")
+
+
+def coefficients(
+    mask: Tensor, aggregation: str, normalizer: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """c_b as [B] for mask [B, T]."""
+    counts = mask.sum(-1).to(dtype)
+    if normalizer is not None:
+        n = normalizer.to(dtype)
+    elif aggregation == "token-mean":
+        n = counts.sum()
+    elif aggregation == "token-sum":
+        n = torch.ones((), dtype=dtype, device=mask.device)
+    else:
+        n = (counts > 0).sum().to(dtype)
+    per_row = counts if aggregation == "seq-mean-token-mean" else torch.ones_like(counts)
+    divisor = n * per_row
+    return torch.where(divisor > 0, 1 / divisor, 0.0)
+
+
+def checked(
+    aggregation: str, normalizer: float | Tensor | None, like: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """normalizer as a 0-dim tensor beside ``like``, or None."""
+    check.choice("aggregation", aggregation, AGGREGATIONS)
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, Tensor):
+        check.shaped("normalizer", normalizer, [], "a 0-dim tensor")
+        check.same_device("normalizer", normalizer, "mask", like)
+        return normalizer.detach().to(dtype)
+    check.number("normalizer", normalizer, above=0)
+    return torch.full((), float(normalizer), dtype=dtype, device=like.device)
+
+
+def reference(
+    x: Tensor, mask: Tensor, aggregation: str, normalizer: float | Tensor | None
+) -> Tensor:
+    """Σ_b c_b Σ_t mask·x; masked positions may hold anything."""
+    n = None if normalizer is None else torch.as_tensor(normalizer, device=x.device)
+    rows, kept = check.flat(x), check.flat(mask)
+    per_row = rows.masked_fill(~kept, 0.0).sum(-1)
+    return (coefficients(kept, aggregation, n, rows.dtype) * per_row).sum()
+
+
+def masked_means(mask: Tensor, *columns: Tensor) -> list[Tensor]:
+    """Mean of each column over the counting tokens; 0 where none counts."""
+    n = mask.sum().clamp(min=1)
+    return [x.masked_fill(~mask, 0.0).sum() / n for x in columns]

@@ -1,0 +1,149 @@
+"""Argument checks shared by the ops: one clear error that names the argument, before any kernel."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+_debug = False
+
+
+@contextlib.contextmanager
+def debug() -> Iterator[None]:
+    """Check label values on CUDA too, inside this context. Each check waits for the device.
+
+    On CPU an out-of-range label is always an error; on CUDA the check would stop the host until
+    the device has caught up, so it runs only here.
+    """
+    global _debug
+    before, _debug = _debug, True
+    try:
+        yield
+    finally:
+        _debug = before
+
+
+def describe(x: object) -> str:
+    if isinstance(x, Tensor):
+        return f"a {str(x.dtype).removeprefix('torch.')} tensor {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+
+
+def floating(name: str, x: object) -> None:
+    tensor(name, x)
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise TypeError(
+            f"{name} must be float32, bfloat16, float16 or float64, got {describe(x)}"
+        )
+
+
+def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """x is a floating-point tensor with the shape and the device of other."""
+    floating(name, x)
+    same_shape(name, x, other_name, other)
+
+
+def same_shape(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {list(other.shape)}; got {describe(x)}"
+        )
+    same_device(name, x, other_name, other)
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}; got {describe(x)}"
+        )
+
+
+def shaped(name: str, x: Tensor, shape: list[int], meaning: str) -> None:
+    """x has exactly this shape; ``meaning`` spells it in the op's own letters, e.g. "[V, H]"."""
+    if list(x.shape) != shape:
+        raise ValueError(f"{name} must be {meaning} = {shape}, got {describe(x)}")
+
+
+def boolean_mask(mask: Tensor, other_name: str, other: Tensor, name: str = "mask") -> None:
+    tensor(name, mask)
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name} must be bool (True = counts), got {describe(mask)}; use {name}.bool()"
+        )
+    same_shape(name, mask, other_name, other)
+
+
+def at_least_1d(name: str, x: Tensor) -> None:
+    if x.dim() < 1:
+        raise ValueError(f"{name} must have at least one dimension [..., T], got {describe(x)}")
+
+
+def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
+    """labels: int64, one for each row; -100 (ignored) or in [0, vocab).
+
+    Inside torch.compile the values are left to the kernel's own check.
+    """
+    tensor("labels", x)
+    if x.dtype != torch.int64:
+        raise TypeError(f"labels must be int64, got {describe(x)}")
+    if x.shape != leading.shape[:-1]:
+        raise ValueError(
+            f"labels must have the leading shape of {logits_name}, {list(leading.shape[:-1])}; "
+            f"got {describe(x)}"
+        )
+    same_device("labels", x, logits_name, leading)
+    if torch.compiler.is_compiling() or not (x.device.type == "cpu" or _debug):
+        return
+    label_range(x, vocab)
+
+
+def label_range(x: Tensor, vocab: int) -> None:
+    wrong = ((x < 0) & (x != IGNORE_INDEX)) | (x >= vocab)
+    if x.numel() and bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{where} is {int(x[tuple(where)])}, outside [0, {vocab}) and not {IGNORE_INDEX}"
+        )
+
+
+def number(name: str, x: object, *, low: float | None = None, above: float | None = None) -> None:
+    """x is a finite Python number, >= low or > above where given."""
+    if isinstance(x, bool) or not isinstance(x, int | float):
+        raise TypeError(f"{name} must be a number, got {describe(x)}")
+    if x != x or x in (float("inf"), float("-inf")):
+        raise ValueError(f"{name} must be finite, got {x}")
+    if low is not None and x < low:
+        raise ValueError(f"{name} must be at least {low}, got {x}")
+    if above is not None and x <= above:
+        raise ValueError(f"{name} must be above {above}, got {x}")
+
+
+def choice(name: str, x: object, choices: tuple[str, ...]) -> None:
+    if x not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {x!r}")
+
+
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
+    """float64 if any input is float64, else float32: what sums and results are held in."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """[..., T] -> contiguous [B, T] in dtype; the kernels of per-token tensors take only this."""
+    if x is None:
+        return None
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    return rows.contiguous()

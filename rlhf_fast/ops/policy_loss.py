@@ -1,0 +1,334 @@
+"""policy_loss: PPO's clipped surrogate, its entropy and KL terms and all its statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import aggregate, check, token_kl
+from .registry import Op, Sample, define_kernel, register
+
+MAX_LOG_RATIO = 20.0
+
+
+class PolicyStats(NamedTuple):
+    """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts."""
+
+    surrogate: Tensor  # aggregated −min(ρA, clip(ρ)A): the loss without entropy and KL terms
+    entropy: Tensor  # nats
+    ref_kl: Tensor  # nats, by kl_estimator
+    clipfrac: Tensor  # share of tokens whose gradient the clip cut off
+    dual_clipfrac: Tensor  # share of tokens that dual_clip cut off
+    ratio_mean: Tensor
+    ratio_var: Tensor
+    ratio_max: Tensor
+    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats: mean of −log ρ, ...
+    old_kl_k2: Tensor  # ... of (log ρ)² / 2 (TRL's approxkl), ...
+    old_kl_k3: Tensor  # ... and of ρ − 1 − log ρ
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> tuple[Tensor, PolicyStats]:
+    """PPO's clipped policy loss with all its statistics, gradient from the same pass.
+
+        ρ = exp(logp − old_logp)
+        L_t = −w_t min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A) − c_H H_t + c_KL kl_t
+
+    aggregated over the counting tokens (``rlhf_fast.ops.aggregate``). Schulman et al.,
+    arXiv:1707.06347, eq. 7; dual clip: Ye et al., arXiv:1912.09729, eq. 5 (for A < 0 the loss is
+    at most −dual_clip·A). The log-ratio is held within ±20; outside it carries no gradient.
+
+    Args:
+        logp: [..., T], nats, with gradient.
+        old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
+        advantages: [..., T]; a constant.
+        mask: [..., T] bool, True = counts. Masked positions may hold anything.
+        clip_low, clip_high: ≥ 0; clip_low ≤ 1.
+        dual_clip: > 1, or None for none.
+        aggregation: token-mean, seq-mean-token-mean, seq-mean-token-sum or token-sum.
+        normalizer: > 0; the global count under gradient accumulation or data parallelism, a
+            float or a 0-dim tensor; None: this call's own count.
+        weights: [..., T], importance weights on the surrogate; constants.
+        entropy: [..., T], nats, with gradient; needed for entropy_coef, else only a statistic.
+        entropy_coef: c_H.
+        ref_logp: [..., T], nats, a constant; needed for kl_coef, else only a statistic.
+        kl_coef: c_KL.
+        kl_estimator: k1, k2, k3 or abs, of KL(π ‖ π_ref), as in ``token_kl``.
+
+    Returns:
+        (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
+    """
+    check.floating("logp", logp)
+    check.at_least_1d("logp", logp)
+    tensors = {"old_logp": old_logp, "advantages": advantages}
+    optional = {"weights": weights, "entropy": entropy, "ref_logp": ref_logp}
+    tensors |= {name: x for name, x in optional.items() if x is not None}
+    for name, x in tensors.items():
+        check.like(name, x, "logp", logp)
+    check.boolean_mask(mask, "logp", logp)
+    check.number("clip_low", clip_low, low=0.0)
+    check.number("clip_high", clip_high, low=0.0)
+    if clip_low > 1:
+        raise ValueError(f"clip_low must be at most 1, got {clip_low}")
+    if dual_clip is not None:
+        check.number("dual_clip", dual_clip, above=1.0)
+    check.number("entropy_coef", entropy_coef)
+    check.number("kl_coef", kl_coef)
+    check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
+    if entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef {entropy_coef} needs entropy, which is None")
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {kl_coef} needs ref_logp, which is None")
+
+    dtype = check.accumulator(logp, *tensors.values())
+    loss, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
+        check.flat(logp, dtype),
+        check.flat(old_logp.detach(), dtype),
+        check.flat(advantages.detach(), dtype),
+        check.flat(mask),
+        None if weights is None else check.flat(weights.detach(), dtype),
+        check.flat(entropy, dtype),
+        None if ref_logp is None else check.flat(ref_logp.detach(), dtype),
+        aggregate.checked(aggregation, normalizer, mask, dtype),
+        float(clip_low),
+        float(clip_high),
+        None if dual_clip is None else float(dual_clip),
+        float(entropy_coef),
+        float(kl_coef),
+        kl_estimator,
+        aggregation,
+    )
+    return loss, PolicyStats(*stats.unbind())
+
+
+def reference(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+) -> tuple[Tensor, PolicyStats]:
+    dtype = check.accumulator(logp, old_logp, advantages, weights, entropy, ref_logp)
+
+    def kept(x: Tensor) -> Tensor:
+        return x.to(dtype).masked_fill(~mask, 0.0)
+
+    def mean(x: Tensor) -> Tensor:
+        return aggregate.masked_means(mask, x)[0].detach()
+
+    log_ratio = (kept(logp) - kept(old_logp)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio = log_ratio.exp()
+    A = kept(advantages)
+    unclipped = -A * ratio
+    clipped = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
+    surrogate = torch.where(clipped > unclipped, clipped, unclipped)
+    dual = torch.zeros_like(mask)
+    if dual_clip is not None:
+        dual = (A < 0) & (surrogate > -A * dual_clip)
+        surrogate = torch.where(dual, -A * dual_clip, surrogate)
+    if weights is not None:
+        surrogate = surrogate * kept(weights)
+    zero = torch.zeros_like(ratio)
+    entropy = zero if entropy is None else kept(entropy)
+    kl = zero if ref_logp is None else token_kl.estimate(kept(logp) - kept(ref_logp), kl_estimator)
+
+    def total(x: Tensor) -> Tensor:
+        return aggregate.reference(x, mask, aggregation, normalizer)
+
+    loss = total(surrogate - entropy_coef * entropy + kl_coef * kl)
+    stats = PolicyStats(
+        surrogate=total(surrogate).detach(),
+        entropy=mean(entropy),
+        ref_kl=mean(kl),
+        clipfrac=mean((clipped > unclipped).to(dtype)),
+        dual_clipfrac=mean(dual.to(dtype)),
+        ratio_mean=mean(ratio),
+        ratio_var=mean((ratio - mean(ratio)) ** 2),
+        ratio_max=kept(ratio).amax().detach() if mask.numel() else zero.new_zeros(()),
+        old_kl_k1=mean(-log_ratio),
+        old_kl_k2=mean(0.5 * log_ratio**2),
+        old_kl_k3=mean(ratio - 1 - log_ratio),
+    )
+    return loss, stats
+
+
+def _forward(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    entropy: Tensor | None,
+    ref_logp: Tensor | None,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    aggregation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, stats [11], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    loss, stats = reference(
+        logp, old_logp, advantages, mask, clip_low=clip_low, clip_high=clip_high,
+        dual_clip=dual_clip, aggregation=aggregation, normalizer=normalizer, weights=weights,
+        entropy=entropy, entropy_coef=entropy_coef, ref_logp=ref_logp, kl_coef=kl_coef,
+        kl_estimator=kl_estimator,
+    )  # fmt: skip
+    c = aggregate.coefficients(mask, aggregation, normalizer, logp.dtype).unsqueeze(-1)
+    log_ratio = logp - old_logp
+    inside = log_ratio.abs() <= MAX_LOG_RATIO
+    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    unclipped = -advantages * ratio
+    flows = inside & ~(-advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > unclipped)
+    if dual_clip is not None:
+        flows &= ~((advantages < 0) & (unclipped > -advantages * dual_clip))
+    d_logp = torch.where(flows, unclipped if weights is None else unclipped * weights, 0.0)
+    if ref_logp is not None and kl_coef:
+        d_logp = d_logp + kl_coef * token_kl.slope(logp - ref_logp, kl_estimator)
+    d_logp = (c * d_logp).masked_fill(~mask, 0.0)
+    if entropy is None:
+        return loss, torch.stack(stats), d_logp, logp.new_empty(0)
+    d_entropy = (-entropy_coef * c).expand_as(logp).masked_fill(~mask, 0.0)
+    return loss, torch.stack(stats), d_logp, d_entropy
+
+
+def _fake(logp, old_logp, advantages, mask, weights, entropy, *_):
+    d_entropy = logp.new_empty(0) if entropy is None else torch.empty_like(logp)
+    stats = logp.new_empty(len(PolicyStats._fields))
+    return logp.new_empty(()), stats, torch.empty_like(logp), d_entropy
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, d_logp, d_entropy = output
+    ctx.mark_non_differentiable(stats, d_logp, d_entropy)
+    ctx.save_for_backward(d_logp, d_entropy)
+
+
+def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    d_logp, d_entropy = ctx.saved_tensors
+    nothing = (None,) * 9
+    entropy = grad * d_entropy if ctx.needs_input_grad[5] else None
+    return grad * d_logp, None, None, None, None, entropy, *nothing
+
+
+def samples(generator: torch.Generator) -> Iterator[Sample]:
+    def draw(b: int, t: int, spread: float = 0.3, **options: Any) -> dict[str, Any]:
+        logp = -torch.rand(b, t, generator=generator)
+        return {
+            "logp": logp,
+            "old_logp": logp + spread * torch.randn(b, t, generator=generator),
+            "advantages": torch.randn(b, t, generator=generator),
+            "mask": torch.rand(b, t, generator=generator) > 0.3,
+        } | options
+
+    def extra(b: int, t: int) -> dict[str, Any]:
+        return {
+            "weights": torch.rand(b, t, generator=generator) + 0.5,
+            "entropy": torch.rand(b, t, generator=generator),
+            "ref_logp": -torch.rand(b, t, generator=generator),
+            "entropy_coef": 0.01,
+            "kl_coef": 0.1,
+        }
+
+    one, both = ("logp",), ("logp", "entropy")
+    for mode in aggregate.AGGREGATIONS:
+        x = draw(5, 37, aggregation=mode)
+        x["mask"][2] = False
+        yield Sample(mode, x, one)
+        counted = draw(5, 37, aggregation=mode, normalizer=33.5)
+        yield Sample(f"{mode}, normalizer", counted, one)
+        yield Sample(f"{mode}, everything", draw(6, 21, aggregation=mode) | extra(6, 21), both)
+    for estimator in token_kl.ESTIMATORS:
+        terms = draw(3, 50, kl_estimator=estimator) | extra(3, 50)
+        yield Sample(estimator, terms, both)
+    clips = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5}
+    yield Sample("asymmetric, dual clip", draw(4, 64, spread=1.0, **clips), one)
+    yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0, dual_clip=3.0), one)
+    yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
+    yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
+    garbage = draw(3, 30) | extra(3, 30)
+    for name in ("logp", "old_logp", "advantages", "weights", "entropy", "ref_logp"):
+        garbage[name] = garbage[name].masked_fill(~garbage["mask"], torch.nan)
+    yield Sample("NaN behind the mask", garbage, both)
+    masked = draw(3, 10)
+    masked["mask"][:] = False
+    yield Sample("all masked", masked, one)
+    yield Sample("no tokens", draw(3, 0), one)
+    yield Sample("no rows", draw(0, 3), one)
+
+
+def workload(
+    shape: dict[str, int], generator: torch.Generator, device: str, dtype: torch.dtype
+) -> Sample:
+    size = (shape["B"], shape["T"])
+    logp = -torch.rand(size, generator=generator, device=device)
+    noise = torch.randn(size, generator=generator, device=device)
+    arguments = {
+        "logp": logp,
+        "old_logp": logp + 0.1 * noise,
+        "advantages": torch.randn(size, generator=generator, device=device),
+        "mask": torch.rand(size, generator=generator, device=device) > 0.1,
+    }
+    return Sample("bench", arguments, ("logp",))
+
+
+def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    n = shape["B"] * shape["T"]
+    return n * (4 * 4 + 1), 2 * n * 4
+
+
+KERNEL = define_kernel(
+    "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, "
+    "Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, float clip_low, float clip_high, "
+    "float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, str aggregation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fallback=_forward,
+    fake=_fake,
+    triton="policy_loss:policy_loss",
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+OP = register(
+    Op(
+        "policy_loss",
+        policy_loss,
+        reference,
+        (KERNEL,),
+        samples,
+        workload,
+        ({"B": 64, "T": 1024}, {"B": 24, "T": 16}),
+        bytes_moved,
+    )
+)

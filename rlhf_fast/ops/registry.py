@@ -1,0 +1,143 @@
+"""The one table of ops, and how each reaches torch's dispatcher.
+
+An op has two faces:
+
+* a *public function* (``rlhf_fast.gae``): checks its arguments, flattens shapes, returns what a
+  user wants; and its *reference*: the same signature, the formula in plain differentiable PyTorch.
+  Tests hold one against the other, the bench times one beside the other.
+* one or more *kernels* under ``torch.ops.rlhf_fast``: flat tensors in, flat tensors out. Torch's
+  dispatcher picks the implementation: C++ on CPU (registered by the compiled extension), Triton on
+  CUDA (imported on the first call), and the plain ``fallback`` anywhere else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("rlhf_fast", "DEF")
+
+try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
+    from rlhf_fast import _C as extension
+except ImportError:
+    extension = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operator of ``torch.ops.rlhf_fast``.
+
+    ``triton`` is ``"module:launcher"`` inside ``rlhf_fast.kernels``; None for kernels that are
+    themselves loops over other kernels (the linear engine) and so run on every device as they are.
+    """
+
+    name: str
+    schema: str
+    fallback: Callable[..., Any]
+    triton: str | None
+
+    @property
+    def launcher(self) -> Callable[..., Any]:
+        """The Triton launcher; takes the same arguments as the kernel."""
+        if self.triton is None:
+            raise LookupError(f"{self.name} has no Triton launcher of its own")
+        module, launcher = self.triton.split(":")
+        return getattr(importlib.import_module(f"rlhf_fast.kernels.{module}"), launcher)
+
+    def implementation(self, device_type: str) -> str:
+        """What runs on this device: "C++", "Triton", "engine" or "PyTorch"."""
+        key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
+        if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_fast::{self.name}", key):
+            return "C++" if key == "CPU" else "Triton"
+        return "engine" if self.triton is None else "PyTorch"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call of a public function; ``grads`` names the differentiable ones."""
+
+    name: str
+    arguments: dict[str, Any]
+    grads: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Op:
+    """A public function with everything tests, bench, ``info`` and the README need to know of it.
+
+    samples: edge-case inputs for the tests, drawn with the given generator.
+    workload: (shape, generator, device, dtype) -> the inputs that the bench times.
+    shapes: bench shapes, each a dict of named sizes; the first is the headline.
+    bytes_moved, flops: (shape, element_size) -> least bytes to and from memory and the
+        multiply-adds (counted as 2), for (forward, backward); 0 where there is no backward.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    reference: Callable[..., Any]
+    kernels: tuple[Kernel, ...]
+    samples: Callable[[torch.Generator], Iterable[Sample]]
+    workload: Callable[..., Sample]
+    shapes: tuple[dict[str, int], ...]
+    bytes_moved: Callable[[dict[str, int], int], tuple[int, int]]
+    flops: Callable[[dict[str, int], int], tuple[int, int]] = field(default=lambda s, e: (0, 0))
+
+    @property
+    def summary(self) -> str:
+        """First line of the function's docstring."""
+        return inspect.getdoc(self.function).splitlines()[0]
+
+
+OPS: dict[str, Op] = {}
+KERNELS: dict[str, Kernel] = {}
+
+
+def define_kernel(
+    schema: str,
+    *,
+    fallback: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: str | None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> Kernel:
+    """Define ``torch.ops.rlhf_fast.<name>`` with its fallback, fake, autograd and Triton kernel.
+
+    ``Library.define`` costs about 5 us a call where the ``custom_op`` decorator costs 15-21.
+    """
+    name = schema[: schema.index("(")]
+    kernel = Kernel(name, schema, fallback, triton)
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    if triton is not None:
+        LIBRARY.impl(name, _on_first_call(kernel), "CUDA")
+        LIBRARY.impl(name, _on_first_call(kernel), "XPU")
+    torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"rlhf_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+    KERNELS[name] = kernel
+    return kernel
+
+
+def _on_first_call(kernel: Kernel) -> Callable[..., Any]:
+    launcher: list[Callable[..., Any]] = []
+
+    def launch(*args: Any) -> Any:
+        if not launcher:
+            launcher.append(kernel.launcher)
+        return launcher[0](*args)
+
+    return launch
+
+
+def register(op: Op) -> Op:
+    """Add an op to the table; tests, bench, info and the README's op table start from it."""
+    OPS[op.name] = op
+    return op

@@ -1,0 +1,301 @@
+"""token_logprobs: log-probability (and entropy) of given tokens, straight from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import check
+from .registry import Op, Sample, define_kernel, register
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each label under softmax(logits), without a [..., V] temporary.
+
+    With z = softcap·tanh(logits / softcap) / temperature (no tanh when softcap is None)::
+
+        logp = z[label] − logsumexp(z)          entropy = −Σ_v p_v log p_v,   p = softmax(z)
+
+    The forward reads the logits once; the backward reads them once and writes their gradient once.
+    −inf logits have p = 0 and p·log p = 0.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64; any strides. A last dimension
+            that is not contiguous is copied.
+        labels: [...], int64; −100 marks a row to ignore (logp 0, entropy 0, gradient 0).
+        temperature: > 0, the divisor of the logits; a float, or a tensor [...] of one per token
+            (no gradient flows to it).
+        softcap: > 0, Gemma's bound on the logits; None for none.
+        entropy: return the entropy too, with its gradient.
+        inplace_backward: let the backward overwrite ``logits`` with its gradient: no second
+            [..., V] tensor. Nothing else may read ``logits`` after that. Inside torch.compile
+            this is left to the compiler's own buffer reuse.
+
+    Returns:
+        logp [...] in nats, or (logp, entropy); float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype or device; a label outside
+            [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
+    """
+    check.floating("logits", logits)
+    check.at_least_1d("logits", logits)
+    check.labels(labels, "logits", logits, logits.shape[-1])
+    divisor, per_token = _temperature(temperature, labels, check.accumulator(logits))
+    _softcap(softcap)
+
+    rows = _rows(logits)
+    logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
+        rows,
+        labels.reshape(rows.shape[:-1]).contiguous(),
+        divisor,
+        None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous(),
+        softcap,
+        entropy,
+        inplace_backward and not torch.compiler.is_compiling(),
+    )
+    logp = logp.reshape(labels.shape)
+    return (logp, entropy_.reshape(labels.shape)) if entropy else logp
+
+
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The formula in plain PyTorch; holds several [..., V] tensors."""
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    z = logits.to(check.accumulator(logits))
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / divisor
+    log_p = torch.log_softmax(z, dim=-1)
+    kept = labels != check.IGNORE_INDEX
+    index = labels.clamp(min=0).unsqueeze(-1)
+    logp = log_p.gather(-1, index).squeeze(-1).masked_fill(~kept, 0.0)
+    if not entropy:
+        return logp
+    p_log_p = log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)
+    return logp, (-p_log_p.sum(-1)).masked_fill(~kept, 0.0)
+
+
+# What the kernels do, row by row; the fallback for devices and dtypes without a kernel.
+
+
+def _scaled(
+    logits: Tensor, temperature: float, per_token: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """(z, dz/dlogits), both [B, T, V] in the accumulator's dtype."""
+    x = logits.to(check.accumulator(logits))
+    divisor = temperature if per_token is None else per_token.to(x.dtype).unsqueeze(-1)
+    if softcap is None:
+        return x / divisor, torch.ones_like(x) / divisor
+    t = torch.tanh(x / softcap)
+    return softcap * t / divisor, (1 - t * t) / divisor
+
+
+def _forward(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    z, _ = _scaled(logits, temperature, per_token, softcap)
+    kept = labels != check.IGNORE_INDEX
+    lse = torch.logsumexp(z, dim=-1)
+    logp = z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - lse
+    logp = logp.masked_fill(~kept, 0.0)
+    if not entropy:
+        return logp, lse.new_empty(0), lse
+    z.sub_(lse.unsqueeze(-1))
+    H = -(z.exp() * z.masked_fill(z == -torch.inf, 0.0)).sum(-1).masked_fill(~kept, 0.0)
+    return logp, H, lse
+
+
+def _backward(
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    lse: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy))."""
+    z, dz = _scaled(logits, temperature, per_token, softcap)
+    log_p = z.sub_(lse.unsqueeze(-1))
+    p = log_p.exp()
+    g = -grad_logp.unsqueeze(-1) * p
+    if grad_entropy is not None:
+        tilt = log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1)
+        g -= grad_entropy.unsqueeze(-1) * p * tilt
+    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), grad_logp.unsqueeze(-1))
+    g.mul_(dz).masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
+    out.copy_(g)
+
+
+def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):
+    new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
+    return new, torch.empty_like(new) if entropy else new.new_empty(0), torch.empty_like(new)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, ctx.temperature, per_token, ctx.softcap, ctx.entropy, ctx.inplace = inputs
+    _, entropy, lse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*((lse,) if ctx.entropy else (entropy, lse)))
+    ctx.save_for_backward(logits, labels, per_token, lse, entropy if ctx.entropy else None)
+
+
+def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
+    nothing = (None,) * 6
+    if grad_logp is None and grad_entropy is None:
+        return None, *nothing
+    logits, labels, per_token, lse, entropy = ctx.saved_tensors
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(grad_entropy)
+    out = logits if ctx.inplace else torch.empty_like(logits)
+    torch.ops.rlhf_fast.token_logprobs_backward(
+        grad_logp.contiguous(),
+        None if grad_entropy is None else grad_entropy.contiguous(),
+        logits.detach(),
+        labels,
+        lse,
+        entropy,
+        ctx.temperature,
+        per_token,
+        ctx.softcap,
+        out.detach(),
+    )
+    return out, *nothing
+
+
+def _temperature(
+    temperature: float | Tensor, labels: Tensor, dtype: torch.dtype
+) -> tuple[float, Tensor | None]:
+    """(float, None) or (1.0, [...] tensor)."""
+    if not isinstance(temperature, Tensor):
+        check.number("temperature", temperature, above=0.0)
+        return float(temperature), None
+    check.like("temperature", temperature, "labels", labels)
+    return 1.0, temperature.detach().to(dtype)
+
+
+def _softcap(softcap: float | None) -> None:
+    if softcap is not None:
+        check.number("softcap", softcap, above=0.0)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """[..., V] -> [B, T, V] with a contiguous last dimension, as a view wherever one exists.
+
+    Two leading dimensions keep ``logits[:, :-1]`` a view; the kernels take both strides.
+    """
+    if logits.dim() == 1:
+        rows = logits[None, None]
+    elif logits.dim() == 2:
+        rows = logits[None]
+    elif logits.dim() == 3:
+        rows = logits
+    else:
+        rows = logits.flatten(1, -2) if logits.numel() else logits.reshape(0, 1, logits.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def samples(generator: torch.Generator) -> Iterator[Sample]:
+    def logits(*shape: int, scale: float = 3.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    def labels(*shape: int, vocab: int) -> Tensor:
+        return torch.randint(vocab, shape, generator=generator)
+
+    def sample(name: str, x: Tensor, y: Tensor, **options: Any) -> Sample:
+        return Sample(name, {"logits": x, "labels": y, **options}, ("logits",))
+
+    for vocab in (1, 7, 16, 129, 1000):
+        yield sample(f"vocab {vocab}", logits(3, 5, vocab), labels(3, 5, vocab=vocab))
+    x, y = logits(2, 9, 321), labels(2, 9, vocab=321)
+    y[0, 2:5] = check.IGNORE_INDEX
+    per_token = 0.5 + torch.rand(2, 9, generator=generator)
+    yield sample("entropy, ignored", x, y, entropy=True)
+    yield sample("temperature", x, y, entropy=True, temperature=0.7)
+    yield sample("temperature per token", x, y, entropy=True, temperature=per_token)
+    yield sample("softcap", x, y, entropy=True, softcap=2.0, temperature=1.3)
+    yield sample("inplace", x.clone(), y, entropy=True, inplace_backward=True)
+    yield sample("sliced", logits(2, 6, 50)[:, :-1], labels(2, 5, vocab=50), entropy=True)
+    yield sample("strided", logits(33, 4).t(), labels(4, vocab=33), entropy=True)
+    yield sample("one row", logits(77), labels(vocab=77), entropy=True)
+    yield sample("no rows", logits(0, 5), labels(0, vocab=5), entropy=True)
+    yield sample("4-D", logits(2, 2, 3, 40), labels(2, 2, 3, vocab=40), entropy=True)
+    masked = logits(4, 200)
+    masked[:, 64:] = -torch.inf
+    yield sample("-inf columns", masked, labels(4, vocab=64), entropy=True)
+    one_hot = torch.full((4, 65), -torch.inf)
+    one_hot[:, 3] = 1.0
+    yield sample("one-hot", one_hot, torch.full((4,), 3), entropy=True)
+    yield sample("huge", logits(4, 90, scale=1e4), labels(4, vocab=90), entropy=True)
+
+
+def workload(
+    shape: dict[str, int], generator: torch.Generator, device: str, dtype: torch.dtype
+) -> Sample:
+    n, v = shape["N"], shape["V"]
+    logits = torch.randn(n, v, generator=generator, device=device, dtype=torch.float32).to(dtype)
+    labels = torch.randint(v, (n,), generator=generator, device=device)
+    arguments = {"logits": logits, "labels": labels, "entropy": True}
+    return Sample("bench", arguments, ("logits",))
+
+
+def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    logits = shape["N"] * shape["V"] * element_size
+    return logits, 2 * logits
+
+
+FORWARD = define_kernel(
+    "token_logprobs(Tensor logits, Tensor labels, float temperature, Tensor? per_token, "
+    "float? softcap, bool entropy, bool inplace_backward) -> (Tensor, Tensor, Tensor)",
+    fallback=_forward,
+    fake=_forward_fake,
+    triton="token_logprobs:token_logprobs",
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+BACKWARD = define_kernel(
+    "token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor logits, Tensor labels, "
+    "Tensor lse, Tensor? entropy, float temperature, Tensor? per_token, float? softcap, "
+    "Tensor(a!) out) -> ()",
+    fallback=_backward,
+    fake=lambda *_: None,
+    triton="token_logprobs:token_logprobs_backward",
+)
+OP = register(
+    Op(
+        "token_logprobs",
+        token_logprobs,
+        reference,
+        (FORWARD, BACKWARD),
+        samples,
+        workload,
+        ({"N": 512, "V": 49152}, {"N": 2048, "V": 49152}, {"N": 512, "V": 151936}),
+        bytes_moved,
+    )
+)
