@@ -12,7 +12,7 @@ from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import value_loss
 
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "chunk_budget",

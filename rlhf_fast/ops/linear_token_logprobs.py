@@ -94,14 +94,14 @@ def _forward(
     softcap: float | None,
     entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logp, H, lse = _forward_fake(
-        hidden, weight, labels, bias, temperature, per_token, softcap, entropy
-    )
-    logp.zero_(), H.zero_(), lse.zero_()
+    """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored."""
+    logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
+    H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
+    norm = logp.new_zeros((2, *labels.shape))
     for rows, logits, _ in linear.chunks(
         hidden, weight, bias, linear.kept_rows(labels != check.IGNORE_INDEX)
     ):
-        logp_, entropy_, lse_ = torch.ops.rlhf_fast.token_logprobs(
+        logp_, entropy_, norm_ = torch.ops.rlhf_fast.token_logprobs(
             logits[None],
             linear.take(labels, rows)[None],
             temperature,
@@ -110,10 +110,10 @@ def _forward(
             entropy,
             False,
         )
-        logp[rows], lse[rows] = logp_[0], lse_[0]
+        logp[rows], norm[:, rows] = logp_[0], norm_[:, 0]
         if entropy:
             H[rows] = entropy_[0]
-    return logp, H, lse
+    return logp, H, norm
 
 
 def _backward(
@@ -123,7 +123,7 @@ def _backward(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    norm: Tensor,
     entropy: Tensor | None,
     temperature: float,
     per_token: Tensor | None,
@@ -143,7 +143,7 @@ def _backward(
             None if grad_entropy is None else linear.take(grad_entropy, rows)[None],
             logits[None],
             linear.take(labels, rows)[None],
-            linear.take(lse, rows)[None],
+            norm[:, rows][:, None].contiguous(),
             None if grad_entropy is None else linear.take(entropy, rows)[None],
             temperature,
             None if per_token is None else linear.take(per_token, rows)[None],
@@ -156,11 +156,12 @@ def _backward(
 
 def _forward_fake(hidden, weight, labels, bias, temperature, per_token, softcap, entropy):
     new = hidden.new_empty(labels.shape, dtype=check.accumulator(hidden))
-    return new, torch.empty_like(new) if entropy else new.new_empty(0), torch.empty_like(new)
+    norm = new.new_empty((2, *labels.shape))
+    return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
 
 
 def _backward_fake(
-    grad_logp, grad_entropy, hidden, weight, labels, bias, lse, entropy, temperature, per_token,
+    grad_logp, grad_entropy, hidden, weight, labels, bias, norm, entropy, temperature, per_token,
     softcap, needs_hidden, needs_weight, needs_bias,
 ):  # fmt: skip
     def like(x, needed):
@@ -171,23 +172,23 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, ctx.temperature, per_token, ctx.softcap, ctx.entropy = inputs
-    _, entropy, lse = output
+    _, entropy, norm = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((lse,) if ctx.entropy else (entropy, lse)))
+    ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
     saved_entropy = entropy if ctx.entropy else None
-    ctx.save_for_backward(hidden, weight, labels, bias, per_token, lse, saved_entropy)
+    ctx.save_for_backward(hidden, weight, labels, bias, per_token, norm, saved_entropy)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 4
     if grad_logp is None and grad_entropy is None:
         return None, None, None, None, *nothing
-    hidden, weight, labels, bias, per_token, lse, entropy = ctx.saved_tensors
+    hidden, weight, labels, bias, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
     needs_hidden, needs_weight, _, needs_bias = ctx.needs_input_grad[:4]
     d_hidden, d_weight, d_bias = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-        grad_logp, grad_entropy, hidden, weight, labels, bias, lse, entropy, ctx.temperature,
+        grad_logp, grad_entropy, hidden, weight, labels, bias, norm, entropy, ctx.temperature,
         per_token, ctx.softcap, needs_hidden, needs_weight, needs_bias,
     )  # fmt: skip
     return (
@@ -255,7 +256,7 @@ FORWARD = define_kernel(
 )
 BACKWARD = define_kernel(
     "linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor hidden, "
-    "Tensor weight, Tensor labels, Tensor? bias, Tensor lse, Tensor? entropy, float temperature, "
+    "Tensor weight, Tensor labels, Tensor? bias, Tensor norm, Tensor? entropy, float temperature, "
     "Tensor? per_token, float? softcap, bool needs_hidden, bool needs_weight, bool needs_bias) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_backward,

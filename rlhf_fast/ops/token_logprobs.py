@@ -116,16 +116,24 @@ def _forward(
     entropy: bool,
     inplace_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp [B, T], entropy [B, T] or empty, norm [2, B, T]).
+
+    norm is the row's (max, log Σ e^(z − max)), not their sum logsumexp: at logits of 1e4 one
+    float32 would hold that to only 1e-3 nats, and p in the backward no better.
+    """
     z, _ = _scaled(logits, temperature, per_token, softcap)
     kept = labels != check.IGNORE_INDEX
-    lse = torch.logsumexp(z, dim=-1)
-    logp = z.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - lse
+    largest = z.amax(-1, keepdim=True)
+    z = z - largest
+    log_sum = z.exp().sum(-1, keepdim=True).log()
+    log_p = z.sub_(log_sum)
+    logp = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     logp = logp.masked_fill(~kept, 0.0)
+    norm = torch.stack([largest.squeeze(-1), log_sum.squeeze(-1)])
     if not entropy:
-        return logp, lse.new_empty(0), lse
-    z.sub_(lse.unsqueeze(-1))
-    H = -(z.exp() * z.masked_fill(z == -torch.inf, 0.0)).sum(-1).masked_fill(~kept, 0.0)
-    return logp, H, lse
+        return logp, logp.new_empty(0), norm
+    p_log_p = log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)
+    return logp, (-p_log_p.sum(-1)).masked_fill(~kept, 0.0), norm
 
 
 def _backward(
@@ -133,7 +141,7 @@ def _backward(
     grad_entropy: Tensor | None,
     logits: Tensor,
     labels: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     entropy: Tensor | None,
     temperature: float,
     per_token: Tensor | None,
@@ -142,7 +150,7 @@ def _backward(
 ) -> None:
     """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy))."""
     z, dz = _scaled(logits, temperature, per_token, softcap)
-    log_p = z.sub_(lse.unsqueeze(-1))
+    log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
     p = log_p.exp()
     g = -grad_logp.unsqueeze(-1) * p
     if grad_entropy is not None:
@@ -155,22 +163,23 @@ def _backward(
 
 def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):
     new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
-    return new, torch.empty_like(new) if entropy else new.new_empty(0), torch.empty_like(new)
+    norm = new.new_empty((2, *labels.shape))
+    return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, ctx.temperature, per_token, ctx.softcap, ctx.entropy, ctx.inplace = inputs
-    _, entropy, lse = output
+    _, entropy, norm = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*((lse,) if ctx.entropy else (entropy, lse)))
-    ctx.save_for_backward(logits, labels, per_token, lse, entropy if ctx.entropy else None)
+    ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
+    ctx.save_for_backward(logits, labels, per_token, norm, entropy if ctx.entropy else None)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 6
     if grad_logp is None and grad_entropy is None:
         return None, *nothing
-    logits, labels, per_token, lse, entropy = ctx.saved_tensors
+    logits, labels, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
     out = logits if ctx.inplace else torch.empty_like(logits)
@@ -179,7 +188,7 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
         None if grad_entropy is None else grad_entropy.contiguous(),
         logits.detach(),
         labels,
-        lse,
+        norm,
         entropy,
         ctx.temperature,
         per_token,
@@ -281,7 +290,7 @@ FORWARD = define_kernel(
 )
 BACKWARD = define_kernel(
     "token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor logits, Tensor labels, "
-    "Tensor lse, Tensor? entropy, float temperature, Tensor? per_token, float? softcap, "
+    "Tensor norm, Tensor? entropy, float temperature, Tensor? per_token, float? softcap, "
     "Tensor(a!) out) -> ()",
     fallback=_backward,
     fake=lambda *_: None,

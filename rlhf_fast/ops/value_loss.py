@@ -110,7 +110,10 @@ def reference(
         return_mean=mean(R),
         return_var=return_var,
         error=mean(squared),
-        explained_var=torch.where(return_var > 0, 1 - residual_var / return_var, 0.0),
+        # a variance of nothing but rounding explains nothing
+        explained_var=torch.where(
+            return_var > 1e-12 * mean(R * R), 1 - residual_var / return_var, 0.0
+        ),
     )
     return loss, stats
 

@@ -1,0 +1,57 @@
+// The coefficient c_b of each row of a loss: rlhf_fast/ops/aggregate.py has the four formulas.
+#pragma once
+
+#include "ops.h"
+
+namespace rlhf_fast {
+
+inline double count_row(const bool* mask, int64_t width) {
+  int64_t n = 0;
+  for (int64_t t = 0; t < width; ++t) n += mask[t];
+  return static_cast<double>(n);
+}
+
+// c_b of each row; `tokens` receives the number of counting tokens.
+inline std::vector<double> coefficients(
+    const Tensor& mask, const std::string& aggregation, const MaybeTensor& normalizer,
+    double* tokens) {
+  const int64_t rows = mask.size(0), width = mask.size(1);
+  const bool* m = data<bool>(mask);
+  std::vector<double> counts(rows);
+  parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) counts[b] = count_row(m + b * width, width);
+  });
+  double nonempty = 0;
+  *tokens = 0;
+  for (double n : counts) {
+    *tokens += n;
+    nonempty += n > 0;
+  }
+  double n = aggregation == "token-mean" ? *tokens : aggregation == "token-sum" ? 1 : nonempty;
+  if (normalizer.has_value()) {
+    n = normalizer->scalar_type() == ScalarType::Double ? *data<double>(*normalizer)
+                                                        : *data<float>(*normalizer);
+  }
+  for (double& c : counts) {
+    const double divisor = aggregation == "seq-mean-token-mean" ? n * c : n;
+    c = divisor > 0 ? 1 / divisor : 0;
+  }
+  return counts;
+}
+
+// The K numbers as a [K] tensor like `like`, and the first of them as a 0-dim one.
+template <class S>
+Tensor vector_of(const Tensor& like, const std::vector<double>& numbers) {
+  const int64_t size = static_cast<int64_t>(numbers.size());
+  Tensor out = torch::stable::new_empty(like, {&size, 1});
+  for (int64_t k = 0; k < size; ++k) mutable_data<S>(out)[k] = static_cast<S>(numbers[k]);
+  return out;
+}
+template <class S>
+Tensor scalar_of(const Tensor& like, double number) {
+  Tensor out = torch::stable::new_empty(like, {});
+  *mutable_data<S>(out) = static_cast<S>(number);
+  return out;
+}
+
+}  // namespace rlhf_fast

@@ -1,0 +1,152 @@
+// policy_loss on CPU: loss, all statistics and both gradients in one pass over [B, T].
+#include "aggregate.h"
+#include "token_kl.h"
+
+namespace rlhf_fast {
+namespace {
+
+// Sums over the counting tokens of one unit; kLoss and kSurrogate are weighted by c_b.
+enum { kLoss, kSurrogate, kEntropy, kKl, kCut, kDual, kExcess, kExcess2, kMost, kLog, kLog2, kK3,
+       kSums };
+
+template <class S>
+struct PolicySpan {
+  const S *logp, *old_logp, *advantages, *weights, *entropy, *ref_logp;
+  const bool* mask;
+  S *d_logp, *d_entropy;
+  S clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
+  Estimator estimator;
+};
+
+template <class S>
+RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end, double c,
+                             double* sums) {
+  using V = typename Lane<S>::Vector;
+  constexpr int width = Lane<S>::width;
+  const V zero = V{}, one = V{} + 1, limit = V{} + 20;
+  const V floor = one - s.clip_low, ceiling = one + s.clip_high;
+  V loss = zero, surrogates = zero, entropies = zero, kls = zero, cuts = zero, duals = zero;
+  V most = zero, logs = zero, logs2 = zero, k3s = zero;
+  Wide<V> excess{}, excess2{};
+  for (int64_t i = begin; i < end; i += width) {
+    const int64_t n = end - i;
+    const auto counts = load_mask<S>(s.mask + i, n);
+    auto kept = [&](const S* p) __attribute__((always_inline)) {
+      return counts ? load_some(p + i, n, 0) : zero;
+    };
+    const V logp = kept(s.logp), A = kept(s.advantages);
+    const V raw = logp - kept(s.old_logp);
+    const V log_ratio = clamp(raw, -limit, limit);
+    const auto e = exponential(log_ratio);
+    const V unclipped = -A * e.exp, clipped = -A * clamp(e.exp, floor, ceiling);
+    const auto cut = clipped > unclipped;
+    V surrogate = cut ? clipped : unclipped;
+    V slope = cut ? zero : unclipped;
+    if (s.dual_clip != 0) {
+      const V most_loss = -A * s.dual_clip;
+      const auto dual = (A < zero) & (surrogate > most_loss);
+      surrogate = dual ? most_loss : surrogate;
+      slope = dual ? zero : slope;
+      duals += dual ? one : zero;
+    }
+    slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
+    if (s.weights) {
+      const V w = kept(s.weights);
+      surrogate *= w;
+      slope *= w;
+    }
+    V token = surrogate;
+    if (s.entropy) {
+      const V H = kept(s.entropy);
+      entropies += H;
+      token -= s.entropy_coef * H;
+      store_some(s.d_entropy + i, counts ? zero - s.entropy_coef * S(c) : zero, n);
+    }
+    if (s.ref_logp) {
+      const auto kl = token_kl(logp - kept(s.ref_logp), s.estimator);
+      const V value = counts ? kl.value : zero;
+      kls += value;
+      if (s.kl_coef != 0) {
+        token += s.kl_coef * value;
+        slope += s.kl_coef * kl.slope;
+      }
+    }
+    store_some(s.d_logp + i, counts ? S(c) * slope : zero, n);
+    loss += token;
+    surrogates += surrogate;
+    cuts += cut & counts ? one : zero;
+    most = counts ? max(e.exp, most) : most;
+    logs += log_ratio;
+    logs2 += log_ratio * log_ratio;
+    k3s += e.minus_one - log_ratio;
+    add(excess, e.minus_one);
+    add(excess2, e.minus_one * e.minus_one);
+  }
+  sums[kLoss] = c * sum(loss);
+  sums[kSurrogate] = c * sum(surrogates);
+  sums[kEntropy] = sum(entropies);
+  sums[kKl] = sum(kls);
+  sums[kCut] = sum(cuts);
+  sums[kDual] = sum(duals);
+  sums[kExcess] = sum(excess);
+  sums[kExcess2] = sum(excess2);
+  sums[kMost] = largest(most);
+  sums[kLog] = sum(logs);
+  sums[kLog2] = sum(logs2);
+  sums[kK3] = sum(k3s);
+}
+RLHF_CLONES void run(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
+                     double* sums) {
+  policy_span(*s, begin, end, c, sums);
+}
+RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
+                     double* sums) {
+  policy_span(*s, begin, end, c, sums);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
+    const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, const Tensor& mask,
+    const MaybeTensor& weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,
+    const MaybeTensor& normalizer, double clip_low, double clip_high,
+    std::optional<double> dual_clip, double entropy_coef, double kl_coef,
+    std::string kl_estimator, std::string aggregation) {
+  double tokens = 0;
+  const std::vector<double> c = coefficients(mask, aggregation, normalizer, &tokens);
+  const Units units(logp.size(0), logp.size(1));
+  std::vector<std::array<double, kSums>> unit_sums(units.count());
+  Tensor d_logp = torch::stable::empty_like(logp);
+  const int64_t none = 0;
+  Tensor d_entropy = entropy.has_value() ? torch::stable::empty_like(logp)
+                                         : torch::stable::new_empty(logp, {&none, 1});
+  return dispatch_accumulator(logp, "policy_loss", [&](auto element) {
+    using S = decltype(element);
+    const PolicySpan<S> span{
+        data<S>(logp), data<S>(old_logp), data<S>(advantages), data<S>(weights),
+        data<S>(entropy), data<S>(ref_logp), data<bool>(mask), mutable_data<S>(d_logp),
+        mutable_data<S>(d_entropy), S(clip_low), S(clip_high), S(dual_clip.value_or(0)),
+        S(entropy_coef), S(kl_coef), estimator(kl_estimator)};
+    units.parallel([&](int64_t unit, int64_t row, int64_t begin, int64_t end) {
+      run(&span, begin, end, c[row], unit_sums[unit].data());
+    });
+    const auto sums = total(unit_sums);
+    double most = 0;
+    for (const auto& unit : unit_sums) most = std::max(most, unit[kMost]);
+    auto mean = [&](int k) { return tokens > 0 ? sums[k] / tokens : 0; };
+    const double excess = mean(kExcess);
+    return std::tuple(
+        scalar_of<S>(logp, sums[kLoss]),
+        vector_of<S>(logp, {sums[kSurrogate], mean(kEntropy), mean(kKl), mean(kCut), mean(kDual),
+                            tokens > 0 ? 1 + excess : 0,
+                            std::max(0.0, mean(kExcess2) - excess * excess), most, -mean(kLog),
+                            mean(kLog2) / 2, mean(kK3)}),
+        d_logp, d_entropy);
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));
+}
+
+}  // namespace rlhf_fast

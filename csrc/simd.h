@@ -1,0 +1,258 @@
+// 16 floats or 8 doubles at a time, in GCC's and Clang's portable vector types.
+//
+// RLHF_CLONES compiles a function for AVX-512, AVX2+FMA and plain x86-64 and picks one when the
+// library is loaded, so one binary runs anywhere. Everything here is always_inline: it takes the
+// instruction set of the clone it lands in.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define RLHF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define RLHF_CLONES
+#endif
+#define RLHF_INLINE static inline __attribute__((always_inline))
+#define RLHF_INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace rlhf_fast {
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef double Doubles __attribute__((vector_size(64)));
+typedef int64_t Longs __attribute__((vector_size(64)));
+
+// Accumulator type, its vector, and how many fit, for an element type.
+template <class T>
+struct Lane {
+  using Scalar = float;
+  using Vector = Floats;
+  using Mask = Ints;
+  static constexpr int width = 16;
+};
+template <>
+struct Lane<double> {
+  using Scalar = double;
+  using Vector = Doubles;
+  using Mask = Longs;
+  static constexpr int width = 8;
+};
+
+RLHF_INLINE Floats load(const float* p) {
+  Floats v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+RLHF_INLINE Doubles load(const double* p) {
+  Doubles v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+RLHF_INLINE Floats load(const bf16* p) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const Words w = __builtin_convertvector(h, Words) << 16;
+  Floats v;
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+RLHF_INLINE Floats load(const fp16* p) {
+  // Exponent and mantissa shifted into place, then scaled by 2^112 to move the bias (this also
+  // normalises subnormals); infinities and NaN keep an all-ones exponent.
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  Halves h;
+  std::memcpy(&h, p, sizeof h);
+  const Words w = __builtin_convertvector(h, Words);
+  const Words magnitude = (w & 0x7fffu) << 13;
+  Floats v;
+  std::memcpy(&v, &magnitude, sizeof v);
+  v *= 0x1p112f;
+  Words bits;
+  std::memcpy(&bits, &v, sizeof v);
+  const Words special = (Words)(magnitude >= 0x0f800000u);
+  bits = (bits & ~special) | ((magnitude | 0x7f800000u) & special);
+  bits |= (w & 0x8000u) << 16;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+RLHF_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+RLHF_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
+RLHF_INLINE void store(bf16* p, Floats v) {
+  // Round to nearest even; NaN stays NaN.
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  Words w;
+  std::memcpy(&w, &v, sizeof v);
+  const Words nan = (Words)(v != v);
+  w = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  w = (w & ~nan) | (0x7fc0u & nan);
+  const Halves h = __builtin_convertvector(w, Halves);
+  std::memcpy(p, &h, sizeof h);
+}
+RLHF_INLINE void store(fp16* p, Floats v) {
+  // One hardware conversion a lane where there is one (x86-64-v3), a library call elsewhere.
+  for (int i = 0; i < 16; ++i) {
+    const _Float16 h = static_cast<_Float16>(v[i]);
+    std::memcpy(p + i, &h, sizeof h);
+  }
+}
+
+RLHF_INLINE float widen(float x) { return x; }
+RLHF_INLINE double widen(double x) { return x; }
+RLHF_INLINE float widen(bf16 x) {
+  const uint32_t w = static_cast<uint32_t>(x.bits) << 16;
+  float v;
+  std::memcpy(&v, &w, sizeof v);
+  return v;
+}
+RLHF_INLINE float widen(fp16 x) {
+  _Float16 h;
+  std::memcpy(&h, &x, sizeof h);
+  return static_cast<float>(h);
+}
+
+// e^x and e^x - 1 together.
+template <class V>
+struct Exponential {
+  V exp;
+  V minus_one;
+};
+
+// Both to about 1 ulp for -87.3 <= x <= 88; below that e^x is 0 (-inf included); NaN stays NaN.
+// Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then t = e^r - 1 = r + r^2 q(r), q the
+// degree-4 minimax fit (relative error 3e-9, a twentieth of half an ulp). The large constant
+// rounds x / ln 2 to an integer in the low mantissa bits, biased for the exponent field of 2^n.
+RLHF_INLINE Exponential<Floats> exponential(Floats x) {
+  constexpr float magic = 0x1.8p23f + 127.0f;
+  const Floats bounded = x < -87.3f ? Floats{} - 87.3f : x;  // keeps NaN
+  const Floats shifted = bounded * 0x1.715476p0f + magic;
+  const Floats n = shifted - magic;
+  Floats r = bounded - n * 0x1.62e4p-1f;
+  r = r - n * 0x1.7f7d1cp-20f;
+  Floats q = 0x1.6a21acp-10f * r + 0x1.123b6ap-7f;
+  q = q * r + 0x1.5558fap-5f;
+  q = q * r + 0x1.55549p-3f;
+  q = q * r + 0x1.fffffcp-2f;
+  const Floats t = q * (r * r) + r;
+  Ints bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = bits << 23;
+  Floats scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return {x < -87.3f ? Floats{} : (t + 1.0f) * scale, t * scale + (scale - 1.0f)};
+}
+RLHF_INLINE Exponential<Doubles> exponential(Doubles x) {
+  Exponential<Doubles> e;
+  for (int i = 0; i < 8; ++i) {
+    e.exp[i] = std::exp(x[i]);
+    e.minus_one[i] = std::expm1(x[i]);
+  }
+  return e;
+}
+RLHF_INLINE Floats exp(Floats x) { return exponential(x).exp; }
+RLHF_INLINE Doubles exp(Doubles x) {
+  for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+RLHF_INLINE Floats tanh(Floats x) {
+  for (int i = 0; i < 16; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+RLHF_INLINE Doubles tanh(Doubles x) {
+  for (int i = 0; i < 8; ++i) x[i] = std::tanh(x[i]);
+  return x;
+}
+
+template <class V>
+RLHF_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
+// x held in [low, high]; NaN stays NaN.
+template <class V>
+RLHF_INLINE V clamp(V x, V low, V high) {
+  x = x < low ? low : x;
+  return x > high ? high : x;
+}
+
+RLHF_INLINE float tanh(float x) { return std::tanh(x); }
+RLHF_INLINE double tanh(double x) { return std::tanh(x); }
+
+// Sums over the lanes, in double.
+RLHF_INLINE double sum(Floats v) {
+  double s = 0;
+  for (int i = 0; i < 16; ++i) s += v[i];
+  return s;
+}
+RLHF_INLINE double sum(Doubles v) {
+  double s = 0;
+  for (int i = 0; i < 8; ++i) s += v[i];
+  return s;
+}
+template <class V>
+RLHF_INLINE auto largest(V v) {
+  auto m = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(m); ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// The first n (1 to a vector) elements, the rest `fill`.
+template <class T>
+RLHF_INLINE typename Lane<T>::Vector load_some(const T* p, int64_t n, float fill) {
+  using L = Lane<T>;
+  if (n >= L::width) return load(p);
+  typename L::Vector v = typename L::Vector{} + fill;
+  for (int64_t i = 0; i < n; ++i) v[i] = widen(p[i]);
+  return v;
+}
+
+template <class T>
+RLHF_INLINE void store_some(T* p, typename Lane<T>::Vector v, int64_t n) {
+  if (n >= Lane<T>::width) return store(p, v);
+  T lanes[Lane<T>::width];
+  store(lanes, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+}
+
+// The first n mask bytes as lanes of all ones or all zeros; lanes beyond n are zeros.
+template <class T>
+RLHF_INLINE typename Lane<T>::Mask load_mask(const bool* p, int64_t n) {
+  constexpr int width = Lane<T>::width;
+  typedef int8_t Bytes __attribute__((vector_size(width)));
+  Bytes b = Bytes{};
+  std::memcpy(&b, p, n < width ? n : width);
+  return __builtin_convertvector(b, typename Lane<T>::Mask) != 0;
+}
+
+// Sums that must survive cancellation: double lanes, whatever V is.
+typedef double WideDoubles __attribute__((vector_size(128)));
+RLHF_INLINE void add(WideDoubles& total, Floats v) {
+  total += __builtin_convertvector(v, WideDoubles);
+}
+RLHF_INLINE void add(Doubles& total, Doubles v) { total += v; }
+RLHF_INLINE double sum(WideDoubles v) {
+  double s = 0;
+  for (int i = 0; i < 16; ++i) s += v[i];
+  return s;
+}
+template <class V>
+using Wide = std::conditional_t<sizeof(V{}[0]) == 4, WideDoubles, Doubles>;
+
+}  // namespace rlhf_fast
