@@ -11,13 +11,17 @@ template <class S>
 struct Scan {
   const S *rewards, *values, *bootstrap;
   const bool *mask, *dones;
+  int64_t mask_stride, dones_stride;  // 0 where one constant stands for a whole tensor
   S *advantages, *returns;
   int64_t steps;
   double gamma, gamma_lambda;
   bool skip_holes;
 };
 
-// N rows from `row` on, N known to the compiler; accumulates in double.
+constexpr bool kTrue = true, kFalse = false;
+
+// N rows from `row` on, N known to the compiler; accumulates in double. Everything is loaded
+// first and selected after, so that holes cost no mispredicted branches (they cost 10x).
 template <int64_t N, class S>
 RLHF_INLINE void scan_rows(const Scan<S>& s, int64_t row) {
   double next_value[N], advantage[N];
@@ -28,19 +32,17 @@ RLHF_INLINE void scan_rows(const Scan<S>& s, int64_t row) {
   for (int64_t t = s.steps - 1; t >= 0; --t) {
     for (int64_t k = 0; k < N; ++k) {
       const int64_t i = (row + k) * s.steps + t;
-      const bool counts = !s.mask || s.mask[i];
-      const double alive = s.dones && s.dones[i] ? 0.0 : 1.0;
-      const double reward = counts ? s.rewards[i] : S(0);
-      const double value = counts ? s.values[i] : S(0);
-      next_value[k] *= alive;
-      advantage[k] *= alive;
-      const double a =
-          reward + s.gamma * next_value[k] - value + s.gamma_lambda * advantage[k];
-      const bool moves = counts || !s.skip_holes;
-      next_value[k] = moves ? value : next_value[k];
-      advantage[k] = moves ? a : advantage[k];
-      s.advantages[i] = counts ? static_cast<S>(a) : S(0);
-      s.returns[i] = counts ? static_cast<S>(a + value) : S(0);
+      const bool counts = s.mask[i * s.mask_stride], done = s.dones[i * s.dones_stride];
+      double reward = s.rewards[i], value = s.values[i];
+      reward = counts ? reward : 0.0;
+      value = counts ? value : 0.0;
+      const double V = done ? 0.0 : next_value[k], A = done ? 0.0 : advantage[k];
+      const double a = reward + s.gamma * V - value + s.gamma_lambda * A;
+      const bool moves = counts | !s.skip_holes;
+      next_value[k] = moves ? value : V;
+      advantage[k] = moves ? a : A;
+      s.advantages[i] = static_cast<S>(counts ? a : 0.0);
+      s.returns[i] = static_cast<S>(counts ? a + value : 0.0);
     }
   }
 }
@@ -63,7 +65,9 @@ std::tuple<Tensor, Tensor> gae(
   dispatch_accumulator(rewards, "gae", [&](auto element) {
     using S = decltype(element);
     const Scan<S> s{data<S>(rewards), data<S>(values), data<S>(bootstrap),
-                    data<bool>(mask), data<bool>(dones), mutable_data<S>(advantages),
+                    mask.has_value() ? data<bool>(mask) : &kTrue,
+                    dones.has_value() ? data<bool>(dones) : &kFalse,
+                    mask.has_value(), dones.has_value(), mutable_data<S>(advantages),
                     mutable_data<S>(returns), steps, gamma, gamma * lambda, skip_holes};
     parallel_rows(rows, steps, [&](int64_t begin, int64_t end) { scan(s, begin, end); });
     return 0;

@@ -20,9 +20,9 @@ RLHF_INLINE void reward_row(const RewardRow<S>& r) {
   constexpr int width = Lane<S>::width;
   for (int64_t t = 0; t < r.steps; t += width) {
     const int64_t n = r.steps - t;
-    const auto counts = load_mask<S>(r.mask + t, n);
     const V d = load_some(r.logp + t, n, 0) - load_some(r.ref_logp + t, n, 0);
-    store_some(r.rewards + t, counts ? -r.beta * token_kl(d, r.estimator).value : V{}, n);
+    const V penalty = -r.beta * token_kl(d, r.estimator).value;
+    store_some(r.rewards + t, select(load_mask<S>(r.mask + t, n), penalty, V{}), n);
   }
   int64_t last = r.steps - 1;
   while (last >= 0 && !r.mask[last]) --last;

@@ -13,10 +13,10 @@ RLHF_INLINE void sum_span(const S* values, const bool* mask, int64_t begin, int6
   Wide<V> sum_{};
   V count = V{};
   for (int64_t i = begin; i < end; i += width) {
-    const auto counts = load_mask<S>(mask + i, end - i);
-    const V d = counts ? load_some(values + i, end - i, 0) - center : V{};
+    const V counts = load_mask<S>(mask + i, end - i);
+    const V d = select(counts, load_some(values + i, end - i, 0) - center, V{});
     add(sum_, squared ? d * d : d);
-    count += counts ? V{} + 1 : V{};
+    count += counts;
   }
   sums[0] = sum(count);
   sums[1] = sum(sum_);
@@ -73,7 +73,7 @@ RLHF_INLINE void normalize_span(const NormalizeSpan<S>& s, int64_t begin, int64_
   for (int64_t i = begin; i < end; i += Lane<S>::width) {
     const int64_t n = end - i;
     const V whitened = (load_some(s.values + i, n, 0) - s.mean) * s.scale + s.shift;
-    store_some(s.out + i, load_mask<S>(s.mask + i, n) ? whitened : V{}, n);
+    store_some(s.out + i, select(load_mask<S>(s.mask + i, n), whitened, V{}), n);
   }
 }
 RLHF_CLONES void run(const NormalizeSpan<float>* s, int64_t begin, int64_t end) {

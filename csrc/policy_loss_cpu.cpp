@@ -30,24 +30,24 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
   Wide<V> excess{}, excess2{};
   for (int64_t i = begin; i < end; i += width) {
     const int64_t n = end - i;
-    const auto counts = load_mask<S>(s.mask + i, n);
+    const V counts = load_mask<S>(s.mask + i, n);
     auto kept = [&](const S* p) __attribute__((always_inline)) {
-      return counts ? load_some(p + i, n, 0) : zero;
+      return select(counts, load_some(p + i, n, 0), zero);
     };
     const V logp = kept(s.logp), A = kept(s.advantages);
     const V raw = logp - kept(s.old_logp);
     const V log_ratio = clamp(raw, -limit, limit);
     const auto e = exponential(log_ratio);
     const V unclipped = -A * e.exp, clipped = -A * clamp(e.exp, floor, ceiling);
-    const auto cut = clipped > unclipped;
-    V surrogate = cut ? clipped : unclipped;
-    V slope = cut ? zero : unclipped;
+    const V cut = greater(clipped, unclipped);
+    V surrogate = select(cut, clipped, unclipped);
+    V slope = select(cut, zero, unclipped);
     if (s.dual_clip != 0) {
       const V most_loss = -A * s.dual_clip;
-      const auto dual = (A < zero) & (surrogate > most_loss);
-      surrogate = dual ? most_loss : surrogate;
-      slope = dual ? zero : slope;
-      duals += dual ? one : zero;
+      const V dual = greater(zero, A) * greater(surrogate, most_loss);
+      surrogate = select(dual, most_loss, surrogate);
+      slope = select(dual, zero, slope);
+      duals += dual;
     }
     slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
     if (s.weights) {
@@ -60,22 +60,22 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       const V H = kept(s.entropy);
       entropies += H;
       token -= s.entropy_coef * H;
-      store_some(s.d_entropy + i, counts ? zero - s.entropy_coef * S(c) : zero, n);
+      store_some(s.d_entropy + i, select(counts, zero - s.entropy_coef * S(c), zero), n);
     }
     if (s.ref_logp) {
       const auto kl = token_kl(logp - kept(s.ref_logp), s.estimator);
-      const V value = counts ? kl.value : zero;
+      const V value = select(counts, kl.value, zero);
       kls += value;
       if (s.kl_coef != 0) {
         token += s.kl_coef * value;
         slope += s.kl_coef * kl.slope;
       }
     }
-    store_some(s.d_logp + i, counts ? S(c) * slope : zero, n);
+    store_some(s.d_logp + i, select(counts, S(c) * slope, zero), n);
     loss += token;
     surrogates += surrogate;
-    cuts += cut & counts ? one : zero;
-    most = counts ? max(e.exp, most) : most;
+    cuts += cut;  // where nothing counts, 0 > 0 is false
+    most = select(counts, max(e.exp, most), most);
     logs += log_ratio;
     logs2 += log_ratio * log_ratio;
     k3s += e.minus_one - log_ratio;

@@ -1,4 +1,8 @@
-// 16 floats or 8 doubles at a time, in GCC's and Clang's portable vector types.
+// A vector of floats or doubles at a time, in GCC's and Clang's portable vector types.
+//
+// RLHF_VECTOR_BYTES is 32 unless a file says otherwise before it includes this. With 64 (AVX-512)
+// token_logprobs is 1.6x faster on Zen 4; but GCC 12 has no 64-byte comparison that gives a
+// vector, and takes one that is used twice apart lane by lane: policy_loss is 4x slower with 64.
 //
 // RLHF_CLONES compiles a function for AVX-512, AVX2+FMA and plain x86-64 and picks one when the
 // library is loaded, so one binary runs anywhere. Everything here is always_inline: it takes the
@@ -19,9 +23,20 @@
 #define RLHF_INLINE static inline __attribute__((always_inline))
 #define RLHF_INLINE_MEMBER inline __attribute__((always_inline))
 
-namespace rlhf_fast {
+#ifndef RLHF_VECTOR_BYTES
+#define RLHF_VECTOR_BYTES 32
+#endif
+#if RLHF_VECTOR_BYTES == 64
+#define RLHF_VECTORS vectors_of_64_bytes
+#else
+#define RLHF_VECTORS vectors_of_32_bytes
+#endif
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
+namespace rlhf_fast {
+inline namespace RLHF_VECTORS {  // files of either width can be linked together
+
+constexpr int kBytes = RLHF_VECTOR_BYTES;
+constexpr int kFloats = kBytes / 4, kDoubles = kBytes / 8;
 
 struct bf16 {
   uint16_t bits;
@@ -30,10 +45,10 @@ struct fp16 {
   uint16_t bits;
 };
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef double Doubles __attribute__((vector_size(64)));
-typedef int64_t Longs __attribute__((vector_size(64)));
+typedef float Floats __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+typedef double Doubles __attribute__((vector_size(kBytes)));
+typedef int64_t Longs __attribute__((vector_size(kBytes)));
 
 // Accumulator type, its vector, and how many fit, for an element type.
 template <class T>
@@ -41,14 +56,14 @@ struct Lane {
   using Scalar = float;
   using Vector = Floats;
   using Mask = Ints;
-  static constexpr int width = 16;
+  static constexpr int width = kFloats;
 };
 template <>
 struct Lane<double> {
   using Scalar = double;
   using Vector = Doubles;
   using Mask = Longs;
-  static constexpr int width = 8;
+  static constexpr int width = kDoubles;
 };
 
 RLHF_INLINE Floats load(const float* p) {
@@ -62,10 +77,10 @@ RLHF_INLINE Doubles load(const double* p) {
   return v;
 }
 RLHF_INLINE Floats load(const bf16* p) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint32_t Words __attribute__((vector_size(kBytes)));
   const Words w = __builtin_convertvector(h, Words) << 16;
   Floats v;
   std::memcpy(&v, &w, sizeof v);
@@ -74,8 +89,8 @@ RLHF_INLINE Floats load(const bf16* p) {
 RLHF_INLINE Floats load(const fp16* p) {
   // Exponent and mantissa shifted into place, then scaled by 2^112 to move the bias (this also
   // normalises subnormals); infinities and NaN keep an all-ones exponent.
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kBytes)));
   Halves h;
   std::memcpy(&h, p, sizeof h);
   const Words w = __builtin_convertvector(h, Words);
@@ -85,8 +100,7 @@ RLHF_INLINE Floats load(const fp16* p) {
   v *= 0x1p112f;
   Words bits;
   std::memcpy(&bits, &v, sizeof v);
-  const Words special = (Words)(magnitude >= 0x0f800000u);
-  bits = (bits & ~special) | ((magnitude | 0x7f800000u) & special);
+  bits = magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits;
   bits |= (w & 0x8000u) << 16;
   std::memcpy(&v, &bits, sizeof v);
   return v;
@@ -96,19 +110,18 @@ RLHF_INLINE void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 RLHF_INLINE void store(double* p, Doubles v) { std::memcpy(p, &v, sizeof v); }
 RLHF_INLINE void store(bf16* p, Floats v) {
   // Round to nearest even; NaN stays NaN.
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(kBytes)));
+  typedef uint16_t Halves __attribute__((vector_size(kBytes / 2)));
   Words w;
   std::memcpy(&w, &v, sizeof v);
-  const Words nan = (Words)(v != v);
   w = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-  w = (w & ~nan) | (0x7fc0u & nan);
+  w = v != v ? Words{} + 0x7fc0u : w;
   const Halves h = __builtin_convertvector(w, Halves);
   std::memcpy(p, &h, sizeof h);
 }
 RLHF_INLINE void store(fp16* p, Floats v) {
   // One hardware conversion a lane where there is one (x86-64-v3), a library call elsewhere.
-  for (int i = 0; i < 16; ++i) {
+  for (int i = 0; i < kFloats; ++i) {
     const _Float16 h = static_cast<_Float16>(v[i]);
     std::memcpy(p + i, &h, sizeof h);
   }
@@ -160,7 +173,7 @@ RLHF_INLINE Exponential<Floats> exponential(Floats x) {
 }
 RLHF_INLINE Exponential<Doubles> exponential(Doubles x) {
   Exponential<Doubles> e;
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kDoubles; ++i) {
     e.exp[i] = std::exp(x[i]);
     e.minus_one[i] = std::expm1(x[i]);
   }
@@ -168,16 +181,16 @@ RLHF_INLINE Exponential<Doubles> exponential(Doubles x) {
 }
 RLHF_INLINE Floats exp(Floats x) { return exponential(x).exp; }
 RLHF_INLINE Doubles exp(Doubles x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::exp(x[i]);
+  for (int i = 0; i < kDoubles; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
 RLHF_INLINE Floats tanh(Floats x) {
-  for (int i = 0; i < 16; ++i) x[i] = std::tanh(x[i]);
+  for (int i = 0; i < kFloats; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
 RLHF_INLINE Doubles tanh(Doubles x) {
-  for (int i = 0; i < 8; ++i) x[i] = std::tanh(x[i]);
+  for (int i = 0; i < kDoubles; ++i) x[i] = std::tanh(x[i]);
   return x;
 }
 
@@ -198,12 +211,12 @@ RLHF_INLINE double tanh(double x) { return std::tanh(x); }
 // Sums over the lanes, in double.
 RLHF_INLINE double sum(Floats v) {
   double s = 0;
-  for (int i = 0; i < 16; ++i) s += v[i];
+  for (int i = 0; i < kFloats; ++i) s += v[i];
   return s;
 }
 RLHF_INLINE double sum(Doubles v) {
   double s = 0;
-  for (int i = 0; i < 8; ++i) s += v[i];
+  for (int i = 0; i < kDoubles; ++i) s += v[i];
   return s;
 }
 template <class V>
@@ -231,28 +244,45 @@ RLHF_INLINE void store_some(T* p, typename Lane<T>::Vector v, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
 }
 
-// The first n mask bytes as lanes of all ones or all zeros; lanes beyond n are zeros.
+// Masks are vectors of 1 and 0, so that they have V's own lanes and can be multiplied and summed.
+template <class V>
+RLHF_INLINE V select(V mask, V a, V b) {
+  return mask != V{} ? a : b;
+}
+template <class V>
+RLHF_INLINE V greater(V a, V b) {
+  return a > b ? V{} + 1 : V{};
+}
+
+// The first n mask bytes; lanes beyond n are 0.
 template <class T>
-RLHF_INLINE typename Lane<T>::Mask load_mask(const bool* p, int64_t n) {
-  constexpr int width = Lane<T>::width;
-  typedef int8_t Bytes __attribute__((vector_size(width)));
-  Bytes b = Bytes{};
-  std::memcpy(&b, p, n < width ? n : width);
-  return __builtin_convertvector(b, typename Lane<T>::Mask) != 0;
+RLHF_INLINE typename Lane<T>::Vector load_mask(const bool* p, int64_t n) {
+  using L = Lane<T>;
+  typedef int8_t Bytes __attribute__((vector_size(L::width)));
+  Bytes b;
+  if (n >= L::width) {
+    std::memcpy(&b, p, sizeof b);
+  } else {
+    int8_t some[L::width] = {};
+    for (int64_t i = 0; i < n; ++i) some[i] = p[i];
+    std::memcpy(&b, some, sizeof b);
+  }
+  return __builtin_convertvector(__builtin_convertvector(b, typename L::Mask), typename L::Vector);
 }
 
 // Sums that must survive cancellation: double lanes, whatever V is.
-typedef double WideDoubles __attribute__((vector_size(128)));
+typedef double WideDoubles __attribute__((vector_size(2 * kBytes)));
 RLHF_INLINE void add(WideDoubles& total, Floats v) {
   total += __builtin_convertvector(v, WideDoubles);
 }
 RLHF_INLINE void add(Doubles& total, Doubles v) { total += v; }
 RLHF_INLINE double sum(WideDoubles v) {
   double s = 0;
-  for (int i = 0; i < 16; ++i) s += v[i];
+  for (int i = 0; i < kFloats; ++i) s += v[i];
   return s;
 }
 template <class V>
 using Wide = std::conditional_t<sizeof(V{}[0]) == 4, WideDoubles, Doubles>;
 
+}  // namespace RLHF_VECTORS
 }  // namespace rlhf_fast

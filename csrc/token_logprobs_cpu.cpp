@@ -2,6 +2,7 @@
 //
 // A row is taken in blocks that stay in L1: scale a block and find its maximum, then sum e^(z - m)
 // and e^(z - m) (z - m) for the running maximum m. Block sums are added up in double.
+#define RLHF_VECTOR_BYTES 64
 #include "ops.h"
 
 namespace rlhf_fast {

@@ -19,25 +19,25 @@ RLHF_INLINE void value_span(const ValueSpan<S>& s, int64_t begin, int64_t end, d
                             double* sums) {
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
-  const V zero = V{}, one = V{} + 1;
+  const V zero = V{};
   V loss = zero, cuts = zero, values = zero;
   Wide<V> returns{}, returns2{}, errors{}, errors2{};
   for (int64_t i = begin; i < end; i += width) {
     const int64_t n = end - i;
-    const auto counts = load_mask<S>(s.mask + i, n);
-    const V value = counts ? load_some(s.values + i, n, 0) : zero;
-    const V target = counts ? load_some(s.returns + i, n, 0) : zero;
+    const V counts = load_mask<S>(s.mask + i, n);
+    const V value = select(counts, load_some(s.values + i, n, 0), zero);
+    const V target = select(counts, load_some(s.returns + i, n, 0), zero);
     const V error = value - target, squared = error * error;
     V larger = squared, slope = error;
     if (s.old_values) {
-      const V old = counts ? load_some(s.old_values + i, n, 0) : zero;
+      const V old = select(counts, load_some(s.old_values + i, n, 0), zero);
       const V clipped = clamp(value, old - s.clip, old + s.clip) - target;
-      const auto cut = counts & (clipped * clipped > squared);
-      larger = cut ? clipped * clipped : squared;
-      slope = cut ? zero : error;
-      cuts += cut ? one : zero;
+      const V cut = counts * greater(clipped * clipped, squared);
+      larger = select(cut, clipped * clipped, squared);
+      slope = select(cut, zero, error);
+      cuts += cut;
     }
-    store_some(s.d_values + i, counts ? S(c) * slope : zero, n);
+    store_some(s.d_values + i, select(counts, S(c) * slope, zero), n);
     loss += larger;
     values += value;
     add(returns, target);
