@@ -4,6 +4,7 @@ from .ops.check import debug
 from .ops.gae import gae
 from .ops.kl_penalized_rewards import kl_penalized_rewards
 from .ops.linear import chunk_budget
+from .ops.linear_policy_loss import linear_policy_loss
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
@@ -19,6 +20,7 @@ __all__ = [
     "debug",
     "gae",
     "kl_penalized_rewards",
+    "linear_policy_loss",
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",

@@ -3,6 +3,7 @@
 from . import (  # noqa: I001
     token_logprobs,
     linear_token_logprobs,
+    linear_policy_loss,
     policy_loss,
     value_loss,
     gae,

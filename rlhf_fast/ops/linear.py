@@ -83,7 +83,8 @@ def kept_rows(keep: Tensor) -> Tensor | None:
 
 
 def take(x: Tensor, rows: Tensor | slice) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+    """x[rows], contiguous as the row kernels want it (a sum's incoming gradient has stride 0)."""
+    return x[rows].contiguous() if isinstance(rows, slice) else x.index_select(0, rows)
 
 
 def chunks(
@@ -106,13 +107,16 @@ def chunks(
         for start in range(0, total, max(size, 1)):
             stop = min(start + size, total)
             rows = slice(start, stop) if index is None else index[start:stop]
-            x, logits = take(hidden, rows), buffer[: stop - start]
+            x = hidden[rows] if index is None else hidden.index_select(0, rows)
+            logits = buffer[: stop - start]
             if wide:
                 torch.mm(x, head, out_dtype=torch.float32, out=logits)
-            else:
+                if bias is not None:
+                    logits.add_(bias)
+            elif bias is None:
                 torch.mm(x, head, out=logits)
-            if bias is not None:
-                logits.add_(bias)
+            else:
+                torch.addmm(bias, x, head, out=logits)
             yield rows, logits, x
 
 

@@ -85,19 +85,9 @@ def policy_loss(
     for name, x in tensors.items():
         check.like(name, x, "logp", logp)
     check.boolean_mask(mask, "logp", logp)
-    check.number("clip_low", clip_low, low=0.0)
-    check.number("clip_high", clip_high, low=0.0)
-    if clip_low > 1:
-        raise ValueError(f"clip_low must be at most 1, got {clip_low}")
-    if dual_clip is not None:
-        check.number("dual_clip", dual_clip, above=1.0)
-    check.number("entropy_coef", entropy_coef)
-    check.number("kl_coef", kl_coef)
-    check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
+    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp)
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {entropy_coef} needs entropy, which is None")
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef {kl_coef} needs ref_logp, which is None")
 
     dtype = check.accumulator(logp, *tensors.values())
     loss, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
@@ -118,6 +108,29 @@ def policy_loss(
         aggregation,
     )
     return loss, PolicyStats(*stats.unbind())
+
+
+def check_options(
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    ref_logp: Tensor | None,
+) -> None:
+    """The checks that policy_loss and linear_policy_loss share."""
+    check.number("clip_low", clip_low, low=0.0)
+    check.number("clip_high", clip_high, low=0.0)
+    if clip_low > 1:
+        raise ValueError(f"clip_low must be at most 1, got {clip_low}")
+    if dual_clip is not None:
+        check.number("dual_clip", dual_clip, above=1.0)
+    check.number("entropy_coef", entropy_coef)
+    check.number("kl_coef", kl_coef)
+    check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
+    if kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {kl_coef} needs ref_logp, which is None")
 
 
 def reference(

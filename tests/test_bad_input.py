@@ -1,0 +1,81 @@
+"""Bad input: one clear error that names the argument, before any kernel runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlhf_fast as rf
+
+x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+hidden, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+
+
+def outside(value: int) -> torch.Tensor:
+    bad = labels.clone()
+    bad[1, 2] = value
+    return bad
+
+
+CASES = [
+    ("token_logprobs", (logits.int(), labels), {}, TypeError, "logits must be float32.*int32"),
+    ("token_logprobs", ([1.0], labels), {}, TypeError, "logits must be a tensor, got list"),
+    ("token_logprobs", (logits, labels.int()), {}, TypeError, "labels must be int64"),
+    ("token_logprobs", (logits, labels[:1]), {}, ValueError, r"labels must have the leading shape"),
+    ("token_logprobs", (logits, labels.to("meta")), {}, ValueError, "labels must be on the device"),
+    ("token_logprobs", (logits, outside(5)), {}, ValueError, r"labels\[1, 2\] is 5, outside \[0, 5"),
+    ("token_logprobs", (logits, outside(-1)), {}, ValueError, r"labels\[1, 2\] is -1"),
+    ("token_logprobs", (logits, labels), {"temperature": 0.0}, ValueError, "temperature must be ab"),
+    ("token_logprobs", (logits, labels), {"temperature": "1"}, TypeError, "temperature must be a n"),
+    ("token_logprobs", (logits, labels), {"temperature": x[0]}, ValueError, "temperature must have"),
+    ("token_logprobs", (logits, labels), {"softcap": -1.0}, ValueError, "softcap must be above 0"),
+    ("linear_token_logprobs", (hidden, weight.t(), labels), {}, ValueError, r"weight must be \[V, H"),
+    ("linear_token_logprobs", (hidden, weight.half(), labels), {}, TypeError, "weight must have the"),
+    ("linear_token_logprobs", (hidden, weight, outside(5)), {}, ValueError, r"labels\[1, 2\] is 5"),
+    ("linear_token_logprobs", (hidden, weight, labels), {"bias": x[0]}, ValueError, r"bias must be \["),
+    ("policy_loss", (x, x[:1], x, mask), {}, ValueError, "old_logp must have the shape of logp"),
+    ("policy_loss", (x, x, x, mask.float()), {}, TypeError, "mask must be bool.*mask.bool()"),
+    ("policy_loss", (x, x, x, mask), {"aggregation": "mean"}, ValueError, "aggregation must be one"),
+    ("policy_loss", (x, x, x, mask), {"entropy_coef": 0.1}, ValueError, "entropy_coef 0.1 needs en"),
+    ("policy_loss", (x, x, x, mask), {"kl_coef": 0.1}, ValueError, "kl_coef 0.1 needs ref_logp"),
+    ("policy_loss", (x, x, x, mask), {"clip_low": 1.5}, ValueError, "clip_low must be at most 1"),
+    ("policy_loss", (x, x, x, mask), {"dual_clip": 1.0}, ValueError, "dual_clip must be above 1"),
+    ("policy_loss", (x, x, x, mask), {"normalizer": 0}, ValueError, "normalizer must be above 0"),
+    ("policy_loss", (x, x, x, mask), {"clip_high": float("nan")}, ValueError, "clip_high must be fi"),
+    ("value_loss", (x, None, x, mask), {}, ValueError, "clip 0.2 needs old_values"),
+    ("value_loss", (x, x, x[:, :2], mask), {}, ValueError, "returns must have the shape of values"),
+    ("gae", (x, x[0], mask), {}, ValueError, "values must have the shape of rewards"),
+    ("gae", (x, x, mask), {"gamma": 1.5}, ValueError, "gamma must be at most 1"),
+    ("gae", (x, x, mask), {"bootstrap": x}, ValueError, "bootstrap must be"),
+    ("gae", (x, x, mask), {"holes": "drop"}, ValueError, "holes must be one of skip, zero"),
+    ("gae", (x, x, mask), {"dones": x}, TypeError, "dones must be bool"),
+    ("token_kl", (x, x, "k4"), {}, ValueError, "estimator must be one of k1, k2, k3, abs"),
+    ("token_kl", (x, x.long()), {}, TypeError, "ref_logp must be float32"),
+    ("kl_penalized_rewards", (x[0], x, x, mask), {"beta": 0.1}, ValueError, r"scores must be \[B\]"),
+    ("kl_penalized_rewards", (x[:, 0], x, x, mask), {"beta": -1}, ValueError, "beta must be at leas"),
+    ("pairwise_loss", (x, x[0]), {}, ValueError, "rejected must have the shape of chosen"),
+    ("pairwise_loss", (x, x, x[0]), {}, ValueError, "margin must have the shape of chosen"),
+    ("masked_mean", (x, mask[:1]), {}, ValueError, "mask must have the shape of values"),
+    ("masked_whiten", (x, mask.int()), {}, TypeError, "mask must be bool"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "options", "kind", "message"), CASES,
+    ids=[f"{c[0]}: {c[4][:24]}" for c in CASES],
+)  # fmt: skip
+def test_refused(name: str, args: tuple, options: dict, kind: type, message: str) -> None:
+    with pytest.raises(kind, match=message):
+        getattr(rf, name)(*args, **options)
+
+
+def test_a_bad_label_inside_a_compiled_graph_is_caught_by_the_kernel() -> None:
+    compiled = torch.compile(rf.token_logprobs, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="outside|out of bounds"):
+        compiled(logits, outside(7))
+
+
+def test_chunk_budget_is_checked() -> None:
+    with pytest.raises(ValueError, match="n_bytes must be above 0"), rf.chunk_budget(0):
+        pass

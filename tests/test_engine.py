@@ -1,0 +1,135 @@
+"""The linear engine: what it must not hold, must not compute, and must not depend on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rlhf_fast as rf
+from rlhf_fast.ops import linear
+
+N, H, V = 96, 16, 1000
+GEMM = 2 * N * H * V
+
+
+def inputs(requires_grad: bool = True):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).requires_grad_(requires_grad)
+    weight = torch.randn(V, H, generator=generator).requires_grad_(requires_grad)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any tensor made inside had."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.untyped_storage().nbytes() // x.element_size())
+        return result
+
+
+class Inside(TorchDispatchMode):
+    """Runs the engine's Python under the modes that are active, instead of as one opaque op."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        from rlhf_fast.ops.registry import KERNELS
+
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "rlhf_fast" and KERNELS[name].triton is None:
+            with self:
+                return KERNELS[name].fallback(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_tensor_is_larger_than_a_chunk() -> None:
+    hidden, weight, labels = inputs()
+    largest = Largest()
+    with rf.chunk_budget(16 * V * 4), largest, Inside():
+        logp, entropy = rf.linear_token_logprobs(hidden, weight, labels, entropy=True)
+        (logp.sum() + entropy.sum()).backward()
+    assert 16 * V == max(16 * V, V * H) <= largest.numel < N * V / 4
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16, 64, 96, 200])
+def test_chunks_change_nothing_but_rounding(rows: int) -> None:
+    hidden, weight, labels = inputs()
+    whole = torch.autograd.grad(
+        rf.linear_token_logprobs(hidden, weight, labels).sum(), (hidden, weight)
+    )
+    with rf.chunk_budget(rows * V * 4):
+        parts = torch.autograd.grad(
+            rf.linear_token_logprobs(hidden, weight, labels).sum(), (hidden, weight)
+        )
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def flops(backward_rows: torch.Tensor, frozen: bool = False, labels=None) -> tuple[int, int]:
+    hidden, weight, own_labels = inputs()
+    weight = weight.detach() if frozen else weight
+    labels = own_labels if labels is None else labels
+    forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with forward, Inside():
+        logp = rf.linear_token_logprobs(hidden, weight, labels)
+    with backward, Inside():
+        (logp * backward_rows).sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def test_flops_are_those_the_docstring_states() -> None:
+    assert flops(torch.ones(N)) == (GEMM, 3 * GEMM)
+    assert flops(torch.ones(N), frozen=True) == (GEMM, 2 * GEMM)
+
+
+def test_rows_without_gradient_leave_the_backward() -> None:
+    half = (torch.arange(N) % 2).float()
+    assert flops(half) == (GEMM, 3 * GEMM // 2)
+    assert flops(torch.zeros(N)) == (GEMM, 0)
+
+
+def test_ignored_rows_leave_the_forward_too() -> None:
+    labels = inputs()[2]
+    labels[::2] = -100
+    assert flops(torch.ones(N), labels=labels) == (GEMM // 2, 3 * GEMM // 2)
+
+
+def test_autocast_runs_the_head_in_its_dtype() -> None:
+    hidden, weight, labels = inputs()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = rf.linear_token_logprobs(hidden, weight, labels)
+        plain = torch.nn.functional.linear(hidden, weight)
+    assert logp.dtype == torch.float32 and plain.dtype == torch.bfloat16
+    torch.testing.assert_close(logp, rf.token_logprobs(plain, labels))
+    logp.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_16_bit_weight_gradients_accumulate_in_float32() -> None:
+    """Many chunks into one bfloat16 dW must not be worse than one product."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(256, 8, generator=generator).bfloat16()
+    weight = torch.randn(40, 8, generator=generator).bfloat16().requires_grad_()
+    labels = torch.randint(40, (256,), generator=generator)
+
+    def gradient(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(rf.linear_token_logprobs(x, w, labels).sum(), w)[0].double()
+
+    exact = gradient(weight.detach().double().requires_grad_(), hidden.double())
+    one = (gradient(weight, hidden) - exact).abs().max()
+    with rf.chunk_budget(4 * 40 * 2):  # 64 chunks of 4 rows
+        many = (gradient(weight, hidden) - exact).abs().max()
+    assert many <= 1.5 * one
+
+
+def test_budget_sets_the_rows() -> None:
+    assert linear.chunk_rows(49152, 4) == 512
+    with rf.chunk_budget(2**20):
+        assert linear.chunk_rows(49152, 4) == 5
+        assert linear.chunk_rows(1000, 4) == 256
+    assert linear.chunk_rows(10**12, 4) == 1

@@ -1,0 +1,198 @@
+"""Numbers worked out by hand or by another route: what the references themselves must satisfy."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Categorical
+
+import rlhf_fast as rf
+from rlhf_fast.ops import aggregate
+
+
+def ones(*shape: int) -> torch.Tensor:
+    return torch.ones(*shape, dtype=torch.bool)
+
+
+def test_token_logprobs_is_the_categorical_distribution() -> None:
+    logits, labels = torch.randn(4, 7, 33), torch.randint(33, (4, 7))
+    logp, entropy = rf.token_logprobs(logits, labels, temperature=0.7, entropy=True)
+    oracle = Categorical(logits=logits / 0.7)
+    torch.testing.assert_close(logp, oracle.log_prob(labels))
+    torch.testing.assert_close(entropy, oracle.entropy())
+
+
+def test_uniform_entropy_is_log_v() -> None:
+    _, entropy = rf.token_logprobs(torch.zeros(1, 50257), torch.tensor([3]), entropy=True)
+    assert entropy.item() == pytest.approx(math.log(50257), abs=1e-5)
+
+
+def test_gae_by_hand() -> None:
+    rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[0.5, 1.0, 1.5]])
+    advantages, returns = rf.gae(rewards, values, ones(1, 3), gamma=0.5, lam=0.5)
+    a2 = 2.0 - 1.5
+    a1 = 0.0 + 0.5 * 1.5 - 1.0 + 0.25 * a2
+    a0 = 1.0 + 0.5 * 1.0 - 0.5 + 0.25 * a1
+    torch.testing.assert_close(advantages, torch.tensor([[a0, a1, a2]]))
+    torch.testing.assert_close(returns, advantages + values)
+
+
+def test_gae_limits_are_td_and_monte_carlo() -> None:
+    rewards, values = torch.randn(3, 20).double(), torch.randn(3, 20).double()
+    following = torch.cat([values[:, 1:], torch.zeros(3, 1)], 1)
+    td, _ = rf.gae(rewards, values, gamma=0.9, lam=0.0)
+    torch.testing.assert_close(td, rewards + 0.9 * following - values)
+    _, returns = rf.gae(rewards, values, gamma=0.9, lam=1.0)
+    powers = 0.9 ** torch.arange(20).double()
+    to_go = torch.stack([(rewards[:, t:] * powers[: 20 - t]).sum(1) for t in range(20)], 1)
+    torch.testing.assert_close(returns, to_go)
+
+
+def test_gae_holes() -> None:
+    """skip: as if the hole were cut out; zero: a step of its own."""
+    rewards, values = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[0.5, 9.0, 1.5]])
+    mask = torch.tensor([[True, False, True]])
+    cut = [0, 2]
+    joined, _ = rf.gae(rewards[:, cut], values[:, cut], gamma=0.5, lam=0.5)
+    skipped, _ = rf.gae(rewards, values, mask, gamma=0.5, lam=0.5)
+    torch.testing.assert_close(skipped[:, cut], joined)
+    zeroed, _ = rf.gae(rewards, values, mask, gamma=0.5, lam=0.5, holes="zero")
+    kept = rf.gae(rewards * mask, values * mask, gamma=0.5, lam=0.5)[0]
+    torch.testing.assert_close(zeroed[:, cut], kept[:, cut])
+    assert skipped[0, 1] == zeroed[0, 1] == 0
+
+
+def test_kl_penalized_rewards_score_sits_on_the_last_real_token() -> None:
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
+    logp, ref = torch.full((3, 4), -1.0), torch.full((3, 4), -1.5)
+    rewards = rf.kl_penalized_rewards(torch.tensor([5.0, 7.0, 9.0]), logp, ref, mask, beta=0.1)
+    expected = torch.tensor([[-0.05, 4.95, 0, 0], [-0.05, -0.05, -0.05, 6.95], [0, 0, 0, 0]])
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_kl_estimators_average_to_the_kl() -> None:
+    torch.manual_seed(0)
+    p, q = torch.randn(20).double(), torch.randn(20).double()
+    q = p + 0.3 * (q - p)
+    exact = torch.distributions.kl_divergence(Categorical(logits=p), Categorical(logits=q))
+    tokens = Categorical(logits=p).sample((400_000,))
+    logp, ref = p.log_softmax(0)[tokens], q.log_softmax(0)[tokens]
+    for estimator in ("k1", "k3"):
+        assert rf.token_kl(logp, ref, estimator).mean() == pytest.approx(exact.item(), rel=0.03)
+
+
+def test_policy_loss_at_ratio_one_is_the_policy_gradient() -> None:
+    logp = torch.randn(4, 9, requires_grad=True)
+    advantages, mask = torch.randn(4, 9), torch.rand(4, 9) > 0.3
+    loss, stats = rf.policy_loss(logp, logp.detach(), advantages, mask)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, -advantages * mask / mask.sum())
+    assert stats.clipfrac == 0 and stats.ratio_mean == pytest.approx(1.0)
+    assert stats.old_kl_k3 == 0 and stats.ratio_var == 0
+
+
+def test_policy_loss_clips_only_where_it_would_gain() -> None:
+    """A ratio of 2 is clipped for a good action and not for a bad one; a ratio of 1/2 inversely."""
+    logp = torch.tensor([[2.0, 2.0, 0.5, 0.5]]).log().requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    loss, stats = rf.policy_loss(logp, torch.zeros(1, 4), advantages, ones(1, 4))
+    assert loss.item() == pytest.approx((-1.2 + 2.0 - 0.5 + 0.8) / 4)
+    loss.backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[0.0, 2.0, -0.5, 0.0]]) / 4)
+    assert stats.clipfrac == 0.5
+
+
+@pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
+def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(aggregation: str) -> None:
+    logp, old = torch.randn(6, 9).double(), torch.randn(6, 9).double()
+    advantages, mask = torch.randn(6, 9).double(), torch.rand(6, 9) > 0.4
+    mask[1] = False
+    counts = {"token-mean": mask.sum(), "token-sum": torch.tensor(100)}
+    n = counts.get(aggregation, mask.any(1).sum()).double()
+
+    def gradient(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        x = logp[rows].clone().requires_grad_()
+        loss, _ = rf.policy_loss(
+            x, old[rows], advantages[rows], mask[rows], aggregation=aggregation, normalizer=n
+        )
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    whole = gradient(slice(0, 6))
+    parts = [gradient(slice(i, i + 2)) for i in range(0, 6, 2)]
+    torch.testing.assert_close(sum(loss for loss, _ in parts), whole[0])
+    torch.testing.assert_close(torch.cat([g for _, g in parts]), whole[1])
+    if aggregation != "token-sum":
+        own, _ = rf.policy_loss(logp, old, advantages, mask, aggregation=aggregation)
+        torch.testing.assert_close(own, whole[0])
+
+
+def test_value_loss_by_hand() -> None:
+    values = torch.tensor([[1.0, 3.0]], requires_grad=True)
+    loss, stats = rf.value_loss(values, torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 2.0]]),
+                                ones(1, 2), clip=0.5)  # fmt: skip
+    # 1: not moved, error 1; 3: clipped to 1.5, error .25 against 1: the larger counts
+    assert loss.item() == pytest.approx(0.5 * (1 + 1) / 2)
+    assert stats.clipfrac == 0 and stats.return_var == 0 and stats.explained_var == 0
+    loss.backward()
+    torch.testing.assert_close(values.grad, torch.tensor([[-0.5, 0.5]]))
+
+
+def test_pairwise_loss_is_ln_2_at_a_tie_and_positive_everywhere() -> None:
+    tie, _ = rf.pairwise_loss(torch.zeros(3), torch.zeros(3))
+    assert tie.item() == pytest.approx(math.log(2))
+    right, stats = rf.pairwise_loss(torch.tensor([9.0]), torch.tensor([-9.0]))
+    wrong, _ = rf.pairwise_loss(torch.tensor([-200.0]), torch.tensor([200.0]))
+    assert 0 < right < 1e-6 and wrong.item() == pytest.approx(400) and stats.accuracy == 1
+
+
+def test_whitened_advantages_have_mean_0_and_unbiased_variance_1() -> None:
+    values, mask = 1e3 + torch.randn(40, 50), torch.rand(40, 50) > 0.5
+    white = rf.masked_whiten(values, mask)
+    assert white[mask].mean().abs() < 1e-4 and white[mask].var() == pytest.approx(1, abs=1e-4)
+    assert (white[~mask] == 0).all()
+    kept = rf.masked_whiten(values, mask, shift_mean=False)
+    assert kept[mask].mean() == pytest.approx(values[mask].mean().item(), abs=1e-2)
+
+
+finite = st.floats(-1e4, 1e4, width=32)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.integers(1, 3), st.integers(1, 40), st.floats(0.1, 4))
+def test_token_logprobs_of_anything(data, rows: int, vocab: int, temperature: float) -> None:
+    row = st.lists(finite | st.just(-math.inf), min_size=vocab, max_size=vocab)
+    logits = torch.tensor(data.draw(st.lists(row, min_size=rows, max_size=rows)))
+    labels = torch.tensor(data.draw(st.lists(st.integers(0, vocab - 1), min_size=rows,
+                                             max_size=rows)))  # fmt: skip
+    logits[:, 0] = torch.where((logits == -math.inf).all(1), 0.0, logits[:, 0])
+    logp, entropy = rf.token_logprobs(logits, labels, temperature=temperature, entropy=True)
+    exact = Categorical(logits=logits.double() / temperature)
+    torch.testing.assert_close(
+        logp.double(), exact.logits.gather(1, labels[:, None])[:, 0], rtol=1e-5, atol=2e-5 * 1e2
+    )
+    log_p = exact.logits.masked_fill(exact.logits == -math.inf, 0)
+    torch.testing.assert_close(
+        entropy.double(), -(exact.probs * log_p).sum(1), rtol=1e-4, atol=1e-3
+    )
+    assert (entropy >= -1e-5).all() and not logp.isnan().any()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 4), st.integers(0, 70), st.floats(0, 1), st.floats(0, 1), st.booleans(),
+       st.integers(0, 2**31))  # fmt: skip
+def test_gae_of_any_mask(b: int, t: int, gamma: float, lam: float, skip: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(b, t, generator=generator).double()
+    values = torch.randn(b, t, generator=generator).double()
+    mask = torch.rand(b, t, generator=generator) > 0.5
+    dones = torch.rand(b, t, generator=generator) > 0.8
+    options = {"gamma": gamma, "lam": lam, "dones": dones, "holes": "skip" if skip else "zero"}
+    ours = rf.gae(rewards, values, mask, **options)
+    from rlhf_fast.ops.gae import reference
+
+    for got, want in zip(ours, reference(rewards, values, mask, **options), strict=True):
+        torch.testing.assert_close(got, want)

@@ -1,0 +1,254 @@
+"""Every op of the registry against its float64 reference: values, gradients, torch's own checks.
+
+Nothing here names an op: a new one is tested as soon as it is registered.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fast.ops import registry
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+
+def all_samples() -> list:
+    return [
+        pytest.param(op, sample, id=f"{op.name}: {sample.name}")
+        for op in OPS.values()
+        for sample in op.samples(torch.Generator().manual_seed(0))
+    ]
+
+
+VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias"}  # inputs that kernels take in 16 bits
+every_sample = pytest.mark.parametrize(("op", "sample"), all_samples())
+every_16_bit_sample = pytest.mark.parametrize(
+    ("op", "sample"), [p for p in all_samples() if VOCABULARY_SIZED & set(p.values[1].arguments)]
+)
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+def arguments(sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None) -> dict:
+    """The sample's arguments with its floating tensors in dtype (or just those named in only),
+    the differentiable ones as leaves. Strides stay."""
+    made = {}
+    for name, x in sample.arguments.items():
+        if isinstance(x, Tensor):
+            cast = x.is_floating_point() and (only is None or name in only)
+            fresh = torch.empty_strided(x.shape, x.stride(), dtype=dtype if cast else x.dtype)
+            x = fresh.copy_(x)
+            if name in sample.grads:
+                x.requires_grad_()
+        made[name] = x
+    return made
+
+
+def tensors(output: object) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [t for x in output for t in tensors(x)]
+
+
+def run(function, made: dict, grads: tuple[str, ...], inplace: bool = False) -> list[Tensor]:
+    """Outputs, then the gradients of grads under fixed random cotangents."""
+    passed = dict(made)
+    if inplace:  # an in-place backward needs a tensor that is not a leaf
+        passed["logits"] = passed["logits"] * 1.0
+    outputs = tensors(function(**passed))
+    differentiable = [x for x in outputs if x.requires_grad]
+    if not grads:
+        assert not differentiable
+        return outputs
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        for x in differentiable
+    ]
+    inputs = [made[name] for name in grads]
+    return outputs + list(torch.autograd.grad(differentiable, inputs, cotangents))
+
+
+class Fallbacks(TorchDispatchMode):
+    """Every kernel runs its plain PyTorch fallback."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlhf_fast":
+            return KERNELS[func._schema.name.split("::")[1]].fallback(*args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN, so that an output nobody wrote is seen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread():
+    """Thousands of tiny calls: waking a second thread for each costs more than it computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact).detach().abs().max()) if exact.numel() else 0.0
+
+
+def check_against_float64(
+    op: Op, sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None
+) -> None:
+    """Never worse than eager PyTorch at the same dtype, up to a few roundings of the result (and
+    1%: 16-bit logits carry nearly all of the error, the same in both)."""
+    inplace = bool(sample.arguments.get("inplace_backward"))
+    narrow = arguments(sample, dtype, only)
+    exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
+    exact = run(op.reference, exact_inputs, sample.grads)
+    eager = run(op.reference, arguments(sample, dtype, only), sample.grads)
+    ours = run(op.function, narrow, sample.grads, inplace)
+    assert len(ours) == len(exact)
+    for got, plain, want in zip(ours, eager, exact, strict=True):
+        assert got.shape == want.shape and got.dtype == plain.dtype
+        assert torch.equal(torch.isfinite(got), torch.isfinite(want))
+        scale = float(want.detach().abs().max()) if want.numel() else 0.0
+        if want.dim() == 0:  # a sum of terms of about 1 that may cancel
+            scale = max(scale, 1.0)
+        assert error(got, want) <= 1.01 * error(plain, want) + 4 * torch.finfo(got.dtype).eps * scale
+
+
+@every_sample
+def test_float32(op: Op, sample: Sample, poisoned_memory) -> None:
+    check_against_float64(op, sample, torch.float32)
+
+
+@every_sample
+@pytest.mark.parametrize("implementation", ["kernel", "fallback"])
+def test_float64(op: Op, sample: Sample, implementation: str, poisoned_memory) -> None:
+    inplace = bool(sample.arguments.get("inplace_backward"))
+    exact = run(op.reference, arguments(sample, torch.float64), sample.grads)
+    if implementation == "fallback":
+        with Fallbacks():
+            ours = run(op.function, arguments(sample, torch.float64), sample.grads, inplace)
+    else:
+        ours = run(op.function, arguments(sample, torch.float64), sample.grads, inplace)
+    for got, want in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@every_16_bit_sample
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_16_bit(op: Op, sample: Sample, dtype: torch.dtype, poisoned_memory) -> None:
+    check_against_float64(op, sample, dtype, tuple(VOCABULARY_SIZED & set(sample.arguments)))
+
+
+@every_op
+def test_16_bit_per_token_inputs_give_float32(op: Op) -> None:
+    sample = next(iter(op.samples(torch.Generator().manual_seed(0))))
+    narrow = arguments(sample, torch.bfloat16)
+    widened = arguments(Sample("", narrow, sample.grads), torch.float32)
+    ours = tensors(op.function(**narrow))
+    assert all(x.dtype == torch.float32 for x in ours)
+    if not VOCABULARY_SIZED & set(sample.arguments):
+        for got, want in zip(ours, tensors(op.function(**widened)), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@every_op
+def test_gradcheck(op: Op, one_thread) -> None:
+    """Numerical gradients in float64, through the C++ kernels where they are built."""
+    checked = 0
+    for sample in op.samples(torch.Generator().manual_seed(2)):
+        made = arguments(sample, torch.float64)
+        size = max(made[name].numel() for name in sample.grads) if sample.grads else 0
+        far = "huge" in sample.name or "one-hot" in sample.name or "far" in sample.name
+        garbage = any(
+            isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all()
+            for x in made.values()
+        )
+        if not 0 < size <= 200 or far or garbage or sample.arguments.get("inplace_backward"):
+            continue
+
+        def function(*leaves: Tensor, made=made, sample=sample) -> tuple[Tensor, ...]:
+            outputs = tensors(op.function(**made | dict(zip(sample.grads, leaves, strict=True))))
+            return tuple(x for x in outputs if x.requires_grad)
+
+        leaves = tuple(made[name] for name in sample.grads)
+        assert torch.autograd.gradcheck(function, leaves, eps=1e-7, atol=1e-5, rtol=1e-4)
+        checked += 1
+    has_gradient = any(s.grads for s in op.samples(torch.Generator()))
+    assert checked >= (1 if has_gradient else 0)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the first call of each kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlhf_fast":
+            own = tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in args)
+            self.calls.setdefault(func._schema.name.split("::")[1], own)
+        return func(*args, **(kwargs or {}))
+
+
+@every_op
+def test_opcheck(op: Op) -> None:
+    """torch.library.opcheck on each kernel: schema, fake tensors, autograd, AOT dispatch."""
+    recorder = Recorder()
+    for sample in list(op.samples(torch.Generator().manual_seed(0)))[:8]:
+        with recorder:
+            run(op.function, arguments(sample, torch.float32), sample.grads)
+    assert set(recorder.calls) >= {kernel.name for kernel in op.kernels}
+    for kernel in op.kernels:
+        args = recorder.calls[kernel.name]
+        if "(a!)" not in kernel.schema and op.name != "gae":
+            args = tuple(
+                x.requires_grad_() if isinstance(x, Tensor) and _grad_argument(op, kernel, i) else x
+                for i, x in enumerate(args)
+            )
+        torch.library.opcheck(getattr(torch.ops.rlhf_fast, kernel.name).default, args)
+
+
+def _grad_argument(op: Op, kernel, index: int) -> bool:
+    """The first kernel of an op is its differentiable face; its arguments carry the op's names."""
+    if kernel is not op.kernels[0]:
+        return False
+    schema = getattr(torch.ops.rlhf_fast, kernel.name).default._schema
+    sample = next(iter(op.samples(torch.Generator())))
+    return schema.arguments[index].name in sample.grads
+
+
+@every_op
+def test_compile(op: Op) -> None:
+    """fullgraph=True, and the numbers of eager."""
+    for sample in list(op.samples(torch.Generator().manual_seed(0)))[:3]:
+        eager = run(op.function, arguments(sample, torch.float32), sample.grads)
+        torch._dynamo.reset()
+        compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+        ours = run(compiled, arguments(sample, torch.float32), sample.grads)
+        for got, want in zip(ours, eager, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+def test_every_kernel_has_its_cpp() -> None:
+    """A registration that was forgotten would fall back to PyTorch without a word."""
+    missing = [
+        name for name, k in KERNELS.items()
+        if k.triton is not None and k.implementation("cpu") != "C++"
+    ]  # fmt: skip
+    assert missing == []
+
+
+@every_op
+def test_one_launcher_for_each_kernel(op: Op) -> None:
+    pytest.importorskip("triton")
+    for kernel in op.kernels:
+        if kernel.triton is not None:
+            assert callable(kernel.launcher)
