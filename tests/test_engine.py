@@ -93,6 +93,23 @@ def test_rows_without_gradient_leave_the_backward() -> None:
     assert flops(torch.zeros(N)) == (GEMM, 0)
 
 
+@pytest.mark.parametrize("through", [(1.0, 0.0), (0.0, 1.0)], ids=["logp", "entropy"])
+def test_a_gradient_through_one_output_alone(through: tuple[float, float]) -> None:
+    """Rows whose log-prob has no gradient still matter when their entropy has one."""
+    hidden, weight, labels = inputs()
+
+    def gradients(function) -> tuple[torch.Tensor, ...]:
+        logp, entropy = function(hidden, weight, labels, entropy=True)
+        outputs = (through[0] * logp + through[1] * entropy) * (torch.arange(N) % 3 > 0)
+        return torch.autograd.grad(outputs.sum(), (hidden, weight))
+
+    from rlhf_fast.ops.linear_token_logprobs import reference
+
+    ours, plain = gradients(rf.linear_token_logprobs), gradients(reference)
+    for got, want in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_ignored_rows_leave_the_forward_too() -> None:
     labels = inputs()[2]
     labels[::2] = -100

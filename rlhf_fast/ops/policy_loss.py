@@ -288,7 +288,8 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(estimator, terms, both)
     clips = {"clip_low": 0.1, "clip_high": 0.3, "dual_clip": 1.5}
     yield Sample("asymmetric, dual clip", draw(4, 64, spread=1.0, **clips), one)
-    yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0, dual_clip=3.0), one)
+    yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0), one)
+    yield Sample("ratio beyond the clamp, dual clip", draw(4, 40, spread=30.0, dual_clip=3.0), one)
     yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
     yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
     garbage = draw(3, 30) | extra(3, 30)

@@ -1,0 +1,169 @@
+"""Every Triton kernel and every CUDA source compiled for real GPUs, with no GPU: nothing spills.
+
+What is compiled is what the launchers launch: the ops run on their own samples, and on large
+shapes in every dtype, with the launches caught; each distinct specialization (types, alignments,
+constexprs, warps) is then built for sm_90, and every kernel's large ones for sm_80 and sm_100 too.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.cpp_extension
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+triton = pytest.importorskip("triton", reason="no triton on this machine: not compiled")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles for real; the interpreter is on", allow_module_level=True)
+
+from triton.backends import nvidia  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
+
+BIN = Path(nvidia.__file__).parent / "bin"
+ROOT = Path(__file__).parent.parent
+
+
+LARGE = {"N": 2, "V": 262144, "B": 2, "T": 4096, "H": 16}
+HALVES = (torch.bfloat16, torch.float16)
+
+
+class InLaunchersOnly(TorchDispatchMode):
+    """Runs the launchers in place of the kernels' other implementations."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "rlhf_fast":
+            return func(*args, **(kwargs or {}))
+        kernel = KERNELS[func._schema.name.split("::")[1]]
+        with self:
+            return kernel.launcher(*args) if kernel.triton else kernel.fallback(*args)
+
+
+def call(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    arguments = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in sample.arguments.items()
+    }
+    for name in sample.grads:
+        arguments[name] = arguments[name].detach().clone().requires_grad_()
+    result = op.function(**arguments)
+    outputs = result if isinstance(result, tuple) else (result,)
+    outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+    if outputs:
+        torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+def calls() -> Iterator[tuple[bool, Op, Sample, torch.dtype]]:
+    """(large, op, sample, dtype) of everything that is compiled."""
+    for op in OPS.values():
+        if op.name.startswith("linear_"):
+            continue  # loops over the other ops' kernels
+        shape = {name: LARGE.get(name, 2) for name in op.shapes[0]}
+        workload = op.workload(shape, torch.Generator().manual_seed(0), "cpu", torch.float32)
+        yield True, op, workload, torch.float32
+        yield False, op, workload, torch.float64
+        for sample in op.samples(torch.Generator().manual_seed(0)):
+            yield False, op, sample, torch.float32
+    logits = OPS["token_logprobs"]  # the one op whose kernels read 16-bit tensors
+    for dtype in HALVES:
+        for vocab in (LARGE["V"], 50257):
+            x, y = torch.zeros(2, vocab), torch.zeros(2, dtype=torch.int64)
+            for options in ({}, {"entropy": True}, {"entropy": True, "softcap": 30.0}):
+                sample = Sample("", {"logits": x, "labels": y, **options}, ("logits",))
+                yield vocab == LARGE["V"], logits, sample, dtype
+
+
+class Specializations:
+    """Every distinct (kernel, types, alignments, constexprs, options) that calls() launch."""
+
+    def __init__(self) -> None:
+        self.backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.found: dict[str, tuple[Any, ...]] = {}
+        self.large = False
+
+    def catch(self, fn: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        """In place of JITFunction.run: what it would compile, by Triton's own rules."""
+        assert all(0 < n < 2**31 for n in grid), f"{fn.__name__}: bad grid {grid}"
+        kwargs |= {"debug": False, "instrumentation_mode": ""}
+        bind = create_function_from_signature(fn.signature, fn.params, self.backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        options, signature, constexprs, attrs = fn._pack_args(
+            self.backend, kwargs, bound, specialization, options
+        )
+        key = f"{fn.module}.{fn.__name__} {signature} {constexprs} {options.num_warps}"
+        key += f" {attrs}" if self.large else ""
+        large = self.large or self.found.get(key, (False,))[0]
+        self.found[key] = (large, fn, signature, constexprs, attrs, options.num_warps)
+
+    def collect(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as patch, InLaunchersOnly():
+            patch.setattr(JITFunction, "run", lambda fn, *a, **k: self.catch(fn, *a, **k))
+            for self.large, op, sample, dtype in calls():
+                call(op, sample, dtype)
+
+
+def resources(cubin: bytes, path: Path) -> str:
+    path.write_bytes(cubin)
+    command = [BIN / "cuobjdump", "--dump-resource-usage", path]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_triton_kernels_compile_and_do_not_spill(monkeypatch, tmp_path) -> None:
+    specializations = Specializations()
+    specializations.collect(monkeypatch)
+    launched = {f"{fn.module.rsplit('.')[-1]}" for _, fn, *_ in specializations.found.values()}
+    assert launched >= {k.triton.split(":")[0] for k in KERNELS.values() if k.triton}
+
+    def spills(key: str, capability: int) -> str:
+        _, fn, signature, constexprs, attrs, num_warps = specializations.found[key]
+        compiled = triton.compile(
+            ASTSource(fn, signature, constexprs, attrs),
+            target=GPUTarget("cuda", capability, 32),
+            options={"num_warps": num_warps},
+        )
+        file = tmp_path / f"{abs(hash(key))}_{capability}.cubin"
+        usage = resources(compiled.asm["cubin"], file)
+        stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL"))
+        return f"sm_{capability} {key}\n{usage}" if stack or local else ""
+
+    jobs = [
+        (key, capability)
+        for key, (large, *_) in specializations.found.items()
+        for capability in ((80, 90, 100) if large else (90,))
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # half of the time is ptxas
+        spilling = [text for text in pool.map(lambda job: spills(*job), jobs) if text]
+    print(f"{len(specializations.found)} specializations, {len(jobs)} binaries")
+    assert not spilling, "\n".join(spilling)
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: csrc/*.cu is not compiled")
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))
+def test_cuda_sources_compile_and_do_not_spill(source: str, architecture: str, tmp_path) -> None:
+    command = [NVCC, "-c", ROOT / "csrc" / source, "-o", tmp_path / "object.o", "-std=c++17", "-O3",
+               f"-arch={architecture}", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+               "-Xptxas", "-v", "-Werror", "all-warnings"]  # fmt: skip
+    for include in torch.utils.cpp_extension.include_paths():
+        command += ["-isystem", include]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores", run.stderr)
+    assert spills, run.stderr
+    assert all(spill == ("0", "0") for spill in spills), run.stderr

@@ -1,0 +1,169 @@
+"""What only a GPU can show: every op on cuda against its reference in float64 on the same device.
+
+``pytest -m gpu``; without a CUDA GPU everything here skips and says so.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast import token_logprobs
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NO CUDA GPU: the kernels are not run on one here"
+    ),
+]
+
+
+def on_cuda(sample: Sample, dtype: torch.dtype) -> dict:
+    arguments = {}
+    for name, x in sample.arguments.items():
+        if isinstance(x, Tensor):
+            x = x.cuda()
+            x = x.to(dtype) if x.is_floating_point() else x
+        arguments[name] = x.detach().requires_grad_() if name in sample.grads else x
+    return arguments
+
+
+def flat(result) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for part in result for x in flat(part)]
+
+
+def results(function, arguments: dict, grads: tuple[str, ...]) -> list[Tensor]:
+    """Outputs, then gradients of a fixed weighting of them."""
+    outputs = flat(function(**arguments))
+    scored = [x for x in outputs if x.requires_grad]
+    weights = [torch.cos(torch.arange(x.numel(), device=x.device).to(x.dtype)).view(x.shape)
+               for x in scored]  # fmt: skip
+    inputs = [arguments[name] for name in grads]
+    found = torch.autograd.grad(scored, inputs, weights, allow_unused=True) if scored else []
+    return [x.detach() for x in outputs] + [x for x in found if x is not None]
+
+
+def close(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+    eps = {torch.float32: 2e-5, torch.float64: 1e-9}.get(dtype, 2e-2)
+    scale = y.nan_to_num(0, 0, 0).abs().max().item() if y.numel() else 0.0
+    scale = max(scale, 1.0) if y.dim() == 0 else scale  # a mean may cancel to anything
+    torch.testing.assert_close(
+        x.double(), y, rtol=eps, atol=max(eps * scale, 1e-30), equal_nan=True
+    )
+
+
+def compare(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    arguments = on_cuda(sample, dtype)
+    wide = {
+        name: x.detach().double().requires_grad_(x.requires_grad)
+        if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in arguments.items()
+    }  # fmt: skip
+    exact = results(op.reference, wide, sample.grads)
+    for x, y in zip(results(op.function, arguments, sample.grads), exact, strict=True):
+        close(x, y, dtype)
+
+
+def sample_cases(dtypes: tuple[torch.dtype, ...], names: list[str]) -> list:
+    return [
+        pytest.param(op, sample, dtype, id=f"{op.name}-{sample.name}-{str(dtype)[6:]}")
+        for op in map(OPS.get, names)
+        for sample in op.samples(torch.Generator().manual_seed(0))
+        for dtype in dtypes
+    ]
+
+
+@pytest.mark.parametrize(
+    "op, sample, dtype", sample_cases((torch.float32, torch.float64), list(OPS))
+)
+def test_samples(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    compare(op, sample, dtype)
+
+
+@pytest.mark.parametrize(
+    "op, sample, dtype",
+    sample_cases((torch.bfloat16, torch.float16), ["token_logprobs", "linear_token_logprobs"]),
+)
+def test_16_bit_logits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    compare(op, sample, dtype)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bench_shapes(name: str) -> None:
+    op = OPS[name]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    compare(op, op.workload(op.shapes[0], generator, "cuda", torch.float32), torch.float32)
+
+
+def test_every_kernel_is_triton_on_cuda() -> None:
+    for kernel in KERNELS.values():
+        expected = "engine" if kernel.triton is None else "Triton"
+        assert kernel.implementation("cuda") == expected, kernel.name
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if not name.startswith("linear_")])
+def test_capture_in_a_cuda_graph(name: str) -> None:
+    """Also shows that nothing waits for the device: that would end the capture."""
+    op = OPS[name]
+    shape = {letter: {"B": 8, "T": 300, "N": 9, "V": 5003}[letter] for letter in op.shapes[0]}
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = op.workload(shape, generator, "cuda", torch.float32)
+    arguments = on_cuda(sample, torch.float32)
+    expected = results(op.function, arguments, sample.grads)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        results(op.function, arguments, sample.grads)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(op.function, arguments, sample.grads)
+    for x in captured:
+        x.fill_(torch.nan)
+    graph.replay()
+    for x, y in zip(captured, expected, strict=True):
+        assert torch.equal(x, y)  # no atomics: the same bits every time
+
+
+@pytest.mark.parametrize("steps", [1, 37, 128, 1000, 1024, 5000, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("skip", [True, False])
+def test_gae_cuda(steps: int, dtype: torch.dtype, skip: bool) -> None:
+    if not hasattr(torch.ops.rlhf_fast, "gae_cuda"):
+        pytest.skip("the extension was built without CUDA: gae_cuda is not run")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    draw = torch.randn(2, 67, steps, generator=generator, device="cuda", dtype=dtype)
+    mask = torch.rand(67, steps, generator=generator, device="cuda") < 0.5
+    dones = torch.rand(67, steps, generator=generator, device="cuda") < 0.01
+    bootstrap = torch.randn(67, generator=generator, device="cuda", dtype=dtype)
+    for m, d, b in ((mask, dones, bootstrap), (mask, None, None), (None, None, None)):
+        arguments = (draw[0], draw[1], m, d, b, 0.99, 0.97, skip)
+        exact = KERNELS["gae"].fallback(*(
+            x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+        ))  # fmt: skip
+        for run in (torch.ops.rlhf_fast.gae_cuda, torch.ops.rlhf_fast.gae):
+            for x, y in zip(run(*arguments), exact, strict=True):
+                close(x, y, dtype)
+
+
+def test_more_than_2_to_31_logits() -> None:
+    rows, vocab = 15_000, 151_936  # 4.2 GiB in bfloat16; the gradient overwrites it
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    logits = torch.empty(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    logits.normal_(generator=generator)
+    labels = torch.randint(vocab, (rows,), device="cuda", generator=generator)
+    checked = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1])
+    small = logits[checked].double().requires_grad_()
+    logits.requires_grad_()
+    logp = token_logprobs(logits, labels, inplace_backward=True)
+    exact = OPS["token_logprobs"].reference(small, labels[checked])
+    close(logp[checked].detach(), exact.detach(), torch.float32)
+    logp.sum().backward()
+    exact.sum().backward()
+    close(logits.detach()[checked], small.grad, torch.bfloat16)

@@ -1,0 +1,237 @@
+"""Every Triton launcher, run by Triton's interpreter on CPU tensors, against float64.
+
+The interpreter has to be on before triton is imported, and other test files compile kernels for
+real; so tests/test_triton.py runs this file in a process of its own. By hand:
+``TRITON_INTERPRET=1 pytest tests/triton_interpreter.py``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+triton = pytest.importorskip("triton", reason="no triton on this machine: kernels not tested")
+tl = pytest.importorskip("triton.language")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's 0/0 under a mask
+
+
+def copied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x with its strides, in storage of its own."""
+    if dtype is None or not x.is_floating_point():
+        dtype = x.dtype
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(dtype, copy=True)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def replay(run, args: tuple, written: list[int], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """All outputs of run(*args) on copies; a written argument that is no input starts as NaN."""
+    copies = [copied(x, dtype) if isinstance(x, Tensor) else x for x in args]
+    for i in written:
+        twin = next(
+            (j for j, x in enumerate(args[:i])
+             if isinstance(x, Tensor) and x.numel() and x.data_ptr() == args[i].data_ptr()), None,
+        )  # fmt: skip
+        copies[i] = copies[i].fill_(torch.nan) if twin is None else copies[twin]
+    result = run(*copies)
+    outputs = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    return outputs + [copies[i] for i in written]
+
+
+class EveryKernelCall(TorchDispatchMode):
+    """Holds each kernel's launcher against its fallback, on the arguments the ops really pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "rlhf_fast":
+            return func(*args, **(kwargs or {}))
+        kernel = KERNELS[func._schema.name.split("::")[1]]
+        if kernel.triton is not None:
+            self.check(kernel, func, args)
+        with self:  # an engine's own kernel calls are looked at too
+            return kernel.fallback(*args)
+
+    def check(self, kernel, func, args) -> None:
+        written = [
+            i
+            for i, x in enumerate(func._schema.arguments)
+            if x.alias_info and x.alias_info.is_write
+        ]
+        result = replay(kernel.launcher, args, written)
+        exact = replay(kernel.fallback, args, written, torch.float64)
+        eager = replay(kernel.fallback, args, written)
+        assert len(result) == len(exact)
+        for i, (x, y, z) in enumerate(zip(result, exact, eager, strict=True)):
+            what = f"{kernel.name}, output {i}"
+            assert x.dtype == z.dtype and x.shape == z.shape, what
+            x, y, z = x.double(), y.double(), z.double()
+            if kernel.name == "token_logprobs" and i == 2:  # the norm of an ignored row is not used
+                x, y, z = (t[:, args[1] != -100] for t in (x, y, z))
+            assert torch.equal(x.isnan(), y.isnan()), f"{what}: NaN in the wrong places"
+            allowed = tolerance(y, z, result[i].dtype)
+            finite = y.isfinite()
+            assert torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()), what
+            x, y, allowed = x[finite], y[finite], allowed[finite]
+            worst = ((x - y).abs() / allowed).max() if x.numel() else 0.0
+            assert worst <= 1, f"{what}: {worst:.3g} times the allowed error"
+        self.checked.add(kernel.name)
+
+
+def tolerance(exact: Tensor, eager: Tensor, dtype: torch.dtype) -> Tensor:
+    """A few roundings of each value, or twice the error of eager PyTorch in the same dtype."""
+    if not exact.numel():
+        return exact
+    eps = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps  # the oracle rounds too
+    largest = exact.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    worst = (eager - exact).nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return 4 * eps * exact.abs() + 2 * eps * largest + 2 * worst + 1e-300
+
+
+def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
+    arguments = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in sample.arguments.items()
+    }
+    for name in sample.grads:
+        arguments[name] = arguments[name].detach().clone(memory_format=torch.preserve_format)
+        arguments[name].requires_grad_()
+    with EveryKernelCall() as mode:
+        result = op.function(**{k: x for k, x in arguments.items()})
+        if sample.grads:
+            outputs = result if isinstance(result, tuple) else (result,)
+            outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+            generator = torch.Generator().manual_seed(1)
+            weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+            torch.autograd.backward(outputs, weights)
+    assert mode.checked or not any(k.triton for k in op.kernels), "no kernel was called"
+
+
+def cases(dtypes: tuple[torch.dtype, ...], ops: list[str]) -> list:
+    return [
+        pytest.param(name, i, dtype, id=f"{name}-{sample.name}-{str(dtype).removeprefix('torch.')}")
+        for name in ops
+        for i, sample in enumerate(OPS[name].samples(torch.Generator().manual_seed(0)))
+        for dtype in dtypes
+    ]
+
+
+def nth_sample(name: str, i: int) -> Sample:
+    return list(OPS[name].samples(torch.Generator().manual_seed(0)))[i]
+
+
+ENGINES = [name for name in OPS if name.startswith("linear_")]  # loops over the other ops' kernels
+SAMPLES = cases((torch.float32,), ENGINES) + cases(
+    (torch.float32, torch.float64), [name for name in OPS if name not in ENGINES]
+)
+
+
+@pytest.mark.parametrize("name, i, dtype", SAMPLES)
+def test_samples(name: str, i: int, dtype: torch.dtype) -> None:
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
+@pytest.mark.parametrize(
+    "name, i, dtype",
+    cases((torch.bfloat16, torch.float16), ["token_logprobs"]),
+)
+def test_16_bit_logits(name: str, i: int, dtype: torch.dtype) -> None:
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
+LONG = ({"B": 2, "T": 2100}, {"B": 260, "T": 2}, {"B": 2500}, {"N": 2, "V": 20001, "H": 8})
+
+
+FITTING = [
+    pytest.param(name, shape, id=f"{name}-{shape}")
+    for name, op in OPS.items()
+    for shape in LONG
+    if set(op.shapes[0]) <= set(shape) and ("T" in op.shapes[0]) == ("T" in shape)
+]
+
+
+@pytest.mark.parametrize("name, shape", FITTING)
+def test_more_than_one_block(name: str, shape: dict[str, int]) -> None:
+    op = OPS[name]
+    dtypes = (torch.float32, torch.bfloat16) if "V" in shape else (torch.float32,)
+    for dtype in dtypes:
+        run(op.workload(shape, torch.Generator().manual_seed(0), "cpu", dtype), op, dtype)
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_gae_carries_across_blocks(holes: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(1, 2100, generator=generator) < 0.5
+    mask[0, 500:1800] = False  # a hole longer than a block
+    draw = torch.randn(2, 1, 2100, generator=generator)
+    arguments = {
+        "rewards": draw[0], "values": draw[1], "mask": mask, "gamma": 0.99, "holes": holes,
+        "dones": torch.rand(1, 2100, generator=generator) < 0.003, "bootstrap": torch.ones(1),
+    }  # fmt: skip
+    run(Sample("", arguments), OPS["gae"], torch.float32)
+
+
+def test_rows_more_than_2_to_31_elements_apart() -> None:
+    """The last of three rows starts at element 2^31; only the touched pages are ever real."""
+    vocab, apart = 7, 2**30
+    storage = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
+    logits = storage.as_strided((1, 3, vocab), (3 * apart, apart, 1))
+    logits.copy_(torch.randn(1, 3, vocab, generator=torch.Generator().manual_seed(0)))
+    labels = torch.tensor([[1, 6, 3]])
+    forward, backward = KERNELS["token_logprobs"], KERNELS["token_logprobs_backward"]
+    result = forward.launcher(logits, labels, 1.0, None, None, True, False)
+    expected = forward.fallback(logits.float().clone(), labels, 1.0, None, None, True, False)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    ones, small = torch.ones(1, 3), torch.empty(1, 3, vocab)
+    arguments = (labels, result[2], result[1], 1.0, None, None)
+    backward.fallback(ones, ones, logits.float().clone(), *arguments, small)
+    backward.launcher(ones, ones, logits, *arguments, logits)
+    torch.testing.assert_close(logits.float(), small, rtol=1e-2, atol=1e-3)
+
+
+def test_an_unknown_label_gives_nan_and_reads_nothing() -> None:
+    logits, labels = torch.zeros(1, 3, 5), torch.tensor([[5, -7, 4]])
+    launcher = KERNELS["token_logprobs"].launcher
+    logp, _, _ = launcher(logits, labels, 1.0, None, None, False, False)
+    assert logp.isnan().tolist() == [[True, True, False]]
+
+
+@triton.jit
+def apply(x, out, FUNCTION: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, FUNCTION(tl.load(x + i)))
+
+
+@pytest.mark.parametrize("name", ["exp", "expm1", "expm1_minus_x", "log1p", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponentials_keep_their_digits(name: str, dtype: torch.dtype) -> None:
+    from rlhf_fast.kernels import exponentials
+
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** torch.empty(4096, dtype=torch.float64).uniform_(-6, 1.3, generator=generator)
+    x = (size * torch.randn(4096, generator=generator).sign()).clamp(max=20)
+    if name == "log1p":
+        x = x.abs().clamp(max=1)
+    if name == "expm1_minus_x" and dtype == torch.float64:
+        x = x[x.abs() > 0.1].repeat(2)[:1024]  # nearer to 0 the oracle below has no digits left
+    x = x.to(dtype)
+    out = torch.empty_like(x)
+    apply[(1,)](x, out, FUNCTION=getattr(exponentials, name), N=x.numel())
+    exact = {
+        "exp": torch.exp, "expm1": torch.expm1, "log1p": torch.log1p, "tanh": torch.tanh,
+        "expm1_minus_x": lambda y: torch.where(
+            y.abs() < 1e-3, y * y / 2 * (1 + y / 3 * (1 + y / 4)), torch.expm1(y) - y
+        ),
+    }[name](x.double())  # fmt: skip
+    error = ((out.double() - exact) / exact).abs().max()
+    assert error < (4e-7 if dtype == torch.float32 else 1e-13), float(error)
