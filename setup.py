@@ -48,6 +48,7 @@ def extension():
     return kind(
         "rlhf_fast._C",
         sources,
+        depends=[str(p.relative_to(root)) for p in root.glob("csrc/*.*h")],
         include_dirs=[pybind11.get_include()],
         define_macros=macros,
         extra_compile_args={"cxx": CPP_FLAGS, "nvcc": CUDA_FLAGS},

@@ -16,14 +16,9 @@ from .version import __version__
 PACKAGES = ("torch", "triton", "transformers", "datasets", "numpy", "flash-attn")
 
 
-def devices() -> list[str]:
-    """The device types this machine can use; the CPU is always one of them."""
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        found.append("cuda")
-    if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found.append("xpu")
-    return found
+def devices() -> dict[str, bool]:
+    """Device type -> whether this machine has one."""
+    return {"cpu": True, "cuda": torch.cuda.is_available(), "xpu": torch.xpu.is_available()}
 
 
 def facts() -> dict[str, str]:
@@ -81,13 +76,13 @@ def main(*argv: str) -> None:
         grid.add_row(f"[bold]{name}[/]", value)
     console.print(grid)
 
-    here = devices()
-    table = Table("op", "what it does", *here)
-    by_device = [implementations(device) for device in here]
-    for name, op in registry.OPS.items():
-        table.add_row(name, op.summary.rstrip("."), *(ops[name] for ops in by_device))
+    columns = [name if here else f"{name} (none here)" for name, here in devices().items()]
+    table = Table("op", *columns)
+    by_device = [implementations(device) for device in devices()]
+    for name in registry.OPS:
+        table.add_row(name, *(ops[name] for ops in by_device))
     console.print(table)
-    console.print("engine: a loop over matrix products and the row kernels of token_logprobs")
+    console.print("engine: a loop over matrix products and the kernels of the other ops")
 
 
 if __name__ == "__main__":

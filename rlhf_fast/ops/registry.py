@@ -13,6 +13,7 @@ An op has two faces:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ import torch
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 extension_error = "not built"
 try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
     from rlhf_fast import _C as extension
@@ -117,7 +119,7 @@ def define_kernel(
     kernel = Kernel(name, schema, fallback, triton)
     LIBRARY.define(schema)
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
-    if triton is not None:
+    if triton is not None and HAS_TRITON:
         LIBRARY.impl(name, _on_first_call(kernel), "CUDA")
         LIBRARY.impl(name, _on_first_call(kernel), "XPU")
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
