@@ -12,10 +12,10 @@ from .ops.policy_loss import policy_loss
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import value_loss
-
 from .version import __version__
 
 __all__ = [
+    "__version__",
     "chunk_budget",
     "debug",
     "gae",

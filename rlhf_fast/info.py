@@ -37,7 +37,9 @@ def facts() -> dict[str, str]:
         ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     )
     if registry.extension is None:
-        rows["C++ extension"] = f"{registry.extension_error}; every op runs in plain PyTorch on the CPU"
+        rows["C++ extension"] = (
+            f"{registry.extension_error}; every op runs in plain PyTorch on the CPU"
+        )
     else:
         rows["C++ extension"] = "built"
         build = registry.extension.build_info()

@@ -144,9 +144,19 @@ def test_16_bit_weight_gradients_accumulate_in_float32() -> None:
     assert many <= 1.5 * one
 
 
-def test_budget_sets_the_rows() -> None:
-    assert linear.chunk_rows(49152, 4) == 512
+@pytest.mark.parametrize("total", [1, 5, 16, 17, 384, 385, 512, 4096, 5000])
+def test_chunks_are_of_like_size_and_within_the_budget(total: int) -> None:
+    rows = linear.chunk_rows(total, 49152, 4, "cpu")
+    chunks = -(-total // rows)
+    assert rows <= linear.CPU_ROWS and chunks == -(-total // linear.CPU_ROWS)
+    assert rows * chunks - total < 16 * chunks
     with rf.chunk_budget(2**20):
-        assert linear.chunk_rows(49152, 4) == 5
-        assert linear.chunk_rows(1000, 4) == 256
-    assert linear.chunk_rows(10**12, 4) == 1
+        assert linear.chunk_rows(total, 49152, 4, "cpu") <= 5
+    gpu = linear.chunk_rows(total, 131072, 4, "cuda")
+    assert gpu * 131072 * 4 <= linear.GPU_BYTES
+
+
+def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:
+    with rf.chunk_budget(10):
+        assert linear.chunk_rows(3, 10**9, 4, "cuda") == 1
+    assert linear.chunk_rows(0, 1000, 4, "cpu") == 0

@@ -1,6 +1,6 @@
 """The ops, one file each. Importing a file registers its ops; the order here is the table's."""
 
-from . import (  # noqa: I001
+from . import (  # noqa: F401, I001
     token_logprobs,
     linear_token_logprobs,
     linear_policy_loss,

@@ -42,9 +42,7 @@ def tensor(name: str, x: object) -> None:
 def floating(name: str, x: object) -> None:
     tensor(name, x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64, got {describe(x)}"
-        )
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(x)}")
 
 
 def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

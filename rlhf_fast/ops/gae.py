@@ -151,7 +151,10 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         x["rewards"][~x["mask"]] = torch.nan
         x["values"][~x["mask"]] = torch.inf
         yield Sample(f"{holes}, garbage in holes", {**x, "holes": holes})
-        everything = {"dones": bits(19, 70, p=0.1), "bootstrap": torch.randn(19, generator=generator)}
+        everything = {
+            "dones": bits(19, 70, p=0.1),
+            "bootstrap": torch.randn(19, generator=generator),
+        }
         yield Sample(f"{holes}, dones, bootstrap", {**x, **everything, "holes": holes})
     yield Sample("all masked", {**draw(4, 8), "mask": bits(4, 8, p=0.0)})
     yield Sample("lam 0", {**draw(4, 8), "lam": 0.0, "gamma": 0.5})

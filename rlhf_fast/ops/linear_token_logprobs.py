@@ -207,7 +207,9 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         labels = torch.randint(v, (n,), generator=generator)
         labels[1::3] = check.IGNORE_INDEX
         grads = ("hidden", "weight", "bias") if "bias" in options else ("hidden", "weight")
-        return Sample(name, {"hidden": hidden, "weight": weight, "labels": labels, **options}, grads)
+        return Sample(
+            name, {"hidden": hidden, "weight": weight, "labels": labels, **options}, grads
+        )
 
     yield sample("plain", 19, 8, 131)
     yield sample("one row", 1, 8, 17, entropy=True)

@@ -15,9 +15,7 @@ from .registry import Op, Sample, define_kernel, register
 EPSILON = 1e-8
 
 
-def masked_mean(
-    values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None
-) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mean of the counting values; 0 where none counts.
 
     Args:
@@ -173,9 +171,7 @@ def whiten_samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"{name}, mean kept", {**arguments, "shift_mean": False})
 
 
-def _workload(
-    shape: dict[str, int], generator: torch.Generator, device: str
-) -> dict[str, Tensor]:
+def _workload(shape: dict[str, int], generator: torch.Generator, device: str) -> dict[str, Tensor]:
     size = (shape["B"], shape["T"])
     return {
         "values": torch.randn(size, generator=generator, device=device),

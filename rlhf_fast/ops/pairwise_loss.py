@@ -112,7 +112,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
 
     both = ("chosen", "rejected")
     yield Sample("plain", draw(37), both)
-    yield Sample("margin, centring", draw(21, margin=torch.rand(21, generator=generator), center_coef=0.01), both)
+    yield Sample(
+        "margin, centring",
+        draw(21, margin=torch.rand(21, generator=generator), center_coef=0.01),
+        both,
+    )
     yield Sample("far apart", draw(16, scale=200.0), both)
     yield Sample("tie", {"chosen": torch.zeros(3), "rejected": torch.zeros(3)}, both)
     yield Sample("one pair", draw(1), both)

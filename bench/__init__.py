@@ -1,0 +1,1 @@
+"""The bench: every op of the registry beside its peers. Start at run.py."""

@@ -1,0 +1,349 @@
+"""The policy with its value head, the frozen reference, and the reward model.
+
+All are models of transformers. Dropout is off in every one of them: log-probs of the same tokens
+under the same weights must be the same number.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rlhf_fast.config import InputError
+from rlhf_fast.data import pad
+
+transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass
+class Policy:
+    """A causal LM that is trained, the value head on it, and the frozen reference beside it.
+
+    `body` maps tokens to final hidden states. When only the top layers train it is just those
+    layers, on hidden states of the trunk below (`trunk_layers` > 0): the trunk is the same for
+    policy, value head and reference, so a rollout computes it once, for every epoch and all three.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    body: nn.Module
+    value_head: nn.Linear
+    reference_body: nn.Module
+    reference_head: nn.Module
+    trunk_layers: int
+    stop_ids: list[int]
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_output_embeddings()
+
+    def trained(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: every parameter that learns."""
+        named = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
+        return named | {f"value_head.{k}": p for k, p in self.value_head.named_parameters()}
+
+
+def load_policy(name: str, *, trainable_layers: int | None, device: torch.device) -> Policy:
+    tokenizer = load_tokenizer(name, field="model")
+    model = load_causal_lm(name, device)
+    check_vocabulary(tokenizer, model, field="model", name=name)
+    base = model.base_model
+
+    if trainable_layers is None:
+        body, trunk_layers = base, 0
+        reference = copy.deepcopy(model).requires_grad_(False)
+        reference_body, reference_head = reference.base_model, reference.get_output_embeddings()
+    else:
+        body = top_slice(base, trainable_layers, name)
+        trunk_layers = len(base.layers) - trainable_layers
+        model.requires_grad_(False)
+        body.layers.requires_grad_(True)
+        body.norm.requires_grad_(True)
+        reference_body, reference_head = frozen_copy(body), model.get_output_embeddings()
+
+    # Zero at first: no value, hence no advantage, is invented before something is learnt.
+    value_head = nn.Linear(model.get_output_embeddings().in_features, 1, device=device)
+    nn.init.zeros_(value_head.weight)
+    nn.init.zeros_(value_head.bias)
+
+    policy = Policy(
+        model,
+        tokenizer,
+        body,
+        value_head,
+        reference_body,
+        reference_head,
+        trunk_layers,
+        stop_tokens(model, tokenizer),
+    )
+    check_architecture(policy, name)
+    return policy
+
+
+def load_causal_lm(name: str, device: torch.device) -> PreTrainedModel:
+    model = load_model(AutoModelForCausalLM, name, field="model", device=device)
+    if not isinstance(model.get_output_embeddings(), nn.Linear):
+        raise InputError(f"model={name} has no linear output head")
+    return model
+
+
+def top_slice(base: PreTrainedModel, layers: int, name: str) -> nn.Module:
+    """The same model with only its top layers: shares every weight, takes `inputs_embeds`."""
+    found = getattr(base, "layers", None)
+    if not isinstance(found, nn.ModuleList) or not hasattr(base, "norm"):
+        raise InputError(
+            f"trainable_layers={layers}: model={name} ({type(base).__name__}) is not built as "
+            "layers and a final norm; leave trainable_layers unset to train the whole model"
+        )
+    if layers > len(found):
+        raise InputError(f"trainable_layers={layers}: model={name} has {len(found)} layers")
+    top = shallow_copy(base)
+    top.layers = found[len(found) - layers :]
+    top.config = copy.deepcopy(base.config)
+    top.config.num_hidden_layers = layers
+    if getattr(top.config, "layer_types", None):
+        top.config.layer_types = base.config.layer_types[-layers:]
+    return top
+
+
+def frozen_copy(top: nn.Module) -> nn.Module:
+    """The reference's own copy of what trains; the rest stays shared."""
+    reference = shallow_copy(top)
+    reference.layers = copy.deepcopy(top.layers).requires_grad_(False)
+    reference.norm = copy.deepcopy(top.norm).requires_grad_(False)
+    return reference
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    new = copy.copy(module)
+    new._modules = dict(module._modules)  # copy.copy shares this dict: replacing a child would too
+    return new
+
+
+@contextmanager
+def trunk_recorder(model: PreTrainedModel, trunk_layers: int) -> Iterator[list[Tensor]]:
+    """Collects what enters the lowest trained layer, one [B, tokens, H] for every forward pass."""
+    recorded: list[Tensor] = []
+    if not trunk_layers:
+        yield recorded
+        return
+    layer = model.base_model.layers[trunk_layers]
+    handle = layer.register_forward_pre_hook(lambda _, inputs: recorded.append(inputs[0]))
+    try:
+        yield recorded
+    finally:
+        handle.remove()
+
+
+def softcap(model: PreTrainedModel) -> float | None:
+    """Gemma 2 and its kind bend their logits: cap·tanh(logits/cap)."""
+    return getattr(model.config, "final_logit_softcapping", None)
+
+
+@torch.no_grad()
+def check_architecture(policy: Policy, name: str) -> None:
+    """Layers cut off and a head applied by hand must give the model's own logits.
+
+    They do not where a model scales its embeddings or logits; better to know now than to train
+    on log-probs of another distribution.
+    """
+    device = policy.model.device
+    ids = torch.arange(8, device=device)[None] % policy.model.config.get_text_config().vocab_size
+    with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
+        expected = policy.model(ids, use_cache=False).logits
+    given = {"inputs_embeds": recorded[0]} if policy.trunk_layers else {"input_ids": ids}
+    logits = policy.head(policy.body(**given, use_cache=False).last_hidden_state)
+    if (cap := softcap(policy.model)) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"model={name} ({type(policy.model).__name__}) computes its logits in a way that "
+            "is not supported" + (" with trainable_layers" if policy.trunk_layers else "")
+        )
+
+
+# ------------------------------------------------------------------------------- reward model
+
+
+def new_reward_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    trainable_layers: int | None,
+    seed: int,
+    device: torch.device,
+) -> PreTrainedModel:
+    """A language model with a Linear(H, 1) on its last token; the head's std is 1/√(H+1)."""
+    torch.manual_seed(seed)  # the head below is the only thing drawn
+    model = load_model(
+        AutoModelForSequenceClassification, name, field="model", device=device, num_labels=1
+    )
+    check_vocabulary(tokenizer, model, field="model", name=name)
+    if not hasattr(model, "score"):
+        raise InputError(
+            f"model={name} ({type(model).__name__}) is not a decoder: its score is not a Linear "
+            "on the last token"
+        )
+    nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if trainable_layers is not None:
+        top = top_slice(model.base_model, trainable_layers, name)
+        model.requires_grad_(False)
+        for part in (top.layers, top.norm, model.score):
+            part.requires_grad_(True)
+    return model
+
+
+def load_reward_model(
+    name: str, *, field: str, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    tokenizer = load_tokenizer(name, field=field)
+    model = load_model(AutoModelForSequenceClassification, name, field=field, device=device)
+    check_vocabulary(tokenizer, model, field=field, name=name)
+    if model.config.num_labels != 1:
+        raise InputError(f"{field}={name} gives {model.config.num_labels} scores, expected one")
+    return model.requires_grad_(False), tokenizer
+
+
+def score_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """Raw score [B] of ids [B, T], mask [B, T]: the head on the last real token's hidden state.
+
+    The position comes from the mask: a model that looks for its pad id instead takes the wrong
+    token when a text ends in it.
+    """
+    if not hasattr(model, "score"):  # encoders have a head of their own on their first token
+        return model(ids, attention_mask=mask.long()).logits.squeeze(-1).float()
+    hidden = model.base_model(
+        ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
+    ).last_hidden_state
+    last = mask.size(1) - 1 - mask.flip(1).long().argmax(1)
+    return model.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+
+
+@torch.no_grad()
+def score_texts(model: PreTrainedModel, rows: list[list[int]], *, batch_size: int = 64) -> Tensor:
+    """Normalised scores [N] of token rows: by the mean and std that training stored."""
+    mean = getattr(model.config, "score_mean", 0.0)
+    std = getattr(model.config, "score_std", 1.0)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # like lengths: little padding
+    scores = torch.empty(len(rows))
+    for at in range(0, len(order), batch_size):
+        chunk = order[at : at + batch_size]
+        ids, mask = pad([rows[i] for i in chunk], side="right")
+        ids, mask = ids.to(model.device), mask.to(model.device)
+        scores[chunk] = score_tokens(model, ids, mask).cpu()
+    return (scores - mean) / std
+
+
+# ------------------------------------------------------------------------------------ shared
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position of each token among the real ones [B, T]; padding counts as position 0."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def load_model(auto: type, name: str, *, field: str, device: torch.device, **kwargs):
+    source = resolve(name, field)
+    if Path(source).is_dir() and not Path(source, "config.json").exists():
+        raise InputError(f"{field}={name} is not a model folder: it has no config.json")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of missing weights: we judge it below
+    try:
+        model, info = auto.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **kwargs
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{field}={name} cannot be loaded as a model: {reason}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    making_a_head = "num_labels" in kwargs  # only then may the head be missing
+    if info["missing_keys"] and not making_a_head:
+        raise InputError(
+            f"{field}={name} lacks the weights {sorted(info['missing_keys'])[:3]}: it is not a "
+            + (
+                "reward model (train one with `rlhf-fast reward`)"
+                if field != "model"
+                else "complete language model"
+            )
+        )
+    return model.eval().to(device)  # eval: dropout off; gradients flow all the same
+
+
+def load_tokenizer(name: str, *, field: str) -> PreTrainedTokenizerBase:
+    source = resolve(name, field)
+    if Path(source).is_dir() and not any(Path(source, f).exists() for f in TOKENIZER_FILES):
+        raise InputError(f"{field}={name} has no tokenizer: save one there with save_pretrained")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{field}={name} has no tokenizer that can be read: {reason}") from error
+    choose_pad(tokenizer)
+    return tokenizer
+
+
+def resolve(name: str, field: str) -> str:
+    """A folder's path, or a hub name. A path that is no folder would be looked up on the hub and
+    refused with a puzzling message."""
+    folder = Path(name).expanduser()
+    if not folder.exists() and (name.startswith(("/", "./", "../", "~")) or name.count("/") > 1):
+        raise InputError(f"{field}={name}: there is no such folder")
+    return str(folder)
+
+
+def choose_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A pad that is not the eos where the tokenizer has one: saved models find their last token
+    by it. Nothing here depends on it (see data.pad), so without one the eos stays."""
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return
+    used = {tokenizer.eos_token, tokenizer.bos_token}
+    spare = [token for token in tokenizer.all_special_tokens if token not in used]
+    tokenizer.pad_token = spare[0] if spare else tokenizer.eos_token
+
+
+def check_vocabulary(tokenizer, model: PreTrainedModel, *, field: str, name: str) -> None:
+    """The tokenizer may know fewer tokens than the model (padded embeddings), never more."""
+    largest = max(tokenizer.get_vocab().values())
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise InputError(
+            f"{field}={name}: its tokenizer has another vocabulary than the model (token ids up "
+            f"to {largest}, {rows} embeddings)"
+        )
+
+
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the generation config may name several."""
+    named = model.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device={name} cannot be used: {reason}") from None
+    return device

@@ -1,0 +1,160 @@
+"""Train a reward model from preference pairs: one loop, read from top to bottom.
+
+    loss = −log σ(score(chosen) − score(rejected) − margin)
+
+ln 2 = 0.693 is a coin's loss. Scores are defined only up to a shift and (against a given margin of
+victory) a scale, so after training they are normalised to mean 0 and standard deviation 1 on the
+held-out texts; both numbers go into the saved model's config, as score_mean and score_std.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+
+import torch
+
+from rlhf_fast import pairwise_loss
+from rlhf_fast.config import InputError, RewardConfig
+from rlhf_fast.data import Pair, batch_indices, load_rows, pad, preference_pairs
+from rlhf_fast.models import (
+    load_tokenizer,
+    new_reward_model,
+    pick_device,
+    score_texts,
+    score_tokens,
+)
+from rlhf_fast.report import console, progress_bar
+from rlhf_fast.run import Run
+
+WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
+
+
+def train(config: RewardConfig) -> dict:
+    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
+    run = Run(config)
+    if run.summary is not None:
+        console.print(f"{run.folder} is finished already: {run.summary}")
+        return run.summary
+
+    began = time.perf_counter()
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.model, field="model")
+    pairs, held_out = load_pairs(config, tokenizer)
+    model = new_reward_model(
+        config.model,
+        tokenizer,
+        trainable_layers=config.trainable_layers,
+        seed=config.seed,
+        device=device,
+    )
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0
+    )
+    lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    steps = max(1, config.epochs * len(pairs) // config.batch_size)
+    micro = config.micro_batch_size or config.batch_size
+    run.begin()
+    first = run.restore(weights, optimizer)
+    console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+
+    with progress_bar("reward model", steps, first) as bar:
+        for step in range(first, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * (1 - step / steps)
+            rows = similar_lengths(lengths, config.batch_size, step, config.seed)
+            batch = [pairs[i] for i in rows]
+
+            loss, correct = 0.0, 0
+            for at in range(0, len(batch), micro):
+                part = batch[at : at + micro]
+                texts = [pair.chosen for pair in part] + [pair.rejected for pair in part]
+                ids, mask = pad(texts, side="right")
+                scores = score_tokens(model, ids.to(device), mask.to(device))
+                chosen, rejected = scores.chunk(2)
+                margin = torch.tensor([pair.margin for pair in part], device=device)
+                part_loss, _ = pairwise_loss(
+                    chosen, rejected, margin, center_coef=config.center_coef
+                )
+                part_loss = part_loss * len(part) / len(batch)
+                part_loss.backward()
+                loss += part_loss.item()
+                correct += int((chosen > rejected).sum())
+
+            norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
+            finite = bool(torch.isfinite(norm))
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
+
+            accuracy = correct / len(batch)
+            run.log(
+                {
+                    "step": step + 1,
+                    "loss": loss,
+                    "accuracy": accuracy,
+                    "grad_norm": norm.item(),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "skipped_updates": int(not finite),
+                }
+            )
+            bar.show(f"loss {loss:.3f}  accuracy {accuracy:.2f}")
+            if (step + 1) % config.save_every == 0:
+                run.save_checkpoint(step + 1, weights, optimizer)
+
+    texts = [pair.chosen for pair in held_out] + [pair.rejected for pair in held_out]
+    scores = score_texts(model, texts)
+    if not torch.isfinite(scores).all() or scores.std() == 0:
+        raise InputError(
+            f"the reward model's scores are not finite or all the same after training: lower "
+            f"learning_rate={config.learning_rate}"
+        )
+    chosen, rejected = scores.chunk(2)
+    model.config.score_mean = scores.mean().item()
+    model.config.score_std = scores.std().item()
+    run.write(
+        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
+    )
+    summary = {
+        "accuracy": (chosen > rejected).float().mean().item(),
+        "loss": pairwise_loss(chosen, rejected)[0].item(),
+        "score_mean": model.config.score_mean,
+        "score_std": model.config.score_std,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    run.save("summary.json", summary)
+    console.print(
+        f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
+        f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
+    )
+    return summary
+
+
+def load_pairs(config: RewardConfig, tokenizer) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out)."""
+
+    def load(source: str, max_rows: int | None) -> list[Pair]:
+        rows = load_rows(source, split=config.split, max_rows=max_rows)
+        return preference_pairs(rows, tokenizer, source=source, max_tokens=config.max_tokens)
+
+    pairs = load(config.data, config.max_rows)
+    if config.eval_data is not None:
+        return pairs, load(config.eval_data, None)
+    held_out = config.eval_pairs or min(200, max(1, len(pairs) // 10))
+    if held_out >= len(pairs):
+        raise InputError(
+            f"data={config.data} has {len(pairs)} pairs: too few to hold out {held_out} of them"
+        )
+    random.Random(config.seed).shuffle(pairs)
+    return pairs[held_out:], pairs[:held_out]
+
+
+def similar_lengths(lengths: list[int], batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of the step-th batch, alike in length; a function of (seed, step) alone."""
+    window, slot = divmod(step, WINDOW)
+    rows = batch_indices(len(lengths), batch_size * WINDOW, window, seed)
+    rows.sort(key=lambda i: lengths[i])
+    slots = list(range(WINDOW))
+    random.Random(seed * 1_000_003 + window).shuffle(slots)
+    return rows[slots[slot] * batch_size :][:batch_size]

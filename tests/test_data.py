@@ -1,0 +1,173 @@
+import math
+
+import datasets
+import pytest
+
+from rlhf_fast.config import InputError
+from rlhf_fast.data import batch_indices, load_rows, pad, preference_pairs, prompts
+
+PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
+
+
+@pytest.fixture
+def pairs_of(tiny_tokenizer, write_jsonl):
+    def load(rows, max_tokens=64):
+        source = write_jsonl(rows)
+        return preference_pairs(
+            load_rows(source), tiny_tokenizer, source=source, max_tokens=max_tokens
+        )
+
+    return load
+
+
+@pytest.fixture
+def prompts_of(tiny_tokenizer, write_jsonl):
+    def load(rows, max_tokens=64):
+        source = write_jsonl(rows)
+        return prompts(load_rows(source), tiny_tokenizer, source=source, max_tokens=max_tokens)
+
+    return load
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder", "dict folder"])
+def test_sources(kind, tmp_path, write_jsonl):
+    made = datasets.Dataset.from_list(PAIRS)
+    path = tmp_path / f"d.{kind}"
+    if kind == "jsonl":
+        path = write_jsonl(PAIRS)
+    elif kind == "csv":
+        made.to_csv(path)
+    elif kind == "parquet":
+        made.to_parquet(path)
+    elif kind == "folder":
+        made.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": made, "other": made.select([0])}).save_to_disk(path)
+    assert load_rows(str(path)).to_list() == PAIRS
+    assert len(load_rows(str(path), max_rows=1)) == 1
+    if kind == "dict folder":
+        assert len(load_rows(str(path), split="other")) == 1
+        with pytest.raises(InputError, match="nosplit"):
+            load_rows(str(path), split="nosplit")
+
+
+def test_unreadable_sources(tmp_path, write_jsonl):
+    empty = write_jsonl([], "empty.jsonl")
+    with pytest.raises(InputError, match=r"empty\.jsonl is empty"):
+        load_rows(empty)
+    (tmp_path / "head.csv").write_text("chosen,rejected\n")
+    with pytest.raises(InputError, match=r"head\.csv.* has no rows"):
+        load_rows(str(tmp_path / "head.csv"))
+    with pytest.raises(InputError, match=r"no\.jsonl: there is no such file"):
+        load_rows(str(tmp_path / "no.jsonl"))
+    (tmp_path / "bad.jsonl").write_text('{"chosen": ')
+    with pytest.raises(InputError, match=r"bad\.jsonl .*cannot be read"):
+        load_rows(str(tmp_path / "bad.jsonl"))
+
+
+def test_pair_formats(pairs_of, tiny_tokenizer):
+    def text(ids):
+        return tiny_tokenizer.decode(ids)
+
+    (pair,) = pairs_of([{"prompt": "the film is ", "chosen": "good", "rejected": "bad"}])
+    assert (text(pair.chosen), text(pair.rejected)) == ("the film is good", "the film is bad")
+    assert pairs_of([{"chosen": "good", "rejected": "bad", "margin": 2}])[0].margin == 2.0
+
+    def message(role, content):
+        return {"role": role, "content": content}
+
+    (pair,) = pairs_of(
+        [
+            {
+                "prompt": [message("user", "the plot")],
+                "chosen": [message("assistant", "good")],
+                "rejected": [message("assistant", "bad")],
+            }
+        ]
+    )
+    assert text(pair.chosen) == "user the plot assistant good"
+    (pair,) = pairs_of(
+        [
+            {
+                "chosen": [message("user", "film"), message("assistant", "good")],
+                "rejected": [message("user", "film"), message("assistant", "bad")],
+            }
+        ]
+    )
+    assert text(pair.rejected) == "user film assistant bad"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"chosen": "good", "rejected": " "}, "row 2: rejected is empty"),
+        ({"chosen": "good", "rejected": None}, "row 2: rejected is None"),
+        ({"chosen": "good", "rejected": "bad", "margin": math.nan}, "row 2: margin is nan"),
+    ],
+)
+def test_bad_pair_is_named(pairs_of, bad, message):
+    with pytest.raises(InputError, match=message):
+        pairs_of([*PAIRS, bad])
+
+
+def test_pair_of_text_and_messages(pairs_of):
+    row = {"prompt": "film", "chosen": [{"role": "assistant", "content": "good"}]}
+    with pytest.raises(InputError, match="row 0: prompt and chosen must both be"):
+        pairs_of([row | {"rejected": row["chosen"]}])
+    broken = [{"role": "assistant", "text": "good"}]
+    with pytest.raises(InputError, match="row 0: chosen has a message without role and content"):
+        pairs_of([{"chosen": broken, "rejected": broken}])
+
+
+def test_missing_column_names_what_is_there(pairs_of, prompts_of):
+    with pytest.raises(InputError, match="no column 'rejected'; its columns are 'chosen', 'worse'"):
+        pairs_of([{"chosen": "good", "worse": "bad"}])
+    with pytest.raises(InputError, match="no column 'prompt'"):
+        prompts_of([{"text": "the film"}])
+
+
+def test_long_rows_are_left_out(pairs_of, prompts_of):
+    long = {"chosen": "good good good", "rejected": "bad"}
+    assert len(pairs_of([*PAIRS, long], max_tokens=2)) == 2
+    with pytest.raises(InputError, match="no pair is at most max_tokens=2"):
+        pairs_of([long], max_tokens=2)
+    rows = [{"prompt": "the"}, {"prompt": "the film is"}]
+    assert [p.prompt for p in prompts_of(rows, max_tokens=1)] == ["the"]
+    with pytest.raises(InputError, match="max_prompt_tokens=1"):
+        prompts_of(rows[1:], max_tokens=1)
+
+
+def test_prompts_keep_their_columns(prompts_of, tiny_tokenizer):
+    (plain,) = prompts_of([{"prompt": "the film", "label": 3}])
+    assert (plain.prompt, plain.columns) == ("the film", {"label": 3})
+    messages = [{"role": "user", "content": "the film"}]
+    (chat,) = prompts_of([{"prompt": messages}])
+    assert tiny_tokenizer.decode(chat.ids) == "user the film assistant"
+    with pytest.raises(InputError, match="row 0: prompt is empty"):
+        prompts_of([{"prompt": ""}])
+
+
+def test_conversation_needs_a_template(tiny_tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    rows = load_rows(write_jsonl([{"prompt": [{"role": "user", "content": "film"}]}]))
+    with pytest.raises(InputError, match="row 0: .*no chat template"):
+        prompts(rows, tiny_tokenizer, source="d", max_tokens=9)
+
+
+def test_pad():
+    ids, mask = pad([[5], [6, 7, 8]], side="left")
+    assert ids.tolist() == [[0, 0, 5], [6, 7, 8]]
+    assert mask.tolist() == [[False, False, True], [True] * 3]
+    ids, mask = pad([[5], [6, 7, 8]], side="right")
+    assert ids.tolist() == [[5, 0, 0], [6, 7, 8]]
+    assert mask.tolist() == [[True, False, False], [True] * 3]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (7, 7), (3, 8)])
+def test_batches_cover_every_row_once_an_epoch(size, batch):
+    epochs = 4
+    flat = [i for s in range(size * epochs) for i in batch_indices(size, batch, s, seed=1)]
+    passes = [flat[e * size : (e + 1) * size] for e in range(epochs)]
+    assert all(sorted(p) == list(range(size)) for p in passes)
+    assert len({tuple(p) for p in passes}) > 1  # shuffled anew
+    assert batch_indices(size, batch, 5, seed=1) != batch_indices(size, batch, 5, seed=2)
