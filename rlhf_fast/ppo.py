@@ -18,10 +18,10 @@ from torch import Tensor
 from rlhf_fast import (
     gae,
     kl_penalized_rewards,
+    linear_policy_loss,
     linear_token_logprobs,
     masked_mean,
     masked_whiten,
-    policy_loss,
     token_kl,
     value_loss,
 )
@@ -110,15 +110,13 @@ def train(config: PPOConfig) -> dict:
                     for part in minibatch.split(config.micro_batch_size or len(minibatch)):
                         m = mask[part]
                         hidden = answer_hidden(policy.body, rollout, part)  # [b, T, H]
-                        logp, token_entropy = logprobs(
-                            policy, hidden, policy.head, rollout, part, config
-                        )
                         values = policy.value_head(hidden).squeeze(-1)
-                        policy_part, policy_stats = policy_loss(
-                            logp, old_logp[part], advantages[part], m,
-                            clip_low=config.clip, clip_high=config.clip,
-                            entropy=token_entropy, entropy_coef=config.entropy_coef,
-                            normalizer=tokens,
+                        policy_part, policy_stats = linear_policy_loss(
+                            hidden, policy.head.weight, rollout.labels[part], old_logp[part],
+                            advantages[part], m, clip_low=config.clip, clip_high=config.clip,
+                            entropy_coef=config.entropy_coef, normalizer=tokens,
+                            temperature=config.temperature, softcap=softcap(policy.model),
+                            bias=policy.head.bias,
                         )  # fmt: skip
                         value_part, value_stats = value_loss(
                             values, old_values[part], returns[part], m,
@@ -132,7 +130,7 @@ def train(config: PPOConfig) -> dict:
                         sums["loss/value_avg"] += value_part.detach()
                         sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
                         sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
-                        sums["policy/entropy_avg"] += masked_mean(token_entropy.detach(), m) * share
+                        sums["policy/entropy_avg"] += policy_stats.entropy * share
                         sums["val/ratio"] += policy_stats.ratio_mean * share
                         sums["val/ratio_var"] += policy_stats.ratio_var * share
                         sums["val/clipfrac_avg"] += value_stats.clipfrac * share
