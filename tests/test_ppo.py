@@ -229,7 +229,7 @@ def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, reward
 
 
 def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
-    healthy, calls = ppo.policy_loss, 0
+    healthy, calls = ppo.linear_policy_loss, 0
 
     def sometimes_nan(*args, **kwargs):
         nonlocal calls
@@ -237,7 +237,7 @@ def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
         loss, stats = healthy(*args, **kwargs)
         return (loss * float("nan") if calls == 2 else loss), stats
 
-    monkeypatch.setattr(ppo, "policy_loss", sometimes_nan)
+    monkeypatch.setattr(ppo, "linear_policy_loss", sometimes_nan)
     config = configured(steps=2)
     assert ppo.train(config)["skipped_updates"] == 1
     assert [row["skipped_updates"] for row in metrics(config)] == [1, 0]
