@@ -102,8 +102,13 @@ def error(ours: Tensor, exact: Tensor) -> float:
 def check_against_float64(
     op: Op, sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None
 ) -> None:
-    """Never worse than eager PyTorch at the same dtype, up to a few roundings of the result (and
-    1%: 16-bit logits carry nearly all of the error, the same in both)."""
+    """No worse than eager PyTorch at the same dtype, up to a few roundings of the result.
+
+    In 16 bits the inputs' rounding is nearly all of the error and the same for both. In float32
+    both are a handful of random roundings, other ones on each machine's BLAS, and eager's largest
+    on a small sample is one draw of them: hence a factor.
+    """
+    factor = 1.1 if dtype.itemsize == 2 else 2.0
     inplace = bool(sample.arguments.get("inplace_backward"))
     narrow = arguments(sample, dtype, only)
     exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
@@ -118,7 +123,7 @@ def check_against_float64(
         if want.dim() == 0:  # a sum of terms of about 1 that may cancel
             scale = max(scale, 1.0)
         assert (
-            error(got, want) <= 1.01 * error(plain, want) + 4 * torch.finfo(got.dtype).eps * scale
+            error(got, want) <= factor * error(plain, want) + 4 * torch.finfo(got.dtype).eps * scale
         )
 
 

@@ -26,7 +26,7 @@ LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 extension_error = "not built"
 try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
-    from rlhf_fast import _C as extension
+    extension = importlib.import_module("rlhf_fast._C")
 except ModuleNotFoundError:
     extension = None
 except ImportError as error:  # built against another torch, say: everything still runs, slower
