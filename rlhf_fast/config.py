@@ -120,7 +120,7 @@ class PPOConfig(RunConfig):
     value_coef: float = option(0.1, help="weight of the value loss")
     entropy_coef: float = option(0.0, help="weight of the entropy bonus")
     missing_eos_penalty: float = option(
-        0.0, help="taken off the score of an answer that ran into max_new_tokens"
+        1.0, help="taken off the score of an answer that ran into max_new_tokens"
     )
     score_clip: float | None = option(None, help="scores are clipped to ± this")
     eval_prompts: int = option(
