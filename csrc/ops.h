@@ -28,7 +28,32 @@ constexpr int64_t kIgnoreIndex = -100;
 constexpr int64_t kGrain = 8192;
 
 template <class T>
+constexpr ScalarType kTypeOf = ScalarType::Undefined;
+template <>
+inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
+template <>
+inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
+template <>
+inline constexpr ScalarType kTypeOf<bf16> = ScalarType::BFloat16;
+template <>
+inline constexpr ScalarType kTypeOf<fp16> = ScalarType::Half;
+template <>
+inline constexpr ScalarType kTypeOf<int64_t> = ScalarType::Long;
+template <>
+inline constexpr ScalarType kTypeOf<bool> = ScalarType::Bool;
+
+// The Python side brings all tensors of a call to their types; a mistake there must not be read
+// as other numbers.
+template <class T>
+void check_type(const Tensor& t) {
+  STD_TORCH_CHECK(t.scalar_type() == kTypeOf<T>, "expected a tensor of type ",
+                  torch::headeronly::toString(kTypeOf<T>), ", got ",
+                  torch::headeronly::toString(t.scalar_type()));
+}
+
+template <class T>
 const T* data(const Tensor& t) {
+  check_type<T>(t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 template <class T>
@@ -37,6 +62,7 @@ const T* data(const MaybeTensor& t) {
 }
 template <class T>
 T* mutable_data(const Tensor& t) {
+  check_type<T>(t);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 

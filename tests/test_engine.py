@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast as rf
-from rlhf_fast.ops import linear
+from rlhf_fast.ops import linear, registry
 
 N, H, V = 96, 16, 1000
 GEMM = 2 * N * H * V
@@ -125,6 +125,24 @@ def test_autocast_runs_the_head_in_its_dtype() -> None:
     torch.testing.assert_close(logp, rf.token_logprobs(plain, labels))
     logp.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_float64_constants_beside_float32_hidden_states() -> None:
+    hidden, weight, labels = inputs()
+    old_logp, advantages = -7 * torch.ones(N), torch.randn(N, generator=torch.manual_seed(0))
+    mask = torch.ones(N, dtype=torch.bool)
+    plain, _ = rf.linear_policy_loss(hidden, weight, labels, old_logp, advantages, mask)
+    mixed, _ = rf.linear_policy_loss(
+        hidden, weight, labels, old_logp.double(), advantages.double(), mask
+    )
+    assert mixed.dtype == torch.float32 and torch.equal(mixed, plain)
+
+
+@pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+def test_cpp_refuses_tensors_of_another_type_than_the_first() -> None:
+    x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="expected a tensor of type Float, got Double"):
+        torch.ops.rlhf_fast.gae(x, x.double(), mask, None, None, 1.0, 1.0, True)
 
 
 def test_16_bit_weight_gradients_accumulate_in_float32() -> None:

@@ -72,8 +72,8 @@ def linear_policy_loss(
     policy_loss.check_options(
         clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp
     )
-    dtype = check.accumulator(hidden, *per_token_inputs.values())
-    divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
+    dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
+    divisor, per_token = from_logits._temperature(temperature, labels, dtype)
     from_logits._softcap(softcap)
 
     def constant(x: Tensor | None) -> Tensor | None:
