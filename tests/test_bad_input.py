@@ -151,3 +151,12 @@ def test_a_bad_label_inside_a_compiled_graph_is_caught_by_the_kernel() -> None:
 def test_chunk_budget_is_checked() -> None:
     with pytest.raises(ValueError, match="n_bytes must be above 0"), rf.chunk_budget(0):
         pass
+
+
+def test_debug_looks_at_labels_off_the_cpu_too_and_ends() -> None:
+    """A meta tensor has no values: looking at them fails, and so shows that somebody looked."""
+    x, y = logits.to("meta"), labels.to("meta")
+    rf.token_logprobs(x, y)
+    with rf.debug(), pytest.raises((NotImplementedError, RuntimeError)):
+        rf.token_logprobs(x, y)
+    rf.token_logprobs(x, y)
