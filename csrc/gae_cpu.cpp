@@ -36,10 +36,16 @@ RLHF_INLINE Doubles shifted(Doubles v, Doubles fill) {
   return __builtin_shufflevector(v, fill, by, by + 1, by + 2, by + 3);
 }
 
+// p X + q, where p = 0 drops even a NaN: an episode does not see the one after it.
+template <class V>
+RLHF_INLINE V applied(V p, V X, V q) {
+  return q + select(p, p * X, V{});
+}
+
 // Lane i of (p, q) takes in the maps of lanes i + 1 to the end.
 template <int by, class V>
 RLHF_INLINE void compose(V& p, V& q) {
-  q = q + p * shifted<by>(q, V{});
+  q = applied(p, shifted<by>(q, V{}), q);
   p = p * shifted<by>(p, V{} + 1);
 }
 
@@ -66,8 +72,8 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t row, int64_t steps, S bootst
     compose<1>(p, q);
     compose<2>(p, q);
     if constexpr (width == 8) compose<4>(p, q);
-    const V X = p * next + q;
-    const V advantage = select(counts, delta + alive * shifted<1>(X, next), zero);
+    const V X = applied(p, next, q);
+    const V advantage = select(counts, applied(alive, shifted<1>(X, next), delta), zero);
     store_some(s.advantages + i, advantage, n);
     store_some(s.returns + i, advantage + value, n);
     next = zero + X[0];

@@ -52,6 +52,18 @@ def test_gae_limits_are_td_and_monte_carlo() -> None:
     torch.testing.assert_close(returns, to_go)
 
 
+def test_a_nan_spoils_its_own_episode_and_not_the_one_before() -> None:
+    rewards, values = torch.randn(2, 40), torch.randn(2, 40)
+    dones = torch.zeros(2, 40, dtype=torch.bool)
+    dones[:, 17] = True
+    clean, _ = rf.gae(rewards, values, dones=dones)
+    rewards[:, 30] = math.nan
+    spoilt, _ = rf.gae(rewards, values, dones=dones)
+    assert spoilt[:, 18:31].isnan().all()
+    torch.testing.assert_close(spoilt[:, :18], clean[:, :18], rtol=0, atol=0)
+    torch.testing.assert_close(spoilt[:, 31:], clean[:, 31:], rtol=0, atol=0)
+
+
 def test_gae_holes() -> None:
     """skip: as if the hole were cut out; zero: a step of its own."""
     rewards, values = torch.tensor([[1.0, 9.0, 2.0]]), torch.tensor([[0.5, 9.0, 1.5]])
