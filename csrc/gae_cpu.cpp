@@ -8,7 +8,7 @@
 //   zero hole       X_t = gamma lambda alive X_{t+1}
 //
 // so every step is a map X -> p X + q, and maps compose: log2(lanes) shuffles give a whole vector
-// its prefixes, where the plain recursion waits for each step (12 cycles an element against 2).
+// its prefixes, where the plain recursion waits for each step (12 cycles an element against 3).
 #include "ops.h"
 
 namespace rlhf_fast {
