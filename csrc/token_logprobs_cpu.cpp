@@ -3,34 +3,13 @@
 // A row is taken in blocks that stay in L1: scale a block and find its maximum, then sum e^(z - m)
 // and e^(z - m) (z - m) for the running maximum m. Block sums are added up in double.
 #define RLHF_VECTOR_BYTES 64
-#include "ops.h"
+#include "token_logprobs.h"
+#include "token_logprobs_columns.h"
 
 namespace rlhf_fast {
 namespace {
 
 constexpr int64_t kBlock = 1024;
-
-// z = softcap tanh(x / softcap) / temperature, and dz/dx; softcap 0 means none.
-template <class S>
-struct Scale {
-  S temperature;
-  S softcap;
-
-  template <class V>
-  RLHF_INLINE_MEMBER V apply(V x) const {
-    if (softcap != 0) x = softcap * tanh(x / softcap);
-    return temperature == 1 ? x : x / temperature;
-  }
-  template <class V>
-  RLHF_INLINE_MEMBER V slope(V x) const {
-    V s = V{} + 1;
-    if (softcap != 0) {
-      const V t = tanh(x / softcap);
-      s = s - t * t;
-    }
-    return s / temperature;
-  }
-};
 
 template <class S>
 struct RowSums {
@@ -40,7 +19,7 @@ struct RowSums {
 };
 
 template <class T, class S = typename Lane<T>::Scalar>
-RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S> scale) {
+RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;
   constexpr S inf = std::numeric_limits<S>::infinity();
@@ -79,63 +58,102 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S> scale) {
   return row;
 }
 
+// out may be x.
 template <class T, class S = typename Lane<T>::Scalar>
-struct BackwardRow {
-  Scale<S> scale;
-  S max, log_sum, grad_logp, grad_entropy, entropy;
-  int64_t label;
-};
-
-// out = dz/dx (g_logp (1[v = label] - p) - g_entropy p (log p + entropy)); out may be x.
-template <class T, class S = typename Lane<T>::Scalar>
-RLHF_INLINE void grad_row(const T* x, T* out, int64_t vocab, BackwardRow<T, S> r) {
+RLHF_INLINE void grad_row(const T* x, T* out, int64_t vocab, int64_t label, Gradient<S, S> row) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;
-  V at_label = V{} + static_cast<S>(widen(x[r.label]));
-  auto tilted = [&](V values, V hit) __attribute__((always_inline)) {
-    const V log_p = (r.scale.apply(values) - r.max) - r.log_sum;
-    const V p = exp(log_p);
-    const V tilt = log_p < S(-87.3) ? V{} : log_p + r.entropy;
-    return r.scale.slope(values) * (r.grad_logp * (hit - p) - r.grad_entropy * p * tilt);
-  };
+  const V at_label = V{} + static_cast<S>(widen(x[label]));
   for (int64_t i = 0; i < vocab; i += width) {
     const V values = load_some(x + i, vocab - i, 0.0f);
-    store_some(out + i, tilted(values, V{}), vocab - i);
+    store_some(out + i, row.at(values, V{}), vocab - i);
   }
   // The label's own entry once more, so that 1 - p is not rounded to out's dtype twice.
-  store_some(out + r.label, tilted(at_label, V{} + 1), 1);
+  store_some(out + label, row.at(at_label, V{} + 1), 1);
 }
 
 // Clones need plain functions, one for each element type.
-#define ROW_FUNCTIONS(T, S)                                                                 \
-  RLHF_CLONES void sum_one(const T* x, int64_t vocab, Scale<S> scale, RowSums<S>* row) {    \
-    *row = sum_row(x, vocab, scale);                                                        \
-  }                                                                                         \
-  RLHF_CLONES void grad_one(const T* x, T* out, int64_t vocab, const BackwardRow<T>* row) { \
-    grad_row(x, out, vocab, *row);                                                          \
+#define KERNELS(T, S)                                                                            \
+  RLHF_CLONES void sum_one(const T* x, int64_t vocab, Scale<S, S> scale, RowSums<S>* row) {      \
+    *row = sum_row(x, vocab, scale);                                                             \
+  }                                                                                              \
+  RLHF_CLONES void grad_one(const T* x, T* out, int64_t vocab, int64_t label,                    \
+                            const Gradient<S, S>* row) {                                         \
+    grad_row(x, out, vocab, label, *row);                                                        \
+  }                                                                                              \
+  RLHF_CLONES void grad_label(T* out, S x, const Gradient<S, S>* row) {                          \
+    using V = typename Lane<T>::Vector;                                                          \
+    store_some(out, row->at(V{} + x, V{} + 1), 1);                                               \
+  }                                                                                              \
+  RLHF_CLONES void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end,      \
+                                    int64_t n, const ColumnScale<S>* scale,                      \
+                                    ColumnSums<S>* sums) {                                       \
+    sum_columns(x, stride, begin, end, n, *scale, *sums);                                        \
+  }                                                                                              \
+  RLHF_CLONES void grad_side_by_side(const T* x, T* out, int64_t stride, int64_t begin,          \
+                                     int64_t end, int64_t n, const ColumnGradient<S>* gradient) { \
+    grad_columns(x, out, stride, begin, end, n, *gradient);                                      \
   }
-ROW_FUNCTIONS(float, float)
-ROW_FUNCTIONS(bf16, float)
-ROW_FUNCTIONS(fp16, float)
-ROW_FUNCTIONS(double, double)
-#undef ROW_FUNCTIONS
+KERNELS(float, float)
+KERNELS(bf16, float)
+KERNELS(fp16, float)
+KERNELS(double, double)
+#undef KERNELS
 
 // Rows of a [B, T, V] tensor whose last dimension is contiguous.
 struct Rows {
   int64_t steps, batch_stride, step_stride;
-  explicit Rows(const Tensor& t) : steps(t.size(1)), batch_stride(t.stride(0)), step_stride(t.stride(1)) {}
+  explicit Rows(const Tensor& t)
+      : steps(t.size(1)), batch_stride(t.stride(0)), step_stride(t.stride(1)) {}
   int64_t offset(int64_t row) const {
     return row / steps * batch_stride + row % steps * step_stride;
   }
 };
+
+// [1, T, V] whose rows lie side by side.
+bool side_by_side(const Tensor& t) {
+  return t.size(0) == 1 && t.stride(1) == 1 && t.stride(2) > 1 && t.size(2) > 1;
+}
 
 void check_label(int64_t label, int64_t vocab, int64_t row) {
   STD_TORCH_CHECK(label == kIgnoreIndex || (label >= 0 && label < vocab), "labels: row ", row,
                   " is ", label, ", outside [0, ", vocab, ") and not -100");
 }
 
+// f(unit, begin, end) over units of the vocabulary.
+template <class F>
+void parallel_vocabulary(int64_t n, int64_t vocab, const F& f) {
+  parallel_rows((vocab + kVocabUnit - 1) / kVocabUnit, n * kVocabUnit, [&](auto first, auto last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      f(unit, unit * kVocabUnit, std::min(vocab, (unit + 1) * kVocabUnit));
+    }
+  });
+}
+
+template <class S>
+ColumnScale<S> column_scale(int64_t n, double temperature, const S* divisors,
+                            std::optional<double> softcap) {
+  return {per_row(n, S(temperature), divisors), S(softcap.value_or(0)),
+          divisors || temperature != 1};
+}
+
+template <class T, class S = typename Lane<T>::Scalar>
+ColumnSums<S> all_columns(const T* x, int64_t stride, int64_t vocab, int64_t n,
+                          const ColumnScale<S>& scale) {
+  std::vector<ColumnSums<S>> units((vocab + kVocabUnit - 1) / kVocabUnit,
+                                   ColumnSums<S>(padded(n)));
+  parallel_vocabulary(n, vocab, [&](int64_t unit, int64_t begin, int64_t end) {
+    sum_side_by_side(x, stride, begin, end, n, &scale, &units[unit]);
+  });
+  for (size_t unit = 1; unit < units.size(); ++unit) {
+    for (int64_t i = 0; i < n; ++i) units[0].merge(i, units[unit]);
+  }
+  return units[0];
+}
+
 }  // namespace
 
+// logits [B, T, V]: V contiguous, or B = 1 and T contiguous (rows side by side).
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(
     const Tensor& logits, const Tensor& labels, double temperature, const MaybeTensor& per_token,
     std::optional<double> softcap, bool want_entropy, bool /* inplace_backward */) {
@@ -159,22 +177,47 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
     const S* divisors = data<S>(per_token);
     S *logp_ = mutable_data<S>(logp), *norm_ = mutable_data<S>(norm);
     S* entropy_ = want_entropy ? mutable_data<S>(entropy) : nullptr;
+    auto write = [&](int64_t i, S at_label, S max, double sum, double weighted) {
+      const double log_sum = std::log(sum);
+      logp_[i] = static_cast<S>((static_cast<double>(at_label) - max) - log_sum);
+      norm_[i] = max;
+      norm_[n + i] = static_cast<S>(log_sum);
+      if (entropy_) entropy_[i] = static_cast<S>(log_sum - weighted / sum);
+    };
+    auto ignore = [&](int64_t i) {
+      logp_[i] = norm_[i] = norm_[n + i] = 0;
+      if (entropy_) entropy_[i] = 0;
+    };
+    auto scale_of = [&](int64_t i) {
+      const S divisor = divisors ? divisors[i] : S(temperature);
+      return Scale<S, S>{divisor, S(softcap.value_or(0)), divisor != 1};
+    };
+
+    if (side_by_side(logits)) {
+      const int64_t stride = logits.stride(2);
+      const ColumnSums<S> sums = all_columns(
+          x, stride, vocab, n, column_scale(n, temperature, divisors, softcap));
+      for (int64_t i = 0; i < n; ++i) {
+        if (label[i] == kIgnoreIndex) {
+          ignore(i);
+        } else {
+          const S z = scale_of(i).apply(static_cast<S>(widen(x[label[i] * stride + i])));
+          write(i, z, sums.max[i], sums.sum[i], sums.weighted[i]);
+        }
+      }
+      return 0;
+    }
     parallel_rows(n, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (label[i] == kIgnoreIndex) {
-          logp_[i] = norm_[i] = norm_[n + i] = 0;
-          if (entropy_) entropy_[i] = 0;
+          ignore(i);
           continue;
         }
-        const Scale<S> scale{divisors ? divisors[i] : S(temperature), S(softcap.value_or(0))};
-        RowSums<S> row;
-        sum_one(x + rows.offset(i), vocab, scale, &row);
-        const double log_sum = std::log(row.sum);
-        const S z = scale.apply(static_cast<S>(widen(x[rows.offset(i) + label[i]])));
-        logp_[i] = static_cast<S>((static_cast<double>(z) - row.max) - log_sum);
-        norm_[i] = row.max;
-        norm_[n + i] = static_cast<S>(log_sum);
-        if (entropy_) entropy_[i] = static_cast<S>(log_sum - row.weighted / row.sum);
+        const T* row = x + rows.offset(i);
+        RowSums<S> sums;
+        sum_one(row, vocab, scale_of(i), &sums);
+        const S z = scale_of(i).apply(static_cast<S>(widen(row[label[i]])));
+        write(i, z, sums.max, sums.sum, sums.weighted);
       }
     });
     return 0;
@@ -182,6 +225,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
   return {logp, entropy, norm};
 }
 
+// out may be logits itself, and lies as logits does.
 void token_logprobs_backward(
     const Tensor& grad_logp, const MaybeTensor& grad_entropy, const Tensor& logits,
     const Tensor& labels, const Tensor& norm, const MaybeTensor& entropy, double temperature,
@@ -197,23 +241,54 @@ void token_logprobs_backward(
     T* out_ = mutable_data<T>(out);
     const S *divisors = data<S>(per_token), *norm_ = data<S>(norm);
     const S *g_logp = data<S>(grad_logp), *g_entropy = data<S>(grad_entropy);
-    const S* entropy_ = data<S>(entropy);
+    const S* entropy_ = g_entropy ? data<S>(entropy) : nullptr;
+    auto dead = [&](int64_t i) {
+      return label[i] == kIgnoreIndex || (g_logp[i] == 0 && (!g_entropy || g_entropy[i] == 0));
+    };
+
+    if (side_by_side(logits)) {
+      const int64_t stride = logits.stride(2);
+      STD_TORCH_CHECK(out.stride(1) == 1 && out.stride(2) == stride,
+                      "out must lie in memory as logits does");
+      const ColumnGradient<S> gradient{column_scale(n, temperature, divisors, softcap),
+                                       per_row(n, S(0), norm_),
+                                       per_row(n, S(0), norm_ + n),
+                                       per_row(n, S(0), g_logp),
+                                       per_row(n, S(0), g_entropy),
+                                       per_row(n, S(0), entropy_)};
+      std::vector<S> at_label(n);  // before in-place work overwrites it
+      for (int64_t i = 0; i < n; ++i) {
+        if (!dead(i)) at_label[i] = static_cast<S>(widen(x[label[i] * stride + i]));
+      }
+      parallel_vocabulary(n, vocab, [&](int64_t, int64_t begin, int64_t end) {
+        grad_side_by_side(x, out_, stride, begin, end, n, &gradient);
+        for (int64_t i = 0; i < n; ++i) {
+          if (!dead(i)) continue;
+          for (int64_t v = begin; v < end; ++v) out_[v * stride + i] = T{};
+        }
+      });
+      for (int64_t i = 0; i < n; ++i) {
+        if (dead(i)) continue;
+        const Gradient<S, S> row = gradient.row(i);
+        grad_label(out_ + label[i] * stride + i, at_label[i], &row);
+      }
+      return 0;
+    }
     parallel_rows(n, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        BackwardRow<T> row;
-        row.grad_logp = g_logp[i];
-        row.grad_entropy = g_entropy ? g_entropy[i] : S(0);
-        row.entropy = g_entropy ? entropy_[i] : S(0);
-        row.label = label[i];
         T* to = out_ + out_rows.offset(i);
-        if (label[i] == kIgnoreIndex || (row.grad_logp == 0 && row.grad_entropy == 0)) {
+        if (dead(i)) {
           std::memset(to, 0, vocab * sizeof(T));
           continue;
         }
-        row.scale = {divisors ? divisors[i] : S(temperature), S(softcap.value_or(0))};
-        row.max = norm_[i];
-        row.log_sum = norm_[n + i];
-        grad_one(x + rows.offset(i), to, vocab, &row);
+        const S divisor = divisors ? divisors[i] : S(temperature);
+        const Gradient<S, S> row{{divisor, S(softcap.value_or(0)), divisor != 1},
+                                 norm_[i],
+                                 norm_[n + i],
+                                 g_logp[i],
+                                 g_entropy ? g_entropy[i] : S(0),
+                                 g_entropy ? entropy_[i] : S(0)};
+        grad_one(x + rows.offset(i), to, vocab, label[i], &row);
       }
     });
     return 0;

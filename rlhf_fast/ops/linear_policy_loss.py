@@ -234,6 +234,7 @@ def _fake(hidden, weight, bias, labels, old_logp, *rest):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, stats, *grads = output
+    ctx.set_materialize_grads(False)  # else autograd fills a [V, H] tensor of zeros for dW's "gradient"
     ctx.mark_non_differentiable(stats, *grads)
     ctx.save_for_backward(*grads)
 
