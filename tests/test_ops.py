@@ -22,7 +22,13 @@ def all_samples() -> list:
     ]
 
 
-VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias"}  # inputs that kernels take in 16 bits
+VOCABULARY_SIZED = {
+    "logits",
+    "hidden",
+    "weight",
+    "bias",
+    "lora",
+}  # inputs that kernels take in 16 bits
 every_sample = pytest.mark.parametrize(("op", "sample"), all_samples())
 every_16_bit_sample = pytest.mark.parametrize(
     ("op", "sample"), [p for p in all_samples() if VOCABULARY_SIZED & set(p.values[1].arguments)]
@@ -33,16 +39,17 @@ every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 def arguments(sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None) -> dict:
     """The sample's arguments with its floating tensors in dtype (or just those named in only),
     the differentiable ones as leaves. Strides stay."""
-    made = {}
-    for name, x in sample.arguments.items():
-        if isinstance(x, Tensor):
-            cast = x.is_floating_point() and (only is None or name in only)
-            fresh = torch.empty_strided(x.shape, x.stride(), dtype=dtype if cast else x.dtype)
-            x = fresh.copy_(x)
-            if name in sample.grads:
-                x.requires_grad_()
-        made[name] = x
-    return made
+
+    def make(name: str, x: object) -> object:
+        if isinstance(x, tuple):  # an adapter's (A, B, scale)
+            return tuple(make(name, part) for part in x)
+        if not isinstance(x, Tensor):
+            return x
+        cast = x.is_floating_point() and (only is None or name in only)
+        fresh = torch.empty_strided(x.shape, x.stride(), dtype=dtype if cast else x.dtype).copy_(x)
+        return fresh.requires_grad_() if name in sample.grads else fresh
+
+    return {name: make(name, x) for name, x in sample.arguments.items()}
 
 
 def tensors(output: object) -> list[Tensor]:

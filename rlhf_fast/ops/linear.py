@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.functional import pad
 
 from . import check
 from .registry import extension
@@ -20,6 +23,10 @@ from .registry import extension
 # 1.13, 384 rows 1.11, 512 rows 1.11. GPU: 2048 rows at V=131072; not measured on a GPU yet.
 CPU_ROWS = 384
 GPU_BYTES = 2**30
+# Rows of every chunk of a deterministic call, a lone row's too.
+DETERMINISTIC_ROWS = 128
+
+Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
 
 _budget: int | None = None
 
@@ -41,22 +48,32 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
         _budget = before
 
 
+def most_rows(vocab: int, element_size: int, device_type: str) -> int:
+    """Rows of logits that a chunk may have."""
+    if _budget is None and device_type == "cpu":
+        return CPU_ROWS
+    return max(1, (_budget or GPU_BYTES) // max(1, vocab * element_size))
+
+
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
     """Rows of logits in each chunk of `total`: chunks of like size, in 16s where they are large."""
-    if _budget is None and device_type == "cpu":
-        most = CPU_ROWS
-    else:
-        most = max(1, (_budget or GPU_BYTES) // max(1, vocab * element_size))
+    most = most_rows(vocab, element_size, device_type)
     rows = math.ceil(total / math.ceil(total / most)) if total else 0
     return min(most, math.ceil(rows / 16) * 16) if rows > 16 else rows
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check (hidden, weight, bias) and cast them to autocast's dtype where autocast is on."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None
+) -> Head:
+    """The checked head, flat, in autocast's dtype where autocast is on.
+
+    A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
+    on the way back, as FSDP2 averages the others.
+    """
     check.floating("hidden", hidden)
     check.at_least_1d("hidden", hidden)
+    if isinstance(hidden, DTensor):
+        raise TypeError("hidden must be this rank's own tensor, got a DTensor; use .to_local()")
     check.floating("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
@@ -68,18 +85,71 @@ def check_head(
         check.floating("bias", bias)
         check.shaped("bias", bias, [weight.shape[0]], "[V]")
         check.same_device("bias", bias, "hidden", hidden)
+    down, up, scale = (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight)
+    weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    for name, x in (("weight", weight), ("bias", bias)):
+        bias, down, up = (None if x is None else x.to(dtype) for x in (bias, down, up))
+    for name, x in (("weight", weight), ("bias", bias), ("lora's A", down), ("lora's B", up)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} must have the dtype of hidden, {hidden.dtype}; got {check.describe(x)}. "
                 "Cast one of them, or use autocast"
             )
-    return hidden, weight, bias
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    low = None if down is None else scale * (rows @ down.t())
+    return Head(rows, weight, bias, low, up)
+
+
+def check_lora(lora: Lora, hidden: Tensor, weight: Tensor) -> Lora:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora must be (A [r, H], B [V, r], scale), got {check.describe(lora)}")
+    down, up, scale = lora
+    for name, x in (("lora's A", down), ("lora's B", up)):
+        check.floating(name, x)
+        check.same_device(name, x, "hidden", hidden)
+    rank = down.shape[0] if down.dim() == 2 else 0
+    check.shaped("lora's A", down, [rank, hidden.shape[-1]], "[r, H]")
+    check.shaped("lora's B", up, [weight.shape[0], rank], "[V, r]")
+    check.number("lora's scale", scale)
+    return lora
+
+
+def gathered(x: Tensor | None) -> Tensor | None:
+    if not isinstance(x, DTensor):
+        return x
+    ranks = x.device_mesh.size()
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / ranks)
+    return whole
+
+
+class Head(NamedTuple):
+    """What the logits of N rows are made of: hidden @ weight.T + bias, and low @ up.T where an
+    adapter is on the head."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    low: Tensor | None = None  # [N, r]
+    up: Tensor | None = None  # [V, r]
+
+    @property
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        main = (self.hidden, self.weight)
+        return [main] if self.low is None else [main, (self.low, self.up)]
+
+
+class Chunk(NamedTuple):
+    """Some rows' logits. They lie in a buffer that the next chunk overwrites; so may the caller."""
+
+    rows: Tensor | slice
+    logits: Tensor  # [n, V]
+    inputs: list[Tensor]  # hidden [n, H] and, with an adapter, low [n, r]
+    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -97,40 +167,54 @@ def take(x: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 def chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None
-) -> Iterator[tuple[Tensor | slice, Tensor, Tensor]]:
-    """Yield (rows, logits [n, V], hidden [n, H]) for chunks of the rows in index (None: all).
+    head: Head, keep: Tensor, *, compact: bool = True, deterministic: bool = False
+) -> Iterator[Chunk]:
+    """The logits of the rows that `keep` [N] names, chunk by chunk.
 
-    The logits buffer is reused: it belongs to the caller until the next chunk, and may be
-    overwritten. On CUDA the logits are float32 out of 16-bit operands; elsewhere they have the
-    operands' dtype, as an eager matrix product has.
+    compact: rows that are not kept leave before the first product, which waits for a GPU. False:
+        all rows are there, those not kept with inputs of zero.
+    deterministic: every product has the same shape, so that a row's bits depend on no other row.
+
+    On CUDA the logits are float32 out of 16-bit operands; elsewhere they have the operands' dtype,
+    as an eager matrix product has.
     """
+    hidden, weight, bias = head.hidden, head.weight, head.bias
+    index = kept_rows(keep) if compact else None
     total = hidden.shape[0] if index is None else index.numel()
+    vocab, device = weight.shape[0], hidden.device
     wide = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if wide else hidden.dtype
-    size = chunk_rows(total, weight.shape[0], dtype.itemsize, hidden.device.type)
-    # On CPU the rows of a chunk lie side by side: csrc/token_logprobs_columns.h says why.
-    if hidden.device.type == "cpu":
-        buffer = large_empty((weight.shape[0], size), dtype, hidden.device).t()
+    if deterministic:
+        size = min(DETERMINISTIC_ROWS, most_rows(vocab, dtype.itemsize, device.type))
     else:
-        buffer = large_empty((size, weight.shape[0]), dtype, hidden.device)
-    head = weight.t()
+        size = chunk_rows(total, vocab, dtype.itemsize, device.type)
+    # On CPU the rows of a chunk lie side by side: csrc/token_logprobs_columns.h says why.
+    if device.type == "cpu":
+        buffer = large_empty((vocab, size), dtype, device).t()
+    else:
+        buffer = large_empty((size, vocab), dtype, device)
     # autocast was applied by check_head; inside, products keep the dtypes they are given
-    with torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         for start in range(0, total, max(size, 1)):
             stop = min(start + size, total)
             rows = slice(start, stop) if index is None else index[start:stop]
-            x = hidden[rows] if index is None else hidden.index_select(0, rows)
-            logits = buffer[: stop - start]
-            if wide:
-                torch.mm(x, head, out_dtype=torch.float32, out=logits)
-                if bias is not None:
-                    logits.add_(bias)
-            elif bias is None:
-                torch.mm(x, head, out=logits)
+            inputs = [take(x, rows) for x, _ in head.products]
+            if not compact:
+                inputs = [x.masked_fill(~keep[rows].unsqueeze(-1), 0.0) for x in inputs]
+            if deterministic:
+                operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
             else:
-                torch.addmm(bias, x, head, out=logits)
-            yield rows, logits, x
+                operands = inputs
+            padded = buffer[: operands[0].shape[0]]
+            if bias is not None and not wide:
+                torch.addmm(bias, operands[0], weight.t(), out=padded)
+            else:
+                _accumulate(padded, operands[0], weight.t(), first=True)
+            if bias is not None and wide:
+                padded.add_(bias)
+            if head.low is not None:
+                _accumulate(padded, operands[1], head.up.t(), first=False)
+            yield Chunk(rows, padded[: stop - start], inputs, padded)
 
 
 def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -145,60 +229,71 @@ def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) 
     return x
 
 
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low: bool = False
+    up: bool = False
+
+
 class Gradients:
-    """Gradients of hidden, weight and bias, summed over chunks; each accumulates in float32 or
+    """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
     better and is cast to its tensor's dtype once, at the end."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        needs_hidden: bool,
-        needs_weight: bool,
-        needs_bias: bool,
-    ) -> None:
-        self.weight, self.bias = weight, bias
-        self.accumulator = check.accumulator(hidden)
+    def __init__(self, head: Head, needs: Needs) -> None:
+        self.head, self.needs = head, needs
+        self.accumulator = check.accumulator(head.hidden)
         self.first = True
-        nothing = hidden.new_empty(0)
-        self.d_hidden = torch.zeros_like(hidden) if needs_hidden else nothing
-        self.d_weight = (
-            large_empty(weight.shape, self.accumulator, weight.device) if needs_weight else nothing
-        )
-        self.d_bias = torch.zeros_like(bias, dtype=self.accumulator) if needs_bias else nothing
-        self.needs = needs_hidden, needs_weight, needs_bias
+        self.inputs = [
+            torch.zeros_like(x) if needed else None
+            for (x, _), needed in zip(head.products, (needs.hidden, needs.low), strict=False)
+        ]
+        self.weights = [
+            large_empty(w.shape, self.accumulator, w.device) if needed else None
+            for (_, w), needed in zip(head.products, (needs.weight, needs.up), strict=False)
+        ]
+        self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
 
-    def add(self, rows: Tensor | slice, x: Tensor, dlogits: Tensor) -> None:
-        """One chunk: dlogits [n, V] and the hidden states x [n, H] it came from."""
-        needs_hidden, needs_weight, needs_bias = self.needs
-        if needs_bias:
-            self.d_bias += dlogits.sum(0, dtype=self.accumulator)
-        operand = dlogits.to(x.dtype)
-        if needs_hidden and isinstance(rows, slice):
-            torch.mm(operand, self.weight, out=self.d_hidden[rows])
-        elif needs_hidden:
-            self.d_hidden[rows] = operand @ self.weight
-        if needs_weight:
-            _accumulate(self.d_weight, operand.t(), x, self.first)
-            self.first = False
+    def add(self, chunk: Chunk) -> None:
+        """One chunk, whose logits [n, V] have become their gradient."""
+        if self.bias is not None:
+            self.bias += chunk.logits.sum(0, dtype=self.accumulator)
+        dtype = chunk.inputs[0].dtype
+        padded = chunk.padded.to(dtype)
+        dlogits = padded[: chunk.logits.shape[0]]
+        products = zip(chunk.inputs, self.head.products, self.inputs, self.weights, strict=True)
+        for x, (_, w), d_x, d_w in products:
+            if d_x is not None and isinstance(chunk.rows, slice) and padded is dlogits:
+                torch.mm(dlogits, w, out=d_x[chunk.rows])
+            elif d_x is not None:
+                d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
+            if d_w is not None:
+                _accumulate(d_w, dlogits.t(), x, self.first)
+        self.first = False
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        needs_hidden, needs_weight, needs_bias = self.needs
-        if needs_weight and self.first:
-            self.d_weight.zero_()
-        return (
-            self.d_hidden,
-            self.d_weight.to(self.weight.dtype) if needs_weight else self.d_weight,
-            self.d_bias.to(self.bias.dtype) if needs_bias else self.d_bias,
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients in the order of Needs; empty where not asked for."""
+        if self.first:
+            for d_w in self.weights:
+                if d_w is not None:
+                    d_w.zero_()
+        d_hidden, d_low = (*self.inputs, None)[:2]
+        d_weight, d_up = (*self.weights, None)[:2]
+        return tuple(
+            self.head.hidden.new_empty(0) if d is None else d.to(self.head.hidden.dtype)
+            for d in (d_hidden, d_weight, self.bias, d_low, d_up)
         )
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, accumulated in total's dtype; the first product overwrites."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, beta=0 if first else 1, out_dtype=total.dtype, out=total)
-    else:  # CPU has no float32 product of 16-bit operands: widen them
-        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=0 if first else 1, out=total)
+    wide = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    if wide and not total.is_cuda:  # CPU has no float32 product of 16-bit operands: widen them
+        a, b, wide = a.to(total.dtype), b.to(total.dtype), {}
+    if first:
+        torch.mm(a, b, **wide, out=total)
+    else:
+        torch.addmm(total, a, b, **wide, out=total)

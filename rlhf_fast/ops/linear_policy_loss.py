@@ -36,6 +36,8 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    compact: bool = True,
+    deterministic: bool = False,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped policy loss straight from hidden states, in 6NHV FLOPs and no [N, V] tensor.
 
@@ -55,14 +57,15 @@ def linear_policy_loss(
             dual_clip, entropy_coef, kl_coef, kl_estimator, aggregation, normalizer: as in
             ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
         temperature, softcap: as in ``token_logprobs``.
+        compact, deterministic: as in ``linear_token_logprobs``.
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
     """
-    hidden, weight, bias = linear.check_head(hidden, weight, bias)
+    head = linear.check_head(hidden, weight, bias)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
-    check.labels(labels, "hidden", hidden, weight.shape[0])
+    check.labels(labels, "hidden", hidden, head.weight.shape[0])
     per_token_inputs = {"old_logp": old_logp, "advantages": advantages}
     optional = {"ref_logp": ref_logp, "weights": weights}
     per_token_inputs |= {name: x for name, x in optional.items() if x is not None}
@@ -81,9 +84,9 @@ def linear_policy_loss(
 
     grad = torch.is_grad_enabled()
     loss, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
+        head.hidden,
+        head.weight,
+        head.bias,
         check.flat(labels),
         constant(old_logp),
         constant(advantages),
@@ -101,9 +104,9 @@ def linear_policy_loss(
         divisor,
         check.flat(per_token),
         softcap,
-        grad and hidden.requires_grad,
-        grad and weight.requires_grad,
-        grad and bias is not None and bias.requires_grad,
+        compact,
+        deterministic,
+        [grad and x is not None and x.requires_grad for x in head[:3]],
     )
     return loss, PolicyStats(*stats.unbind())
 
@@ -124,6 +127,8 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    compact: bool = True,
+    deterministic: bool = False,
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """The formula in plain PyTorch; holds all the logits."""
@@ -172,9 +177,9 @@ def _forward(
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
-    needs_hidden: bool,
-    needs_weight: bool,
-    needs_bias: bool,
+    compact: bool,
+    deterministic: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [11], d_hidden, d_weight, d_bias), empty where not needed."""
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
@@ -182,29 +187,33 @@ def _forward(
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = old_logp.clone(), torch.zeros_like(old_logp)
     options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
-    grads = linear.Gradients(hidden, weight, bias, needs_hidden, needs_weight, needs_bias)
-    for rows, logits, x in linear.chunks(hidden, weight, bias, linear.kept_rows(matters.view(-1))):
+    head = linear.Head(hidden, weight, bias)
+    grads = linear.Gradients(head, linear.Needs(*needs))
+    counts = matters.view(-1)
+    labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
+    for chunk in linear.chunks(head, counts, compact=compact, deterministic=deterministic):
+        logits = chunk.logits[None]
 
-        def chunk(full: Tensor | None, rows: Tensor | slice = rows) -> Tensor | None:
+        def part(full: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if full is None else linear.take(full.view(-1), rows)[None]
 
-        targets, divisors = chunk(labels), chunk(per_token)
+        targets, divisors = part(labels), part(per_token)
         logp_, entropy_, norm = torch.ops.rlhf_fast.token_logprobs(
-            logits[None], targets, temperature, divisors, softcap, True, False
+            logits, targets, temperature, divisors, softcap, True, False
         )
-        logp.view(-1)[rows], entropy.view(-1)[rows] = logp_[0], entropy_[0]
-        if not (needs_hidden or needs_weight or needs_bias):
+        logp.view(-1)[chunk.rows], entropy.view(-1)[chunk.rows] = logp_[0], entropy_[0]
+        if not any(needs):
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
-            logp_, chunk(old_logp), chunk(advantages), torch.ones_like(targets, dtype=torch.bool),
-            chunk(weights), entropy_, chunk(ref_logp), None, *options, "token-sum",
+            logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
+            part(ref_logp), None, *options, "token-sum",
         )  # fmt: skip
-        scale = chunk(coefficient)
+        scale = part(coefficient)
         torch.ops.rlhf_fast.token_logprobs_backward(
-            d_logp * scale, d_entropy * scale if entropy_coef else None, logits[None], targets,
-            norm, entropy_ if entropy_coef else None, temperature, divisors, softcap, logits[None],
+            d_logp * scale, d_entropy * scale if entropy_coef else None, logits, targets, norm,
+            entropy_ if entropy_coef else None, temperature, divisors, softcap, logits,
         )  # fmt: skip
-        grads.add(rows, x, logits)
+        grads.add(chunk)
 
     def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.ops.rlhf_fast.policy_loss(
@@ -214,32 +223,27 @@ def _forward(
 
     loss, stats = whole(mask, aggregation, normalizer)
     stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
-    return loss, stats, *grads.result()
+    return loss, stats, *grads.result()[:3]
 
 
 def _fake(hidden, weight, bias, labels, old_logp, *rest):
-    needs_hidden, needs_weight, needs_bias = rest[-3:]
-
-    def like(x, needed):
-        return torch.empty_like(x) if needed else hidden.new_empty(0)
-
-    return (
-        old_logp.new_empty(()),
-        old_logp.new_empty(len(PolicyStats._fields)),
-        like(hidden, needs_hidden),
-        like(weight, needs_weight),
-        like(bias, needs_bias),
-    )
+    grads = [
+        torch.empty_like(x) if needed else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), rest[-1], strict=True)
+    ]
+    return old_logp.new_empty(()), old_logp.new_empty(len(PolicyStats._fields)), *grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, stats, *grads = output
-    ctx.set_materialize_grads(False)  # else autograd fills a [V, H] tensor of zeros for dW's "gradient"
+    ctx.set_materialize_grads(False)  # or autograd fills zeros [V, H] for the gradient of dW
     ctx.mark_non_differentiable(stats, *grads)
     ctx.save_for_backward(*grads)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
+    if grad is None:
+        return (None,) * 23
     # loss.backward() comes with exactly 1: then dW needs no second copy. Looking costs a host sync
     # on a GPU, and cannot be traced.
     one = grad.device.type == "cpu" and detect_fake_mode([grad]) is None and grad.item() == 1
@@ -333,7 +337,7 @@ KERNEL = define_kernel(
     "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
     "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float entropy_coef, "
     "float kl_coef, str kl_estimator, str aggregation, float temperature, Tensor? per_token, "
-    "float? softcap, bool needs_hidden, bool needs_weight, bool needs_bias) "
+    "float? softcap, bool compact, bool deterministic, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,

@@ -149,6 +149,27 @@ def _backward(
     out: Tensor,
 ) -> None:
     """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy))."""
+    g = softmax_gradient(
+        grad_logp, grad_entropy, logits, norm, entropy, temperature, per_token, softcap
+    )
+    _, dz = _scaled(logits, temperature, per_token, softcap)
+    index = labels.clamp(min=0).unsqueeze(-1)
+    g.scatter_add_(-1, index, grad_logp.unsqueeze(-1) * dz.gather(-1, index))
+    g.masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
+    out.copy_(g)
+
+
+def softmax_gradient(
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    norm: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
+    """The gradient of logits that are nobody's label: −dz/dlogits · p (g_logp + g_entropy(...))."""
     z, dz = _scaled(logits, temperature, per_token, softcap)
     log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
     p = log_p.exp()
@@ -156,9 +177,7 @@ def _backward(
     if grad_entropy is not None:
         tilt = log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1)
         g -= grad_entropy.unsqueeze(-1) * p * tilt
-    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), grad_logp.unsqueeze(-1))
-    g.mul_(dz).masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
-    out.copy_(g)
+    return g.mul_(dz)
 
 
 def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):
