@@ -76,9 +76,13 @@ RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end,
   sequence_row(*s, begin, end, row);
 }
 
-template <class S>
+// kPlain is ppo on token ratios, with a loop of its own: in one loop with the others it is
+// 7 % slower.
+template <bool kPlain, class S>
 RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end, double c,
-                             const Sequence<S>* row, double* sums) {
+                             const Sequence<S>* sequence, double* sums) {
+  const Loss kind = kPlain ? Loss::ppo : s.loss;
+  const Sequence<S>* row = kPlain ? nullptr : sequence;
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
   const V zero = V{}, one = V{} + 1, limit = V{} + 20;
@@ -99,10 +103,11 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
     const auto e = exponential(log_ratio);  // the token's own
     const V ratio = row ? zero + row->ratio : e.exp;
     const V bounded = clamp(ratio, floor, ceiling);
-    V surrogate, slope, cut;
-    if (s.loss == Loss::ppo) {
+    V surrogate, slope, cut, cut_low;
+    if (kind == Loss::ppo) {
       const V unclipped = -A * ratio, clipped = -A * bounded;
       cut = greater(clipped, unclipped);
+      cut_low = cut * greater(zero, A);  // by the sign of A: 7 % less of the whole than by ratio
       surrogate = select(cut, clipped, unclipped);
       slope = select(cut, zero, unclipped);
       if (s.dual_clip != 0) {
@@ -114,8 +119,10 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       }
       slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
     } else {
-      const bool cispo = s.loss == Loss::cispo;
-      cut = cispo ? counts * (greater(ratio, ceiling) + greater(floor, ratio)) : zero;
+      const bool cispo = kind == Loss::cispo;
+      const V above = greater(ratio, ceiling), below = greater(floor, ratio);
+      cut = cispo ? counts * (above + below) : zero;
+      cut_low = cispo ? counts * below : zero;
       slope = cispo ? -A * bounded : -A;
       surrogate = slope * logp;
     }
@@ -124,7 +131,7 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       surrogate *= w;
       slope *= w;
     }
-    if (row && s.loss == Loss::ppo) slope = zero + row->slope;
+    if (row && kind == Loss::ppo) slope = zero + row->slope;
     V token = surrogate;
     if (s.entropy) {
       const V H = kept(s.entropy);
@@ -145,7 +152,7 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
     loss += token;
     surrogates += surrogate;
     cuts += cut;  // ppo: where nothing counts, 0 > 0 is false
-    cuts_low += cut * greater(floor, ratio);
+    cuts_low += cut_low;
     most = select(counts, max(ratio, most), most);
     logs += log_ratio;
     logs2 += log_ratio * log_ratio;
@@ -168,13 +175,21 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
   sums[kLog2] = sum(logs2);
   sums[kK3] = sum(k3s);
 }
+RLHF_CLONES void run_plain(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
+                           double* sums) {
+  policy_span<true, float>(*s, begin, end, c, nullptr, sums);
+}
 RLHF_CLONES void run(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
                      const Sequence<float>* row, double* sums) {
-  policy_span(*s, begin, end, c, row, sums);
+  policy_span<false>(*s, begin, end, c, row, sums);
+}
+RLHF_CLONES void run_plain(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
+                           double* sums) {
+  policy_span<true, double>(*s, begin, end, c, nullptr, sums);
 }
 RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
                      const Sequence<double>* row, double* sums) {
-  policy_span(*s, begin, end, c, row, sums);
+  policy_span<false>(*s, begin, end, c, row, sums);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
@@ -205,9 +220,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         run(&span, b * logp.size(1), (b + 1) * logp.size(1), &sequences[b]);
       }
     });
+    const bool plain = span.loss == Loss::ppo && sequences.empty();
     units.parallel([&](int64_t unit, int64_t row, int64_t begin, int64_t end) {
       const Sequence<S>* sequence = sequences.empty() ? nullptr : &sequences[row];
-      run(&span, begin, end, c[row], sequence, unit_sums[unit].data());
+      double* sums = unit_sums[unit].data();
+      if (plain) return run_plain(&span, begin, end, c[row], sums);
+      run(&span, begin, end, c[row], sequence, sums);
     });
     const auto sums = total(unit_sums);
     double most = 0;

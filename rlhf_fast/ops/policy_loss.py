@@ -153,7 +153,9 @@ def check_options(
     check.choice("ratio", ratio, RATIOS)
     check.choice("loss", loss, LOSSES)
     if ratio == "sequence" and loss == "reinforce":
-        raise ValueError("ratio='sequence' has no meaning with loss='reinforce', which has no ratio")
+        raise ValueError(
+            "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
+        )
     check.number("clip_low", clip_low, low=0.0)
     if clip_low > 1:
         raise ValueError(f"clip_low must be at most 1, got {clip_low}")
