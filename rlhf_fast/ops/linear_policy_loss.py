@@ -181,7 +181,7 @@ def _forward(
     deterministic: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [11], d_hidden, d_weight, d_bias), empty where not needed."""
+    """(loss, stats [13], d_hidden, d_weight, d_bias), empty where not needed."""
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
@@ -206,7 +206,7 @@ def _forward(
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
             logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
-            part(ref_logp), None, *options, "token-sum",
+            part(ref_logp), None, *options, "token-sum", "token", "ppo",
         )  # fmt: skip
         scale = part(coefficient)
         torch.ops.rlhf_fast.token_logprobs_backward(
@@ -218,7 +218,7 @@ def _forward(
     def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.ops.rlhf_fast.policy_loss(
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
-            aggregation,
+            aggregation, "token", "ppo",
         )[:2]  # fmt: skip
 
     loss, stats = whole(mask, aggregation, normalizer)
