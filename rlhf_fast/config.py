@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -22,8 +23,9 @@ class InputError(ValueError):
     """Something the user gave cannot work. The command line prints it as one line, no traceback."""
 
 
-def option(default: Any = MISSING, *, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def option(default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
+    metadata = {"help": help, "choices": choices} if choices else {"help": help}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -33,7 +35,8 @@ class RunConfig:
     model: str = option(help="model to start from: a Hugging Face folder or hub name")
     data: str = option(help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name")
     output_dir: str = option(help="folder for the trained model, metrics, plot and checkpoint")
-    split: str = option("train", help="split to read when the dataset has several")
+    split: str = option("train", help="split to read, or a part of it: train[:5000]")
+    subset: str | None = option(None, help="configuration to read when a dataset has several")
     max_rows: int | None = option(None, help="use only this many rows of the dataset")
     trainable_layers: int | None = option(
         None, help="train only this many top layers and freeze those below; unset trains all"
@@ -51,6 +54,7 @@ class RunConfig:
     overwrite: bool = option(False, help="delete the run in output_dir and begin again")
 
     def __post_init__(self) -> None:
+        one_of(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         above_zero(self, "max_grad_norm")
         if self.resume and self.overwrite:
@@ -65,12 +69,21 @@ class RewardConfig(RunConfig):
     """
 
     eval_data: str | None = option(None, help="held-out pairs; unset holds out some of data")
+    eval_split: str | None = option(
+        None, help="split of the held-out pairs, in eval_data or in data [unset: as split]"
+    )
     eval_pairs: int | None = option(
         None, help="pairs held out of data [unset: a tenth, at most 200]"
     )
     epochs: int = option(1, help="passes over the pairs")
     batch_size: int = option(16, help="pairs in one optimiser step")
-    learning_rate: float = option(1e-5, help="Adam's step size, falling linearly to zero")
+    learning_rate: float = option(1e-5, help="Adam's step size, at its highest")
+    lr_scheduler_type: str = option(
+        "linear",
+        choices=("constant_with_warmup", "linear", "cosine"),
+        help="the step size over the run, after the warm-up",
+    )
+    warmup_steps: int = option(0, help="steps in which the step size rises from zero")
     max_tokens: int = option(512, help="pairs with a longer text than this are left out")
     center_coef: float = option(
         0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
@@ -79,12 +92,17 @@ class RewardConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
-        at_least(self, 0, "center_coef")
+        at_least(self, 0, "center_coef", "warmup_steps")
         above_zero(self, "learning_rate")
-        if self.eval_data is not None and self.eval_pairs is not None:
+        for name in ("eval_data", "eval_split"):
+            if getattr(self, name) is not None and self.eval_pairs is not None:
+                raise InputError(
+                    f"{name} and eval_pairs contradict each other: held-out pairs are either a "
+                    "dataset or split of their own, or drawn from data"
+                )
+        if self.eval_data is None and self.eval_split == self.split:
             raise InputError(
-                "eval_data and eval_pairs contradict each other: held-out pairs come either from "
-                "a dataset of their own or out of data"
+                f"eval_split={self.eval_split} is split: the pairs that are trained on"
             )
 
 
@@ -95,13 +113,16 @@ class PPOConfig(RunConfig):
     r_t = −beta·(log π − log π_ref)_t, plus the score at the last token; GAE; clipped losses.
     """
 
-    reward: str = option(
-        help="what scores an answer: a reward model (folder or hub name), or a Python function "
-        "`module:function` or `file.py:function` with f(prompts, completions, **columns) -> "
-        "list of floats"
+    reward: list[str] = option(
+        help="what scores an answer, one or several: a reward model (folder or hub name), a "
+        "classifier's label (`folder#label`), or a Python function (`module:function` or "
+        "`file.py:function`), f(prompts, completions, **columns) -> list of floats"
+    )
+    reward_weights: list[float] | None = option(
+        None, help="the score is the sum of the rewards, each times its weight [unset: 1 each]"
     )
     judge: str | None = option(
-        None, help="an independent score, written as reward is: measured, never trained on"
+        None, help="an independent score, written as a reward is: measured, never trained on"
     )
     steps: int = option(1000, help="rounds of sampling answers and learning from them")
     batch_size: int = option(64, help="answers sampled in one step")
@@ -142,6 +163,21 @@ class PPOConfig(RunConfig):
                 f"batch_size={self.batch_size} cannot be cut into minibatches={self.minibatches} "
                 "of the same size"
             )
+        self.check_reward()
+
+    def check_reward(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = [self.reward]
+        if not self.reward:
+            raise InputError("reward is empty: give at least one model or function")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
+            raise InputError(
+                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
+                f"the {len(self.reward)} of reward={self.reward}: give each reward its weight"
+            )
+        for weight in self.reward_weights or ():
+            if not math.isfinite(weight):
+                raise InputError(f"reward_weights={self.reward_weights}: expected finite numbers")
 
 
 @dataclass(kw_only=True)
@@ -184,6 +220,13 @@ def above_zero(config: Any, *names: str) -> None:
     check(config, lambda value: value > 0, "above 0", names)
 
 
+def one_of(config: Any) -> None:
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{f.name}={value}: expected one of {', '.join(choices)}")
+
+
 def check(config: Any, holds: Any, expected: str, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
@@ -204,7 +247,8 @@ class FlagHelp(ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         flag = action.option_strings[0]
-        return flag if action.nargs in (0, "?") else f"{flag} {action.dest.upper()}"
+        several = " …" if action.nargs == "+" else ""
+        return flag if action.nargs in (0, "?") else f"{flag} {action.dest.upper()}{several}"
 
     def _get_help_string(self, action: Any) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -227,6 +271,7 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         formatter_class=FlagHelp,
         allow_abbrev=False,
     )
+    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
     parser.add_argument("--config", help="YAML file of the flags below, without the dashes")
 
     argv = list(argv)
@@ -264,11 +309,14 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
         raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config={path}: expected lines of `key: value`")
-    names = {f.name for f in fields(config_class)}
+    types = {f.name: str(f.type) for f in fields(config_class)}
     flags = []
     for key, value in values.items():
-        if key not in names:
+        if key not in types:
             raise InputError(f"config={path}: unknown key {key}{nearest(str(key), config_class)}")
+        if isinstance(value, list) and types[key].startswith("list"):
+            flags += [f"--{key}", *map(str, value)]
+            continue
         if isinstance(value, dict | list):
             kind = type(value).__name__
             raise InputError(f"config={path}: {key} is a {kind}, expected one value")

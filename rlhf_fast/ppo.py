@@ -44,7 +44,7 @@ def train(config: PPOConfig) -> dict:
 
     began = time.perf_counter()
     device = pick_device(config.device)
-    reward = load_scorer(config.reward, field="reward", device=device)
+    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
     judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
     policy = load_policy(config.model, trainable_layers=config.trainable_layers, device=device)
     held_out, prompts = split_prompts(config, policy)
@@ -154,6 +154,10 @@ def train(config: PPOConfig) -> dict:
                 "episode": (step + 1) * config.batch_size,
                 "objective/scores": raw_scores.mean().item(),
                 "objective/scores_std": raw_scores.std(correction=0).item(),
+                **{
+                    f"objective/scores/{name}": part.nanmean().item()
+                    for name, part in reward.components.items()
+                },
                 "objective/kl": kl.mean().item(),
                 "objective/entropy": masked_sum(entropy, mask).mean().item(),
                 "objective/non_score_reward": -config.beta * kl.mean().item(),
@@ -200,7 +204,9 @@ def train(config: PPOConfig) -> dict:
 
 def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts answered before and after, prompts to train on)."""
-    rows = load_rows(config.data, split=config.split, max_rows=config.max_rows)
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
     prompts = load_prompts(
         rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
     )

@@ -258,7 +258,8 @@ def test_killed_run_resumes_to_the_same_numbers(
     config = configured(
         "killed", save_every=2, steps=5, reward=reward("killed"), data=unbroken.data, resume=True
     )
-    flags = [f"--{k}={v}" for k, v in vars(config).items() if v is not None]
+    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
+    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
     counter = tmp_path / "calls_left"
     monkeypatch.setenv("KILL_AFTER", str(counter))
     counter.write_text(str(kill_after))
