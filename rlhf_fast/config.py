@@ -85,6 +85,11 @@ class RewardConfig(RunConfig):
     )
     warmup_steps: int = option(0, help="steps in which the step size rises from zero")
     max_tokens: int = option(512, help="pairs with a longer text than this are left out")
+    trunk_cache_mib: int = option(
+        1024,
+        help="memory in MiB for what the frozen layers make of the pairs: where it suffices, they "
+        "run once and not in every epoch",
+    )
     center_coef: float = option(
         0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
     )
@@ -92,7 +97,7 @@ class RewardConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
-        at_least(self, 0, "center_coef", "warmup_steps")
+        at_least(self, 0, "center_coef", "warmup_steps", "trunk_cache_mib")
         above_zero(self, "learning_rate")
         for name in ("eval_data", "eval_split"):
             if getattr(self, name) is not None and self.eval_pairs is not None:

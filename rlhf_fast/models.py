@@ -241,16 +241,27 @@ def score_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
     """
     if hasattr(model, "score"):
         hidden = model.base_model(ids, attention_mask=mask.long(), use_cache=False)[0]
-        last = mask.size(1) - 1 - mask.flip(1).long().argmax(1)
-        logits = model.score(hidden[torch.arange(len(ids), device=ids.device), last]).float()
-    else:  # encoders have a head of their own on their first token
-        logits = model(ids, attention_mask=mask.long()).logits.float()
-    label = getattr(model.config, "score_label", None)
+        return score_hidden(model, hidden, mask)
+    # Encoders have a head of their own on their first token.
+    return chosen_score(model, model(ids, attention_mask=mask.long()).logits)
+
+
+def score_hidden(model: PreTrainedModel, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Raw score [B] of final hidden states [B, T, H], mask [B, T]."""
+    last = mask.size(1) - 1 - mask.flip(1).long().argmax(1)
+    return chosen_score(
+        model, model.score(hidden[torch.arange(len(mask), device=mask.device), last])
+    )
+
+
+def chosen_score(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """[B, labels] -> [B] float32."""
+    logits, label = logits.float(), getattr(model.config, "score_label", None)
     if label is None:
         return logits.squeeze(-1)
     if model.config.problem_type == "multi_label_classification":  # a sigmoid for each label
         return logits[:, label]
-    others = torch.arange(logits.size(1), device=ids.device) != label
+    others = [i for i in range(logits.size(1)) if i != label]
     return logits[:, label] - logits[:, others].logsumexp(-1)
 
 

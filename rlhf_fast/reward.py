@@ -13,6 +13,8 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +33,9 @@ from rlhf_fast.models import (
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.report import console, progress_bar
 from rlhf_fast.run import Run
+from rlhf_fast.trunk_cache import TrunkCache, fits
 
+Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], with gradient
 WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
 
 
@@ -71,6 +75,7 @@ def train(config: RewardConfig) -> dict:
     run.begin()
     first = run.restore(weights, optimizer)
     console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+    score = scorer(model, config, pairs)
 
     with progress_bar("reward model", steps, first) as bar:
         for step in range(first, steps):
@@ -82,7 +87,7 @@ def train(config: RewardConfig) -> dict:
             sums: dict[str, float] = defaultdict(float)
             for at in range(0, len(batch), micro):
                 part = batch[at : at + micro]
-                loss, stats = batch_loss(model, part, center_coef=config.center_coef)
+                loss, stats = batch_loss(score, part, center_coef=config.center_coef)
                 share = len(part) / len(batch)
                 (loss * share).backward()
                 sums["loss"] += loss.item() * share
@@ -137,13 +142,25 @@ def train(config: RewardConfig) -> dict:
     return summary
 
 
-def batch_loss(
-    model: PreTrainedModel, pairs: list[Pair], *, center_coef: float = 0.0
-) -> tuple[Tensor, PairwiseStats]:
-    """pairwise_loss of the model's raw scores: the mean over the pairs, with gradient."""
-    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+def scorer(model: PreTrainedModel, config: RewardConfig, pairs: list[Pair]) -> Score:
+    """Token rows -> raw scores, without running frozen layers twice on the same text."""
+    if config.epochs > 1 and config.trainable_layers is not None:
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        if fits(model, config.trainable_layers, texts, config.trunk_cache_mib):
+            return TrunkCache(model, config.trainable_layers, texts).score
+    return partial(score_rows, model)
+
+
+def score_rows(model: PreTrainedModel, texts: list[list[int]]) -> Tensor:
     ids, mask = pad(texts, side="right")
-    scores = score_tokens(model, ids.to(model.device), mask.to(model.device))
+    return score_tokens(model, ids.to(model.device), mask.to(model.device))
+
+
+def batch_loss(
+    score: Score, pairs: list[Pair], *, center_coef: float = 0.0
+) -> tuple[Tensor, PairwiseStats]:
+    """pairwise_loss of raw scores: the mean over the pairs, with gradient."""
+    scores = score([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
     chosen, rejected = scores.chunk(2)
     margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
     return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)

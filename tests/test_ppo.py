@@ -228,6 +228,18 @@ def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, reward
     assert row["objective/scores"] == row["objective/judge"] != 0
 
 
+def test_weighted_sum_of_rewards(configured, reward):
+    config = configured(
+        reward=[reward("share"), reward("three")], reward_weights=[2.0, -0.5], steps=1
+    )
+    ppo.train(config)
+    (row,) = metrics(config)
+    assert row["objective/scores/three"] == 3
+    assert 0 < row["objective/scores/share"] < 1
+    expected = 2 * row["objective/scores/share"] - 1.5
+    assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
     healthy, calls = ppo.linear_policy_loss, 0
 
