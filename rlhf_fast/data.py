@@ -248,7 +248,10 @@ def render(messages: list[dict], tokenizer, where: str, **options: bool) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # templates raise what they like: about the order of roles, say
-        raise InputError(f"{where}: the chat template refuses the conversation: {error}") from error
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{where}: the chat template refuses the conversation: {reason}"
+        ) from error
 
 
 def tokenize(text: str, templated: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -130,7 +130,8 @@ def function_score(function: Callable, who: str) -> Score:
             _, *frames = traceback.extract_tb(error.__traceback__)
             own = [frame for frame in frames if frame.filename == frames[0].filename]
             at = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-            raise InputError(f"{who} raised {type(error).__name__}: {error}{at}") from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{who} raised {reason}{at}") from error
         return checked(scores, prompts, answers, who)
 
     return score
