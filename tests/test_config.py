@@ -66,6 +66,88 @@ def test_bad_flags(flags, message):
         parse_ppo(*flags)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"missing_eos_score": -1, "missing_eos_penalty": 0.5}, "missing_eos_score=-1 and missing"),
+        ({"lora_r": 8, "trainable_layers": 2}, "lora_r=8 and trainable_layers=2"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules=q_proj and lora_r=None"),
+        ({"estimator": "reinforce", "value_model": "v"}, "value_model=v and estimator=reinforce"),
+        ({"estimator": "grpo"}, "estimator=grpo and samples_per_prompt=1"),
+        (
+            {"estimator": "rloo", "samples_per_prompt": 2, "whiten_rewards": True},
+            "estimator=rloo and whiten_rewards=True",
+        ),
+        ({"kl_in": "loss"}, "kl_in=loss and kl_estimator=k1"),
+        ({"adaptive_kl_target": 6.0, "beta": 0.0}, "adaptive_kl_target=6.0 and beta=0.0"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "attn_implementation=flash_attention_2 and bf16=False",
+        ),
+        ({"resume": True, "overwrite": True}, "resume and overwrite"),
+    ],
+)
+def test_options_that_contradict_each_other(options, names):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError) as error:
+        PPOConfig(**required, **options)
+    assert f"{names}" in str(error.value) and "contradict" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "ppo"}, "estimator=ppo: expected one of gae, grpo"),
+        ({"kl_in": "both"}, "kl_in=both: expected one of reward, loss"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected a number above 1"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
+        ({"missing_eos_score": float("nan")}, "missing_eos_score=nan"),
+        ({"batch_size": 6, "samples_per_prompt": 4}, "batch_size=6 .* samples_per_prompt=4"),
+        ({"save_total_limit": 0}, "save_total_limit=0"),
+    ],
+)
+def test_bad_values(options, message):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError, match=message):
+        PPOConfig(**required, **options)
+
+
+def test_defaults_that_depend_on_others():
+    assert parse_ppo().missing_eos_penalty == 1.0
+    assert parse_ppo("--missing_eos_score", "-1").missing_eos_penalty == 0.0
+    assert parse_ppo().whiten_advantages is True
+    groups = ["--samples_per_prompt", "4", "--estimator", "rloo"]
+    assert parse_ppo(*groups).whiten_advantages is False
+    assert parse_ppo(*groups, "--whiten_advantages", "true").whiten_advantages is True
+    config = parse_ppo(*groups)
+    assert PPOConfig(**vars(config)) == config  # what config.yaml keeps can be read again
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [([], False), (["--resume"], True), (["--resume", "auto"], True), (["--resume=false"], False)],
+)
+def test_resume(flags, resume):
+    assert parse_ppo(*flags).resume is resume
+
+
+# RLHF's details: each an option with the default that works.
+@pytest.mark.parametrize(
+    ("name", "default"),
+    {
+        "learning_rate": 3e-6, "value_learning_rate": 1e-5, "adam_epsilon": 1e-5, "epochs": 4,
+        "minibatches": 1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": None,
+        "dual_clip": None, "value_clip": 0.2, "value_coef": 0.1, "beta": 0.05,
+        "adaptive_kl_target": None, "kl_horizon": 10_000, "whiten_rewards": False,
+        "whiten_advantages": True, "missing_eos_penalty": 1.0, "missing_eos_score": None,
+        "score_clip": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "tis_cap": None,
+        "max_grad_norm": 1.0,
+    }.items(),
+)  # fmt: skip
+def test_defaults(name, default):
+    assert getattr(parse_ppo(), name) == default
+
+
 def test_required_flags_are_named():
     with pytest.raises(InputError, match="missing --data, --reward:"):
         parse(PPOConfig, ["--model", "m", "--output_dir", "o"], prog="x")

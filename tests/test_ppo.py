@@ -174,8 +174,8 @@ def test_sharing_the_trunk_changes_nothing(configured, monkeypatch):
     shared = configured("shared", steps=2, trainable_layers=2)
     ppo.train(shared)
 
-    def apart(name, *, trainable_layers, device):  # the same layers train, nothing is shared
-        policy = load_policy(name, trainable_layers=None, device=device)
+    def apart(name, *, trainable_layers, **options):  # the same layers train, nothing is shared
+        policy = load_policy(name, trainable_layers=None, **options)
         policy.model.requires_grad_(False)
         policy.model.model.layers[1:].requires_grad_(True)
         policy.model.model.norm.requires_grad_(True)
@@ -294,7 +294,7 @@ def test_failing_reward_function_costs_no_learnt_step(configured, reward):
     with pytest.raises(InputError, match="fails_later returned nan for row 2"):
         ppo.train(config)
     assert len(metrics(config)) == 4  # one call before training, four good steps
-    state = torch.load(Path(config.output_dir) / "checkpoint.pt", weights_only=True)
+    state = torch.load(Path(config.output_dir) / "checkpoints" / "step_4.pt", weights_only=True)
     assert state["step"] == 4
 
 
