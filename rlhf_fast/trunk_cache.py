@@ -53,7 +53,7 @@ class TrunkCache:
 
 def fits(model: PreTrainedModel, trainable_layers: int, texts: list[list[int]], mib: int) -> bool:
     """Whether there is a trunk, its outputs for all texts need at most `mib` MiB, and the model can
-    be cut: one that scales what it embeds (Gemma) would do so twice."""
+    be cut: one that scales what it embeds would do so twice."""
     base = model.base_model
     if trainable_layers >= len(base.layers):
         return False
