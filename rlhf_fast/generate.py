@@ -13,7 +13,7 @@ from rlhf_fast.models import (
     pick_device,
     stop_tokens,
 )
-from rlhf_fast.rollout import answers, sample
+from rlhf_fast.rollout import Sampling, decode, sample
 
 
 def generate(config: GenerateConfig) -> list[str]:
@@ -25,9 +25,11 @@ def generate(config: GenerateConfig) -> list[str]:
     prompt = [{"role": "user", "content": config.prompt}] if config.chat else config.prompt
     text = start(prompt, tokenizer, f"prompt={config.prompt!r} with chat")
     ids, mask = pad([tokenize(*text, tokenizer)] * config.samples, side="left")
-    rollout = sample(
-        model, ids.to(device), mask.to(device), max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, stop_ids=stop_tokens(model, tokenizer),
-        generator=torch.Generator(device).manual_seed(config.seed),
+    sampling = Sampling(
+        config.max_new_tokens, config.temperature, stop_tokens(model, tokenizer),
+        config.top_k, config.top_p,
     )  # fmt: skip
-    return answers(tokenizer, rollout)
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = torch.rand(config.samples, config.max_new_tokens, generator=generator)
+    done = sample(model, ids.to(device), mask.to(device), sampling, draws.to(device))
+    return decode(tokenizer, done.tokens, done.mask)

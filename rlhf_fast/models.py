@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.config import InputError
@@ -33,7 +36,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 @dataclass
 class Policy:
-    """A causal LM that is trained, the value head on it, and the frozen reference beside it.
+    """A causal LM that is trained, its critic, and the frozen reference beside it.
 
     `body` maps tokens to final hidden states. When only the top layers train it is just those
     layers, on hidden states of the trunk below (`trunk_layers` > 0): the trunk is the same for
@@ -43,51 +46,100 @@ class Policy:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     body: nn.Module
-    value_head: nn.Linear
-    reference_body: nn.Module
+    value_head: nn.Linear | None  # None: the advantages need no critic
+    value_body: PreTrainedModel | None  # a critic of its own; None: its head sits on `body`
+    reference_model: nn.Module | None  # body of the frozen copy; None: `body` without adapters
     reference_head: nn.Module
     trunk_layers: int
     stop_ids: list[int]
+    bf16: bool = False  # forward passes in bfloat16, by autocast
 
     @property
     def head(self) -> nn.Module:
         return self.model.get_output_embeddings()
 
+    def precision(self) -> torch.autocast:
+        """To be left before the weights change: autocast keeps what it has cast."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
+
+    @contextmanager
+    def reference(self) -> Iterator[nn.Module]:
+        """The body whose log-probs the KL is taken from."""
+        if self.reference_model is not None:
+            yield self.reference_model
+            return
+        self.model.disable_adapters()
+        try:
+            yield self.body
+        finally:
+            self.model.enable_adapters()
+
     def trained(self) -> dict[str, Tensor]:
         """What a checkpoint holds: every parameter that learns."""
         named = {k: p for k, p in self.model.named_parameters() if p.requires_grad}
-        return named | {f"value_head.{k}": p for k, p in self.value_head.named_parameters()}
+        return named | self.critic()
+
+    def critic(self) -> dict[str, Tensor]:
+        """The part of them that learns values."""
+        parts = {"value_model": self.value_body, "value_head": self.value_head}
+        return {
+            f"{name}.{k}": p
+            for name, part in parts.items()
+            if part is not None
+            for k, p in part.named_parameters()
+        }
+
+    def save(self, folder: Path) -> None:
+        """The policy as transformers reads it, adapters merged; the value head beside it."""
+        model = self.model if self.reference_model is not None else merged(self.model)
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.value_head is not None:
+            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
 
 
-def load_policy(name: str, *, trainable_layers: int | None, device: torch.device) -> Policy:
+def load_policy(
+    name: str,
+    *,
+    trainable_layers: int | None,
+    device: torch.device,
+    critic: bool = True,
+    value_model: str | None = None,
+    lora: LoRA | None = None,
+    attn_implementation: str | None = None,
+) -> Policy:
     tokenizer = load_tokenizer(name, field="model")
-    model = load_causal_lm(name, device)
+    model = load_causal_lm(name, device, attn_implementation=attn_implementation)
     check_vocabulary(tokenizer, model, field="model", name=name)
     base = model.base_model
 
-    if trainable_layers is None:
-        body, trunk_layers = base, 0
-        reference = copy.deepcopy(model).requires_grad_(False)
-        reference_body, reference_head = reference.base_model, reference.get_output_embeddings()
-    else:
+    body, trunk_layers, reference, reference_head = base, 0, None, model.get_output_embeddings()
+    if lora is not None:
+        add_adapters(model, lora)
+    elif trainable_layers is not None:
         body = top_slice(base, trainable_layers, name)
         trunk_layers = len(base.layers) - trainable_layers
         model.requires_grad_(False)
         body.layers.requires_grad_(True)
         body.norm.requires_grad_(True)
-        reference_body, reference_head = frozen_copy(body), model.get_output_embeddings()
+        reference = frozen_copy(body)
+    else:
+        copied = copy.deepcopy(model).requires_grad_(False)
+        reference, reference_head = copied.base_model, copied.get_output_embeddings()
 
-    # Zero at first: no value, hence no advantage, is invented before something is learnt.
-    value_head = nn.Linear(model.get_output_embeddings().in_features, 1, device=device)
-    nn.init.zeros_(value_head.weight)
-    nn.init.zeros_(value_head.bias)
+    value_body = value_head = None
+    if value_model is not None:
+        value_body, value_head = load_critic(value_model, tokenizer, device, attn_implementation)
+    elif critic:
+        value_head = new_value_head(model.get_output_embeddings().in_features, device)
 
     policy = Policy(
         model,
         tokenizer,
         body,
         value_head,
-        reference_body,
+        value_body,
+        reference,
         reference_head,
         trunk_layers,
         stop_tokens(model, tokenizer),
@@ -96,8 +148,91 @@ def load_policy(name: str, *, trainable_layers: int | None, device: torch.device
     return policy
 
 
-def load_causal_lm(name: str, device: torch.device) -> PreTrainedModel:
-    model = load_model(AutoModelForCausalLM, name, field="model", device=device)
+def new_value_head(features: int, device: torch.device) -> nn.Linear:
+    """Zero at first: no value, hence no advantage, is invented before something is learnt."""
+    head = nn.Linear(features, 1, device=device)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def load_critic(
+    name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, attention: str | None
+) -> tuple[PreTrainedModel, nn.Linear]:
+    """(body, value head): a reward model's head is where values begin, another model's is new.
+
+    A reward model's scores are normalised, and its head with them: values have that scale.
+    """
+    field = "value_model"
+    if load_tokenizer(name, field=field).get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"{field}={name} has another tokenizer than the policy whose tokens it reads"
+        )
+    kwargs = {"field": field, "device": device, "attn_implementation": attention}
+    architectures = load_config(name, field=field).architectures or [""]
+    if "SequenceClassification" not in architectures[0]:
+        body = load_model(AutoModelForCausalLM, name, **kwargs).base_model
+        return body, new_value_head(body.config.get_text_config().hidden_size, device)
+    model = load_model(AutoModelForSequenceClassification, name, **kwargs)
+    if model.config.num_labels != 1 or not hasattr(model, "score"):
+        raise InputError(f"{field}={name} has no score head with one output on a decoder")
+    head = new_value_head(model.score.in_features, device)
+    mean, std = getattr(model.config, "score_mean", 0.0), getattr(model.config, "score_std", 1.0)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight / std)
+        head.bias.fill_(-mean / std)
+    return model.base_model, head
+
+
+@dataclass
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by peft, without dropout."""
+
+    r: int
+    alpha: float
+    target_modules: list[str] | None  # None: every linear layer but the output head
+    seed: int
+
+
+def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
+    """Only they train from here on; until they learn, they add zero."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        raise InputError(f"lora_r={lora.r} needs peft: pip install peft") from None
+    torch.manual_seed(lora.seed)  # A is drawn, B is zero
+    try:
+        model.add_adapter(
+            LoraConfig(
+                r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, task_type="CAUSAL_LM",
+                target_modules=lora.target_modules or "all-linear",
+            )
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(model.get_output_embeddings(), nn.Linear) or any(
+        p.requires_grad for p in model.get_output_embeddings().parameters()
+    ):
+        raise InputError(
+            "lora_target_modules names the output head, whose adapter the fused loss would not see"
+        )
+
+
+def merged(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the adapters' products added to the weights."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+            model.set_submodule(name, module.get_base_layer())
+    model._hf_peft_config_loaded = False  # else only the adapters would be saved
+    return model
+
+
+def load_causal_lm(name: str, device: torch.device, **kwargs) -> PreTrainedModel:
+    model = load_model(AutoModelForCausalLM, name, field="model", device=device, **kwargs)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise InputError(f"model={name} has no linear output head")
     return model
@@ -200,7 +335,9 @@ def new_reward_model(
             f"model={name} ({type(model).__name__}) is not a decoder: its score is not a Linear "
             "on the last token"
         )
-    nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    if type(model).__name__ not in (model.config.architectures or ()):  # else it is trained on
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    model.config.score_mean, model.config.score_std = 0.0, 1.0  # raw scores, until trained
     model.config.pad_token_id = tokenizer.pad_token_id
     if trainable_layers is not None:
         top = top_slice(model.base_model, trainable_layers, name)
@@ -213,27 +350,54 @@ def new_reward_model(
 def load_reward_model(
     name: str, *, field: str, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(name, field=field)
-    model = load_model(AutoModelForSequenceClassification, name, field=field, device=device)
-    check_vocabulary(tokenizer, model, field=field, name=name)
-    if model.config.num_labels != 1:
-        raise InputError(f"{field}={name} gives {model.config.num_labels} scores, expected one")
+    """A sequence classifier with its tokenizer. `folder#label` names a label of one with several;
+    its number is put into the model's config as `score_label`."""
+    folder, _, label = name.partition("#")
+    tokenizer = load_tokenizer(folder, field=field)
+    model = load_model(AutoModelForSequenceClassification, folder, field=field, device=device)
+    check_vocabulary(tokenizer, model, field=field, name=folder)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if label and label not in labels or not label and len(labels) > 1:
+        raise InputError(
+            f"{field}={name} gives {len(labels)} scores, expected one: name it as "
+            + " or ".join(f"{folder}#{each}" for each in labels[:8])
+        )
+    model.config.score_label = labels.index(label) if len(labels) > 1 else None
     return model.requires_grad_(False), tokenizer
 
 
 def score_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Raw score [B] of ids [B, T], mask [B, T]: the head on the last real token's hidden state.
+    """Raw score [B] of ids [B, T], mask [B, T], padded on the right: the head on the last real
+    token's hidden state.
 
     The position comes from the mask: a model that looks for its pad id instead takes the wrong
-    token when a text ends in it.
+    token when a text ends in it. Of several labels it is the log-odds of the one that
+    load_reward_model was asked for, log p/(1 − p), which a single score is already.
     """
-    if not hasattr(model, "score"):  # encoders have a head of their own on their first token
-        return model(ids, attention_mask=mask.long()).logits.squeeze(-1).float()
-    hidden = model.base_model(
-        ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-    ).last_hidden_state
+    if hasattr(model, "score"):
+        hidden = model.base_model(ids, attention_mask=mask.long(), use_cache=False)[0]
+        return score_hidden(model, hidden, mask)
+    # Encoders have a head of their own on their first token.
+    return chosen_score(model, model(ids, attention_mask=mask.long()).logits)
+
+
+def score_hidden(model: PreTrainedModel, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Raw score [B] of final hidden states [B, T, H], mask [B, T]."""
     last = mask.size(1) - 1 - mask.flip(1).long().argmax(1)
-    return model.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+    return chosen_score(
+        model, model.score(hidden[torch.arange(len(mask), device=mask.device), last])
+    )
+
+
+def chosen_score(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """[B, labels] -> [B] float32."""
+    logits, label = logits.float(), getattr(model.config, "score_label", None)
+    if label is None:
+        return logits.squeeze(-1)
+    if model.config.problem_type == "multi_label_classification":  # a sigmoid for each label
+        return logits[:, label]
+    others = [i for i in range(logits.size(1)) if i != label]
+    return logits[:, label] - logits[:, others].logsumexp(-1)
 
 
 @torch.no_grad()
@@ -259,10 +423,20 @@ def positions(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def load_model(auto: type, name: str, *, field: str, device: torch.device, **kwargs):
+def load_config(name: str, *, field: str):
     source = resolve(name, field)
     if Path(source).is_dir() and not Path(source, "config.json").exists():
         raise InputError(f"{field}={name} is not a model folder: it has no config.json")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{field}={name} cannot be loaded as a model: {reason}") from error
+
+
+def load_model(auto: type, name: str, *, field: str, device: torch.device, **kwargs):
+    source = resolve(name, field)
+    load_config(name, field=field)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of missing weights: we judge it below
     try:
@@ -335,6 +509,24 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     named = model.generation_config.eos_token_id
     ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return sorted(i for i in ids if i is not None)
+
+
+def pick_attention(asked: str | None, device: torch.device, *, bf16: bool) -> str | None:
+    """flash_attention_2 where it can run; None is transformers' choice, SDPA for most models.
+
+    Flash attention has kernels for 16-bit numbers on GPUs only.
+    """
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    if asked == "flash_attention_2" and not flash:
+        raise InputError(
+            f"attn_implementation={asked}: "
+            + (
+                "flash-attn is not installed"
+                if device.type == "cuda"
+                else f"not on device={device}"
+            )
+        )
+    return asked or ("flash_attention_2" if flash and bf16 else None)
 
 
 def pick_device(name: str) -> torch.device:

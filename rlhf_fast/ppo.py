@@ -3,204 +3,440 @@
 A step samples an answer to each prompt of a batch, scores the answers, turns score and KL from the
 frozen reference into a reward for every token, estimates advantages with GAE, and makes several
 passes over the batch with the clipped losses on the log-probs stored before the first of them.
+
+Several processes share every batch (see workers.py); read the loop as if there were one.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import asdict
 from statistics import fmean
 
 import torch
 from torch import Tensor
+from transformers import get_scheduler, set_seed
 
+import rlhf_fast
 from rlhf_fast import (
     gae,
     kl_penalized_rewards,
     linear_policy_loss,
-    linear_token_logprobs,
     masked_mean,
     masked_whiten,
     token_kl,
     value_loss,
 )
-from rlhf_fast.config import InputError, PPOConfig
-from rlhf_fast.data import Prompt, batch_indices, load_rows, pad
+from rlhf_fast.config import CRITIC_FREE, GROUPED, InputError, PPOConfig
+from rlhf_fast.control import Control
+from rlhf_fast.data import Prompt, batch_indices, load_rows
 from rlhf_fast.data import prompts as load_prompts
-from rlhf_fast.models import Policy, load_policy, pick_device, softcap
-from rlhf_fast.report import answers_table, console, plot, progress_bar
-from rlhf_fast.rollout import Rollout, answer_hidden, answers, sample
-from rlhf_fast.run import Run, read_metrics
-from rlhf_fast.scorers import Scorer, load_scorer
+from rlhf_fast.experience import (
+    Measured,
+    gather,
+    measure,
+    predict_values,
+    sample_answers,
+    score,
+    score_all,
+    slices,
+)
+from rlhf_fast.models import LoRA, Policy, load_policy, pick_attention, softcap
+from rlhf_fast.report import (
+    Stopwatch,
+    answers_table,
+    console,
+    plot,
+    profile,
+    progress_bar,
+    samples_table,
+    summary_line,
+)
+from rlhf_fast.rollout import Rollout, RolloutEngine, answer_hidden, decode
+from rlhf_fast.run import Run, read_metrics, save_tensors
+from rlhf_fast.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.watch import warnings
+from rlhf_fast.workers import Workers
 
 
-def train(config: PPOConfig) -> dict:
+def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     """Returns (and saves as summary.json) score, judge and KL before and after training."""
-    run = Run(config)
+    workers = Workers(config)
+    run = Run(config, writes=workers.is_main)
+    workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
         console.print(f"{run.folder} is finished already: {run.summary}")
         return run.summary
 
     began = time.perf_counter()
-    device = pick_device(config.device)
-    reward = load_scorer(config.reward, field="reward", device=device)
+    device = workers.device
+    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
     judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
-    policy = load_policy(config.model, trainable_layers=config.trainable_layers, device=device)
+    engine = load_engine(config) if engine is None else engine
+    scorers = [reward] if judge is None else [reward, judge]
+    policy = load_policy(
+        config.model,
+        device=device,
+        trainable_layers=config.trainable_layers,
+        critic=config.estimator not in CRITIC_FREE,
+        value_model=config.value_model,
+        lora=lora_options(config),
+        attn_implementation=pick_attention(config.attn_implementation, device, bf16=config.bf16),
+    )
+    policy.bf16 = config.bf16
     held_out, prompts = split_prompts(config, policy)
-    weights = policy.trained()
+    weights, critic = policy.trained(), policy.critic()
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in policy.model.parameters() if p.requires_grad]},
-            {"params": list(policy.value_head.parameters()), "lr": config.value_learning_rate},
+            {"params": [p for name, p in weights.items() if name not in critic]},
+            {"params": list(critic.values()), "lr": config.value_learning_rate},
         ],
-        lr=config.learning_rate, eps=1e-5, weight_decay=0.0,
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon, weight_decay=config.weight_decay,
     )  # fmt: skip
+    scheduler = get_scheduler(
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=config.warmup_steps,
+        num_training_steps=config.steps * config.epochs * config.minibatches,
+    )
+    control = Control(config)
+    state = {"scheduler": scheduler, "control": control}
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
     before = run.load("before.json") if run.exists else None
     if before is None:
-        before = evaluate(policy, held_out, reward, judge, config)
+        before = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
         run.save("before.json", before)
-    first = run.restore(weights, optimizer)
+    first = run.restore(weights, optimizer, **state)
+    history = read_metrics(run.metrics)
+    workers.wait()
+    workers.start_trackers(run.folder.name, asdict(config))
 
-    with progress_bar("ppo", config.steps, first) as bar:
+    with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
         for step in range(first, config.steps):
-            # Everything random is a function of (seed, step): a resumed run repeats no draw.
-            generator = torch.Generator(device).manual_seed(config.seed * 1_000_003 + step)
-            clock = [time.perf_counter()]
+            # Everything random is a function of (seed, step): a resumed run repeats every draw,
+            # those of a reward function from the global generators included.
+            set_seed(config.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            clock = Stopwatch(device)
 
-            # 1. Sample an answer to each prompt.
-            rows = batch_indices(len(prompts), config.batch_size, step, config.seed)
-            batch = [prompts[i] for i in rows]
-            rollout = sample_answers(policy, batch, config, generator)
-            mask = rollout.mask  # [B, T]
-            clock.append(time.perf_counter())
+            # 1. Sample answers to each prompt, this process to its share of the batch.
+            groups = config.batch_size // config.samples_per_prompt
+            rows = batch_indices(len(prompts), groups, step, config.seed)
+            batch = [prompts[i] for i in rows for _ in range(config.samples_per_prompt)]
+            mine = workers.share(len(batch))
+            rollout = sample_answers(policy, batch, config, generator, share=mine, engine=engine)
+            clock.lap("rollout")
 
             # 2. Score the answers.
-            texts = answers(policy.tokenizer, rollout)
+            texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
             try:
-                raw_scores = score(reward, batch, texts)
-                judged = None if judge is None else score(judge, batch, texts)
+                scored = workers.attempt(score_all, scorers, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
-                run.save_checkpoint(step, weights, optimizer)
+                run.save_checkpoint(step, weights, optimizer, **state)
                 raise
-            scores = raw_scores.to(device)
-            if config.score_clip is not None:
-                scores = scores.clamp(-config.score_clip, config.score_clip)
-            scores = scores - config.missing_eos_penalty * (~rollout.ended).float()
-            clock.append(time.perf_counter())
+            raw_scores, *judged = (torch.cat(parts) for parts in zip(*scored, strict=True))
+            clock.lap("score")
 
             # 3. Log-probs and values of what was sampled, before anything changes.
-            old_logp, old_values, entropy, ref_logp = measure(policy, rollout, config)
+            rollout, old = gather(workers, rollout, measure(policy, rollout, config))
+            mask = rollout.mask  # [B, T]
+            clock.lap("reference")
 
-            # 4. Rewards per token, advantages, returns. Returns come before whitening.
-            rewards = kl_penalized_rewards(scores, old_logp, ref_logp, mask, beta=config.beta)
-            advantages, returns = gae(rewards, old_values, mask, gamma=config.gamma, lam=config.lam)
-            advantages = masked_whiten(advantages, mask)
+            # 4. Advantages and returns from the scores, and the KL they cost.
+            scores = shaped(raw_scores.to(device), rollout.ended, config)
+            advantages, returns = estimate(scores, old, mask, control.beta, config)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
-            stats: dict[str, list[Tensor]] = defaultdict(list)
-            skipped = 0
-            for _ in range(config.epochs):
-                order = torch.randperm(len(batch), generator=generator, device=device)
-                for minibatch in order.chunk(config.minibatches):
-                    tokens = mask[minibatch].sum()
-                    sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
-                    for part in minibatch.split(config.micro_batch_size or len(minibatch)):
-                        m = mask[part]
-                        hidden = answer_hidden(policy.body, rollout, part)  # [b, T, H]
-                        values = policy.value_head(hidden).squeeze(-1)
-                        policy_part, policy_stats = linear_policy_loss(
-                            hidden, policy.head.weight, rollout.labels[part], old_logp[part],
-                            advantages[part], m, clip_low=config.clip, clip_high=config.clip,
-                            entropy_coef=config.entropy_coef, normalizer=tokens,
-                            temperature=config.temperature, softcap=softcap(policy.model),
-                            bias=policy.head.bias,
-                        )  # fmt: skip
-                        value_part, value_stats = value_loss(
-                            values, old_values[part], returns[part], m,
-                            clip=config.value_clip, normalizer=tokens,
-                        )  # fmt: skip
-                        loss = policy_part + config.value_coef * value_part
-                        loss.backward()
-
-                        share = m.sum() / tokens
-                        sums["loss/policy_avg"] += policy_part.detach()
-                        sums["loss/value_avg"] += value_part.detach()
-                        sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
-                        sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
-                        sums["policy/entropy_avg"] += policy_stats.entropy * share
-                        sums["val/ratio"] += policy_stats.ratio_mean * share
-                        sums["val/ratio_var"] += policy_stats.ratio_var * share
-                        sums["val/clipfrac_avg"] += value_stats.clipfrac * share
-
-                    norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-                    if torch.isfinite(norm):
-                        optimizer.step()
-                        for name, value in sums.items():
-                            stats[name].append(value)
-                        stats["grad_norm"].append(norm)
-                    else:  # one bad minibatch must not end a run, nor enter the weights
-                        skipped += 1
-                    optimizer.zero_grad()
-            clock.append(time.perf_counter())
+            stats = learn(
+                policy, rollout, old, advantages, returns, config, optimizer, scheduler, control,
+                weights, workers, generator,
+            )  # fmt: skip
+            clock.lap("update")
 
             # 6. What happened.
-            kl = masked_sum(token_kl(old_logp, ref_logp, "k1"), mask)  # [B], nats a sequence
-            seconds = clock[-1] - clock[0]
+            kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask)  # [B], nats a sequence
             row = {
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
                 "objective/scores": raw_scores.mean().item(),
                 "objective/scores_std": raw_scores.std(correction=0).item(),
+                **{
+                    f"objective/scores/{name}": workers.gather(part.to(device)).nanmean().item()
+                    for name, part in reward.components.items()
+                },
                 "objective/kl": kl.mean().item(),
-                "objective/entropy": masked_sum(entropy, mask).mean().item(),
-                "objective/non_score_reward": -config.beta * kl.mean().item(),
-                "objective/rlhf_reward": scores.mean().item() - config.beta * kl.mean().item(),
-                **({} if judged is None else {"objective/judge": judged.mean().item()}),
-                **{name: torch.stack(values).mean().item() for name, values in stats.items()},
+                "objective/kl_coef": control.beta,
+                "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
+                "objective/non_score_reward": -control.beta * kl.mean().item(),
+                "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
+                **({"objective/judge": judged[0].mean().item()} if judged else {}),
+                **stats,
                 "val/num_eos_tokens": int(rollout.ended.sum()),
-                "val/explained_var": explained_variance(old_values, returns, mask),
-                "val/rollout_logp_gap": masked_mean((rollout.logp - old_logp).abs(), mask).item(),
-                "skipped_updates": skipped,
-                "lr": config.learning_rate,
-                "eps": config.batch_size / seconds,
-                "perf/seconds": seconds,
-                "perf/rollout_seconds": clock[1] - clock[0],
-                "perf/score_seconds": clock[2] - clock[1],
-                "perf/update_seconds": clock[3] - clock[2],
-                "perf/tokens_per_second": int(mask.sum()) / seconds,
+                "val/answer_tokens": mask.sum().item() / len(batch),
+                **rollout_gap(rollout, old),
+                **(
+                    {}
+                    if old.values is None
+                    else {"val/explained_var": explained_variance(old.values, returns, mask)}
+                ),
+                "lr": optimizer.param_groups[0]["lr"],
+                "eps": config.batch_size / clock.total,
+                **clock.metrics(),
+                "perf/tokens_per_second": int(mask.sum()) / clock.total,
             }
+            if control.skipped_in_a_row >= config.max_skipped_updates:
+                stop_with_the_batch(run, step, batch, rollout, old, scores, advantages, config)
+            control.adapt(row["objective/kl"])
             run.log(row)
-            bar.show(summary_line(row))
-            if (step + 1) % config.log_every == 0:
-                console.print(f"step {step + 1}/{config.steps}  {summary_line(row)}")
+            history.append(row)
+            if workers.is_main:
+                workers.log(row)
+                bar.show(summary_line(row))
+                for warning in new_warnings(history):
+                    console.print(f"[bold yellow]step {step + 1}: {warning}[/]")
+                if (step + 1) % config.log_every == 0:
+                    console.print(f"step {step + 1}/{config.steps}  {summary_line(row)}")
+                if config.sample_every and (step + 1) % config.sample_every == 0:
+                    asked = [prompt.prompt for prompt in batch[mine]]
+                    console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
             if (step + 1) % config.save_every == 0:
-                run.save_checkpoint(step + 1, weights, optimizer)
+                run.save_checkpoint(step + 1, weights, optimizer, **state)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
-    run.write("model", lambda folder: save_policy(policy, folder))
-    after = evaluate(policy, held_out, reward, judge, config)
+    run.write("model", policy.save)
+    if policy.value_body is not None:
+        run.write("value_model", policy.value_body.save_pretrained)
+    if config.lora_r is not None:
+        run.write("adapter", policy.model.save_pretrained)
+    after = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
     run.save("after.json", after)
-    rows = read_metrics(run.metrics)
-    run.write("plot.png", lambda path: plot(rows, path))
+    run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
-        "skipped_updates": sum(row["skipped_updates"] for row in rows),
+        "skipped_updates": sum(row["skipped_updates"] for row in history),
         "seconds": round(time.perf_counter() - began, 1),
     }
     run.save("summary.json", summary)
-    console.print(answers_table(before, after))
-    console.print(
-        "  ".join(f"{name} {value:.3g}" for name, value in summary.items())
-        + f"\nmodel, plot.png and metrics.jsonl in {run.folder}"
-    )
+    workers.end()
+    if workers.is_main:
+        console.print(answers_table(before, after))
+        console.print(
+            "  ".join(f"{name} {value:.3g}" for name, value in summary.items())
+            + f"\n{profile(history)}\nmodel, plot.png and metrics.jsonl in {run.folder}"
+        )
     return summary
+
+
+def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
+    """Scores [B] as they are learnt from: clipped, and changed where an answer did not end."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.missing_eos_score is not None:
+        return scores.where(ended, config.missing_eos_score)
+    return scores - config.missing_eos_penalty * (~ended).float()
+
+
+def estimate(
+    scores: Tensor, old: Measured, mask: Tensor, beta: float, config: PPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """(advantages [B, T], returns [B, T], or None without a critic)."""
+    beta = beta if config.kl_in == "reward" else 0.0
+    returns = None
+    if config.estimator in GROUPED:
+        kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
+        advantages = rlhf_fast.group_advantages(
+            scores - beta * kl, config.samples_per_prompt, method=config.estimator
+        )
+        advantages = advantages[:, None].expand(mask.shape)
+    else:
+        rewards = kl_penalized_rewards(
+            scores, old.logp, old.ref_logp, mask, beta=beta, estimator=config.kl_estimator
+        )
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        if config.estimator == "gae":
+            # Returns come before whitening: the critic learns the rewards' own scale.
+            advantages, returns = gae(rewards, old.values, mask, gamma=config.gamma, lam=config.lam)
+        else:  # reinforce: the rewards to go, which are GAE at λ = 1 without values
+            zeros = torch.zeros_like(rewards)
+            advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return advantages, returns
+
+
+def learn(
+    policy: Policy,
+    rollout: Rollout,
+    old: Measured,
+    advantages: Tensor,
+    returns: Tensor | None,
+    config: PPOConfig,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    control: Control,
+    weights: dict[str, Tensor],
+    workers: Workers,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """The passes over one batch; their statistics, averaged over the updates made."""
+    device, mask = policy.model.device, rollout.mask
+    correction = None
+    if config.tis_cap is not None:
+        correction = (old.logp - rollout.logp).exp().clamp(max=config.tis_cap)
+    stats: dict[str, list[Tensor]] = defaultdict(list)
+    skipped = 0
+    for minibatch in minibatches(len(mask), config, generator):
+        tokens, normalizer = counts(mask[minibatch], config)
+        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
+            m = mask[part]
+            with policy.precision():
+                hidden = answer_hidden(policy.body, rollout, part)  # [b, T, H]
+                policy_part, policy_stats = linear_policy_loss(
+                    hidden, policy.head.weight, rollout.labels[part], old.logp[part],
+                    advantages[part], m, clip_low=config.clip,
+                    clip_high=config.clip_high or config.clip, dual_clip=config.dual_clip,
+                    entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[part],
+                    kl_coef=control.beta if config.kl_in == "loss" else 0.0,
+                    kl_estimator=config.kl_estimator, aggregation=config.aggregation,
+                    normalizer=normalizer, temperature=config.temperature,
+                    weights=None if correction is None else correction[part],
+                    softcap=softcap(policy.model), bias=policy.head.bias,
+                )  # fmt: skip
+                values = predict_values(policy, hidden, rollout, part)
+            share = m.sum() / tokens
+            loss = policy_part
+            if values is not None:
+                value_part, value_stats = value_loss(
+                    values, old.values[part], returns[part], m,
+                    clip=config.value_clip, normalizer=tokens,
+                )  # fmt: skip
+                loss = policy_part + config.value_coef * value_part
+                sums["loss/value_avg"] += value_part.detach()
+                sums["val/clipfrac_avg"] += value_stats.clipfrac * share
+            loss.backward()
+
+            sums["loss"] += loss.detach()
+            sums["loss/policy_avg"] += policy_part.detach()
+            sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
+            sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
+            sums["policy/entropy_avg"] += policy_stats.entropy * share
+            sums["val/ratio"] += policy_stats.ratio_mean * share
+            sums["val/ratio_var"] += policy_stats.ratio_var * share
+        workers.sum(sums.values())
+        workers.sum(gradients(weights))
+
+        too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
+        if too_far:
+            optimizer.zero_grad()
+            break
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
+        finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
+        if finite:
+            optimizer.step()
+            for name, value in sums.items():
+                stats[name].append(value)
+            stats["grad_norm"].append(norm)
+        else:  # one bad minibatch must not end a run, nor enter the weights
+            skipped += 1
+        optimizer.zero_grad()
+        scheduler.step()
+        if not control.made(finite):
+            break
+    return {
+        **{name: torch.stack(values).mean().item() for name, values in stats.items()},
+        "policy/updates": len(stats["grad_norm"]),
+        "skipped_updates": skipped,
+    }
+
+
+def minibatches(size: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
+    """Rows of every minibatch of a step: each pass covers the batch, in an order of its own."""
+    passes = (torch.randperm(size, generator=generator) for _ in range(config.epochs))
+    return [rows for order in passes for rows in order.chunk(config.minibatches)]
+
+
+def parts(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Rows of every forward pass; none where a process has no share of a small minibatch."""
+    return rows.split(size or len(rows)) if len(rows) else ()
+
+
+def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """(tokens of a whole minibatch, what its policy losses are divided by): 0-dim.
+
+    They are those of all micro-batches and processes together, so the parts' gradients add up.
+    """
+    tokens = mask.sum()
+    if config.aggregation == "token-mean":
+        return tokens, tokens
+    if config.aggregation == "token-sum":
+        return tokens, torch.full_like(tokens, len(mask) * config.max_new_tokens)
+    return tokens, mask.any(-1).sum()
+
+
+def gradients(weights: dict[str, Tensor]) -> list[Tensor]:
+    """Of every weight; zeros where this process had nothing to learn from."""
+    for p in weights.values():
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    return [p.grad for p in weights.values()]
+
+
+def stop_with_the_batch(
+    run: Run,
+    step: int,
+    batch: list[Prompt],
+    rollout: Rollout,
+    old: Measured,
+    scores: Tensor,
+    advantages: Tensor,
+    config: PPOConfig,
+) -> None:
+    """Keep what no update could be made from, and end the run."""
+    dump = {
+        "step": step + 1,
+        "prompts": [prompt.prompt for prompt in batch],
+        "scores": scores,
+        "advantages": advantages,
+        "rollout": vars(rollout),
+        "measured": vars(old),
+    }
+    run.write("bad_batch.pt", lambda path: save_tensors(dump, path))
+    kept = max(run.checkpoints(), default=0)
+    raise InputError(
+        f"step {step + 1}: {config.max_skipped_updates} updates in a row had a loss or gradient "
+        f"that is not finite (max_skipped_updates). The batch is in {run.folder / 'bad_batch.pt'}, "
+        f"the last good checkpoint is that of step {kept}. A lower learning_rate, a warm-up or "
+        "score_clip may help"
+    )
+
+
+def load_engine(config: PPOConfig) -> RolloutEngine | None:
+    if config.rollout_engine is None:
+        return None
+    module, _, name = config.rollout_engine.rpartition(":")
+    if not module:
+        raise InputError(
+            f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
+        )
+    return load_function(module, name, config.rollout_engine, "rollout_engine")
+
+
+def lora_options(config: PPOConfig) -> LoRA | None:
+    if config.lora_r is None:
+        return None
+    modules = [name.strip() for name in (config.lora_target_modules or "").split(",")]
+    return LoRA(config.lora_r, config.lora_alpha, [m for m in modules if m] or None, config.seed)
 
 
 def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts answered before and after, prompts to train on)."""
-    rows = load_rows(config.data, split=config.split, max_rows=config.max_rows)
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
     prompts = load_prompts(
         rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
     )
@@ -212,75 +448,25 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
     return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
 
 
-def sample_answers(
-    policy: Policy, batch: list[Prompt], config: PPOConfig, generator: torch.Generator
-) -> Rollout:
-    ids, mask = pad([prompt.ids for prompt in batch], side="left")
-    device = policy.model.device
-    return sample(
-        policy.model, ids.to(device), mask.to(device), max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature, stop_ids=policy.stop_ids, generator=generator,
-        trunk_layers=policy.trunk_layers,
-    )  # fmt: skip
-
-
-def score(scorer: Scorer, batch: list[Prompt], texts: list[str]) -> Tensor:
-    columns = {name: [p.columns[name] for p in batch] for name in batch[0].columns}
-    return scorer([p.prompt for p in batch], texts, columns)
-
-
-def logprobs(
-    policy: Policy,
-    hidden: Tensor,
-    head: torch.nn.Module,
-    rollout: Rollout,
-    rows: Tensor | slice,
-    config: PPOConfig,
-) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy) [b, T] of the answers' tokens; no [b, T, V] tensor is ever held."""
-    labels = rollout.labels[rows].masked_fill(~rollout.mask[rows], -100)
-    return linear_token_logprobs(
-        hidden, head.weight, labels, bias=head.bias, temperature=config.temperature,
-        softcap=softcap(policy.model), entropy=True,
-    )  # fmt: skip
-
-
-@torch.no_grad()
-def measure(policy: Policy, rollout: Rollout, config: PPOConfig) -> tuple[Tensor, ...]:
-    """(logp, values, entropy, ref_logp), each [B, T], under the present weights."""
-    columns = []
-    for rows in slices(len(rollout.ids), config.micro_batch_size):
-        hidden = answer_hidden(policy.body, rollout, rows)
-        logp, entropy = logprobs(policy, hidden, policy.head, rollout, rows, config)
-        values = policy.value_head(hidden).squeeze(-1)
-        reference = answer_hidden(policy.reference_body, rollout, rows)
-        ref_logp, _ = logprobs(policy, reference, policy.reference_head, rollout, rows, config)
-        columns.append((logp, values, entropy, ref_logp))
-    return tuple(torch.cat(parts) for parts in zip(*columns, strict=True))
-
-
-def slices(size: int, step: int | None) -> Iterator[slice]:
-    step = step or size
-    return (slice(at, at + step) for at in range(0, size, step))
-
-
 def evaluate(
     policy: Policy, prompts: list[Prompt], reward: Scorer, judge: Scorer | None, config: PPOConfig
 ) -> dict[str, list]:
     """Answers to held-out prompts with score, judge's score and KL; the same draws each time."""
     result: dict[str, list] = defaultdict(list)
-    generator = torch.Generator(policy.model.device).manual_seed(config.seed)
+    set_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
     for rows in slices(len(prompts), config.batch_size):
         batch = prompts[rows]
         rollout = sample_answers(policy, batch, config, generator)
-        texts = answers(policy.tokenizer, rollout)
-        logp, _, _, ref_logp = measure(policy, rollout, config)
+        texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+        measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
         result["answer"] += texts
         result["score"] += score(reward, batch, texts).tolist()
         if judge is not None:
             result["judge"] += score(judge, batch, texts).tolist()
-        result["kl"] += masked_sum(token_kl(logp, ref_logp, "k1"), rollout.mask).tolist()
+        kl = token_kl(measured.logp, measured.ref_logp, "k1")
+        result["kl"] += masked_sum(kl, rollout.mask).tolist()
     return dict(result)
 
 
@@ -293,13 +479,19 @@ def summarise(before: dict, after: dict) -> dict[str, float]:
     return summary | {"kl": fmean(after["kl"])}
 
 
-def save_policy(policy: Policy, folder) -> None:
-    """The policy as transformers reads it; the value head in a file of its own beside it."""
-    from safetensors.torch import save_file
+def new_warnings(history: list[dict[str, float]]) -> list[str]:
+    """Warnings that the step before did not give."""
+    known = warnings(history[:-1])
+    return [text for name, text in warnings(history).items() if name not in known]
 
-    policy.model.save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
-    save_file(policy.value_head.state_dict(), folder / "value_head.safetensors")
+
+def rollout_gap(rollout: Rollout, old: Measured) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's, of the same tokens."""
+    gap = (rollout.logp - old.logp).abs()
+    return {
+        "val/rollout_logp_gap": masked_mean(gap, rollout.mask).item(),
+        "val/rollout_ratio_max": gap.masked_fill(~rollout.mask, 0.0).max().exp().item(),
+    }
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
@@ -312,11 +504,3 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
     returns, values = returns[mask], values[mask]
     spread = returns.var(correction=0)
     return (1 - (returns - values).var(correction=0) / spread.clamp(min=1e-8)).item()
-
-
-def summary_line(row: dict[str, float]) -> str:
-    judge = f"  judge {row['objective/judge']:+.2f}" if "objective/judge" in row else ""
-    return (
-        f"score {row['objective/scores']:+.2f}  kl {row['objective/kl']:.2f}{judge}  "
-        f"{row['perf/seconds']:.1f} s"
-    )

@@ -1,12 +1,14 @@
-"""What a run shows: progress bars, the table of answers before and after, the plot."""
+"""What a run shows: progress bars, tables of answers, where the time went, the plot."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -41,7 +43,7 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
+def progress_bar(name: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -51,8 +53,67 @@ def progress_bar(name: str, total: int, done: int = 0) -> Iterator[Bar]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not shown) as progress:
         yield Bar(progress, progress.add_task(name, total=total, completed=done, now=""))
+
+
+def summary_line(row: dict[str, float]) -> str:
+    judge = f"  judge {row['objective/judge']:+.2f}" if "objective/judge" in row else ""
+    return (
+        f"reward {row['objective/scores']:+.2f}  kl {row['objective/kl']:.2f}{judge}  "
+        f"{row['perf/tokens_per_second']:.0f} tokens/s  {row['perf/seconds']:.1f} s"
+    )
+
+
+class Stopwatch:
+    """Seconds of each part of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was `name`'s. Kernels run behind Python on a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
+
+    def metrics(self) -> dict[str, float]:
+        parts = {f"perf/{name}_seconds": seconds for name, seconds in self.laps.items()}
+        return {"perf/seconds": self.total, **parts}
+
+
+SHARES = {"rollout": "rollout", "score": "reward", "reference": "reference", "update": "learning"}
+
+
+def profile(rows: list[dict[str, float]]) -> str:
+    """Where a run's time went, in one line. `reference` includes old log-probs and values."""
+    if not rows:
+        return "no step was made"
+    total = sum(row["perf/seconds"] for row in rows)
+    shares = {
+        shown: sum(row[f"perf/{name}_seconds"] for row in rows) / total
+        for name, shown in SHARES.items()
+    }
+    return f"{total / len(rows):.2f} s a step: " + ", ".join(
+        f"{name} {share:.0%}" for name, share in shares.items()
+    )
+
+
+def samples_table(
+    prompts: list[Any], texts: list[str], scores: list[float], rows: int = 4
+) -> Table:
+    """Answers of this step with their scores."""
+    table = Table("prompt", "answer", "reward", show_lines=True)
+    for prompt, text, score in list(zip(prompts, texts, scores, strict=True))[:rows]:
+        table.add_row(escape(shown(prompt)), escape(shown(text)), f"{score:+.2f}")
+    return table
 
 
 def answers_table(before: dict[str, list], after: dict[str, list], rows: int = 8) -> Table:

@@ -3,13 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.models import positions, softcap, trunk_recorder
+from rlhf_fast.models import Policy, positions, softcap, trunk_recorder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float  # divides the logits; 0 takes the likeliest token
+    stop_ids: list[int]
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+
+
+class Completions(NamedTuple):
+    """Answers of at most T ≤ max_new_tokens tokens to B prompts."""
+
+    tokens: Tensor  # [B, T] int64; anything where masked
+    mask: Tensor  # [B, T] bool, True = a token of the answer, the stop token included
+    logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked
+    trunk: Tensor | None = None  # [B, P+T-1, H]: input of the trained layers, if recorded
+
+
+class RolloutEngine(Protocol):
+    """What turns prompts into answers: `sample` below, or a server in one file of your own.
+
+    It is called once a step with the model as it is now. Its log-probs may differ from the
+    trainer's (another kernel, another precision): the trainer measures old_logp by itself, logs
+    the gap, and corrects for it when tis_cap is set.
+    """
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,  # [B, P] int64, padded left
+        mask: Tensor,  # [B, P] bool, True = a real token
+        sampling: Sampling,
+        draws: Tensor,  # [B, max_new_tokens] uniform in [0, 1): the randomness, if it can use it
+    ) -> Completions: ...
 
 
 @dataclass
@@ -34,75 +79,202 @@ class Rollout:
 
 
 @torch.no_grad()
+def roll_out(
+    policy: Policy,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
+    engine: RolloutEngine | None = None,
+) -> Rollout:
+    """Prompts [B, P] -> prompts with answers. Without an engine: our own decoding."""
+    if engine is None:
+        done = sample(policy.model, ids, mask, sampling, draws, trunk_layers=policy.trunk_layers)
+    else:
+        done = engine(policy.model, ids, mask, sampling, draws)
+    length = done.mask.sum(1, keepdim=True)
+    last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
+    stop = torch.tensor(sampling.stop_ids, device=ids.device)
+    rollout = Rollout(
+        ids=torch.cat([ids, done.tokens.masked_fill(~done.mask, 0)], 1),
+        attention=torch.cat([mask, done.mask], 1),
+        mask=done.mask,
+        logp=done.logp,
+        ended=torch.isin(last, stop) & (length.squeeze(1) > 0),
+        trunk=done.trunk,
+    )
+    if policy.trunk_layers and rollout.trunk is None:
+        rollout.trunk = run_trunk(policy, rollout)
+    return rollout
+
+
+@torch.no_grad()
 def sample(
     model: PreTrainedModel,
-    ids: Tensor,  # [B, P], padded left
-    mask: Tensor,  # [B, P] bool
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: list[int],
-    generator: torch.Generator,
     trunk_layers: int = 0,
-) -> Rollout:
-    """One answer per prompt, token by token over a KV cache. Temperature 0 takes the likeliest."""
-    base, head, cap = model.base_model, model.get_output_embeddings(), softcap(model)
-    stop = torch.tensor(stop_ids, device=ids.device)
-    running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-    attention, cache = mask, None
-    tokens, masks, logps = [], [], []
+) -> Completions:
+    """One answer per prompt, token by token over a KV cache; arguments as in RolloutEngine.
 
+    A draw picks the token at which the cumulated probability passes it, so a row's answer depends
+    on its own draws alone: neither the rows beside it nor their number change it.
+    """
+    base, head, cap = model.base_model, model.get_output_embeddings(), softcap(model)
+    batch, prompt_length = ids.shape
+    steps = sampling.max_new_tokens
+    stop = torch.tensor(sampling.stop_ids, device=ids.device)
+    cache = growing_cache(model, prompt_length + steps)
+
+    tokens = ids.new_zeros(batch, steps)
+    answered = torch.zeros_like(tokens, dtype=torch.bool)
+    logps = torch.zeros(batch, steps, device=ids.device)
+    attention = torch.cat([mask, answered], 1)
+    trunk = None
+
+    live = torch.arange(batch, device=ids.device)  # rows still being written
+    new_ids, new_positions = ids, positions(mask)
     with trunk_recorder(model, trunk_layers) as recorded:
-        new_ids, new_positions = ids, positions(mask)
-        for _ in range(max_new_tokens):
+        for t in range(steps):
+            end = prompt_length + t
             out = base(
                 new_ids,
-                attention_mask=attention.long(),
+                attention_mask=attention[live, :end].long(),
                 position_ids=new_positions,
                 past_key_values=cache,
                 use_cache=True,
             )
-            cache = out.past_key_values
+            if trunk_layers:
+                entered = recorded.pop()
+                if trunk is None:
+                    size = (batch, prompt_length + steps - 1, entered.size(-1))
+                    trunk = entered.new_zeros(size)
+                trunk[live, end - entered.size(1) : end] = entered
+
             logits = head(out.last_hidden_state[:, -1]).float()  # [B, V]: this token's only
             if cap is not None:
                 logits = cap * torch.tanh(logits / cap)
-            if temperature == 0:
-                token = logits.argmax(-1)
-            else:
-                probs = torch.softmax(logits / temperature, -1)
-                token = torch.multinomial(probs, 1, generator=generator).squeeze(1)
-            # A finished row goes on computing; what it writes is masked.
-            token = torch.where(running, token, 0)
-            logp = token_logprobs(logits, token, temperature=temperature or 1.0)
+            token, logp = choose(logits, draws[live, t], sampling)
+            tokens[live, t], logps[live, t] = token, logp
+            answered[live, t] = attention[live, end] = True
 
-            tokens.append(token)
-            masks.append(running)
-            logps.append(logp.masked_fill(~running, 0.0))
-            attention = torch.cat([attention, running[:, None]], 1)
-            running = running & ~torch.isin(token, stop)
-            if not running.any():
-                break
-            new_ids, new_positions = token[:, None], positions(attention)[:, -1:]
+            going = ~torch.isin(token, stop)
+            if not going.all():  # finished rows leave, and cost nothing from here on
+                if not going.any():
+                    break
+                live, token, new_positions = live[going], token[going], new_positions[going]
+                cache.reorder_cache(going.nonzero().squeeze(1))
+            new_ids, new_positions = token[:, None], new_positions[:, -1:] + 1
 
-    return Rollout(
-        ids=torch.cat([ids, torch.stack(tokens, 1)], 1),
-        attention=attention,
-        mask=torch.stack(masks, 1),
-        logp=torch.stack(logps, 1),
-        ended=~running,
-        trunk=torch.cat(recorded, 1) if trunk_layers else None,
+    length = int(answered.any(0).sum())
+    return Completions(
+        tokens[:, :length],
+        answered[:, :length],
+        logps[:, :length],
+        None if trunk is None else trunk[:, : prompt_length + length - 1],
     )
 
 
-def answer_hidden(body: torch.nn.Module, rollout: Rollout, rows: slice | Tensor) -> Tensor:
+def choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits [B, V], draw [B] uniform in [0, 1) -> (token [B], its log-prob as sampled [B])."""
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, token_logprobs(logits, token)
+    logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    # In float32 the sum over 50,000 tokens is off by more than the rarest of them are likely.
+    cumulated = torch.softmax(logits, -1).double().cumsum(-1)
+    target = draw.double()[:, None] * cumulated[:, -1:]
+    # right=True: never a token of probability 0, which does not raise the sum.
+    token = torch.searchsorted(cumulated, target, right=True).squeeze(1)
+    token = token.clamp(max=logits.size(-1) - 1)
+    return token, token_logprobs(logits, token)
+
+
+class GrowingLayer(DynamicLayer):
+    """A layer of the KV cache with room for all tokens from the start.
+
+    DynamicLayer copies all keys and values for each new token, which is quadratic in the length.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.length = room, 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.stored = tuple(
+            new.new_empty(*new.shape[:2], self.room, new.size(-1))
+            for new in (key_states, value_states)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.size(-2)
+        for stored, new in zip(self.stored, (key_states, value_states), strict=True):
+            stored[:, :, start : self.length] = new
+        self.keys, self.values = (stored[:, :, : self.length] for stored in self.stored)
+        return self.keys, self.values
+
+    def reorder_cache(self, indices: Tensor) -> None:
+        """Keep these rows. (Every kind of layer has this method, and beams need not be as many.)"""
+        self.stored = tuple(stored[indices] for stored in self.stored)
+
+
+def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:
+    """The model's own kind of cache; its plain attention layers have room for `room` tokens."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    cache.layers = [
+        GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
+def run_trunk(policy: Policy, rollout: Rollout) -> Tensor:
+    """[B, P+T-1, H], for an engine that does not record it."""
+    attention = rollout.attention[:, :-1]
+    with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
+        policy.model.base_model(
+            rollout.ids[:, :-1],
+            attention_mask=attention.long(),
+            position_ids=positions(attention),
+            use_cache=False,
+        )
+    return recorded[0]
+
+
+def widen(rollout: Rollout, length: int) -> Rollout:
+    """The same answers with room for `length` tokens: shares of several processes fit together."""
+    more = length - rollout.mask.size(1)
+    return Rollout(
+        ids=F.pad(rollout.ids, (0, more)),
+        attention=F.pad(rollout.attention, (0, more)),
+        mask=F.pad(rollout.mask, (0, more)),
+        logp=F.pad(rollout.logp, (0, more)),
+        ended=rollout.ended,
+        trunk=None if rollout.trunk is None else F.pad(rollout.trunk, (0, 0, 0, more)),
+    )
+
+
+def answer_hidden(
+    body: torch.nn.Module, rollout: Rollout, rows: slice | Tensor, *, from_ids: bool = False
+) -> Tensor:
     """Final hidden states [b, T, H] at the positions that *predict* the answers' tokens.
 
-    Token t of an answer is predicted at P-1+t, so the last token itself is never an input.
+    Token t of an answer is predicted at P-1+t, so the last token itself is never an input. A body
+    that does not stand on the shared trunk reads the tokens (`from_ids`).
     """
     attention = rollout.attention[rows, :-1]
     given = (
         {"input_ids": rollout.ids[rows, :-1]}
-        if rollout.trunk is None
+        if from_ids or rollout.trunk is None
         else {"inputs_embeds": rollout.trunk[rows]}
     )
     hidden = body(
@@ -114,8 +286,8 @@ def answer_hidden(body: torch.nn.Module, rollout: Rollout, rows: slice | Tensor)
     return hidden[:, rollout.prompt_length - 1 :]
 
 
-def answers(tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> list[str]:
-    """The answers as text, without special tokens."""
-    rows = zip(rollout.labels.tolist(), rollout.mask.tolist(), strict=True)
-    kept = [[t for t, real in zip(ids, mask, strict=True) if real] for ids, mask in rows]
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Answers [B, T] as text, without special tokens."""
+    rows = zip(tokens.tolist(), mask.tolist(), strict=True)
+    kept = [[t for t, real in zip(ids, counts, strict=True) if real] for ids, counts in rows]
     return tokenizer.batch_decode(kept, skip_special_tokens=True)

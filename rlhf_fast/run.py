@@ -1,4 +1,4 @@
-"""A run's folder: config, metrics, checkpoint, results. A kill at any moment leaves it usable.
+"""A run's folder: config, metrics, checkpoints, results. A kill at any moment leaves it usable.
 
 Everything but the metrics, whose lines are appended, is written under a temporary name, flushed to
 the disk and renamed; `summary.json` comes last and means the run is finished.
@@ -9,33 +9,50 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_fast.config import InputError, RunConfig
 
 # Options that may differ when a run is continued: they change no number.
-FREE = {"output_dir", "resume", "overwrite", "save_every", "log_every", "device"}
+FREE = {
+    "output_dir", "resume", "overwrite", "save_every", "save_total_limit", "log_every",
+    "sample_every", "report_to", "max_skipped_updates", "device",
+}  # fmt: skip
 
-RESULTS = ("summary.json", "before.json", "after.json", "metrics.jsonl", "checkpoint.pt", "model")
+# In the order of deletion: the metrics make a folder a run, so they go last.
+RESULTS = ("summary.json", "checkpoints", "before.json", "after.json", "bad_batch.pt", "model",
+           "adapter", "value_model", "metrics.jsonl")  # fmt: skip
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps beside weights and optimizer: a scheduler, a KL controller, …"""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Run:
-    """The folder `config.output_dir`. Creating a Run reads and refuses; only begin() writes."""
+    """The folder `config.output_dir`. Creating a Run reads and refuses; only begin() writes.
 
-    def __init__(self, config: RunConfig) -> None:
+    Of several processes one writes (`writes`); the others read the same folder.
+    """
+
+    def __init__(self, config: RunConfig, *, writes: bool = True) -> None:
         self.config = config
+        self.writes = writes
         self.folder = Path(config.output_dir).expanduser()
         self.metrics = self.folder / "metrics.jsonl"
-        self.checkpoint = self.folder / "checkpoint.pt"
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output_dir={self.folder} is a file")
         # Metrics begin when the first step does: a run refused before that is no run yet.
@@ -64,16 +81,23 @@ class Run:
 
     def begin(self) -> None:
         """After everything the user gave has been checked."""
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.config.overwrite:
+        if not self.exists:  # a checkpoint left by a deleted run must not be resumed from
             for name in RESULTS:
                 remove(self.folder / name)
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         self.write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
     def write(self, name: str, writer: Callable[[Path], object]) -> None:
-        with replacing(self.folder / name) as partial:
-            writer(partial)
+        if not self.writes:
+            return
+        target = self.folder / name
+        with self.disk_errors_explained(name):
+            target.parent.mkdir(exist_ok=True)
+            with replacing(target) as partial:
+                writer(partial)
 
     def save(self, name: str, value: Any) -> None:
         self.write(name, lambda path: path.write_text(json.dumps(value, indent=1)))
@@ -84,31 +108,87 @@ class Run:
 
     def log(self, row: dict[str, float]) -> None:
         """Append a row; what is not finite becomes null, which JSON has and NaN it has not."""
+        if not self.writes:
+            return
         row = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        with open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.disk_errors_explained("metrics.jsonl"):
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    # ------------------------------------------------------------------------- checkpoints
+
+    def checkpoints(self) -> dict[int, Path]:
+        """{step: file}, oldest first."""
+        found = (self.folder / "checkpoints").glob("step_*.pt")
+        return dict(sorted((int(re.sub(r"\D", "", path.stem)), path) for path in found))
 
     def save_checkpoint(
-        self, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        **parts: Stateful,
     ) -> None:
         """The state after `step` steps. Data order and sampling are functions of (seed, step)."""
+        if not self.writes:
+            return
         state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict()}
-        self.write("checkpoint.pt", lambda path: torch.save(state, path))
+        state |= {name: part.state_dict() for name, part in parts.items()}
+        if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
+            with self.disk_errors_explained("metrics.jsonl"):
+                flush(self.metrics)
+        self.write(f"checkpoints/step_{step}.pt", lambda path: save_tensors(state, path))
+        self.prune()
 
-    def restore(self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-        """Load the checkpoint if there is one, drop metrics after it; the step to go on from."""
+    def prune(self) -> None:
+        for path in list(self.checkpoints().values())[: -self.config.save_total_limit]:
+            remove(path)
+
+    def restore(
+        self, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, **parts: Stateful
+    ) -> int:
+        """Load the newest checkpoint, if any, and drop metrics after it; the step to go on from."""
         step = 0
-        if self.exists and self.checkpoint.is_file():
+        if self.exists and (found := self.checkpoints()):
+            step, path = found.popitem()
             device = next(iter(weights.values())).device
-            state = torch.load(self.checkpoint, map_location=device, weights_only=True)
+            state = torch.load(path, map_location=device, weights_only=True)
             with torch.no_grad():
                 for name, tensor in weights.items():
                     tensor.copy_(state["weights"][name])
             optimizer.load_state_dict(state["optimizer"])
-            step = state["step"]
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        if self.writes:
+            self.prune()  # a kill may have come between a checkpoint and this
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.metrics) if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
         return step
+
+    @contextmanager
+    def disk_errors_explained(self, name: str) -> Iterator[None]:
+        """A full disk is the user's to mend, and nothing that was written before is harmed."""
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            steps = list(self.checkpoints())
+            kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "nothing was lost"
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"output_dir={self.folder}: {name} cannot be written: {reason}; {kept}. Make room, "
+                "then go on with --resume"
+            ) from error
+
+
+def save_tensors(state: dict[str, Any], path: Path) -> None:
+    """torch.save, but a failing write is the OSError that torch hides behind its own."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -123,15 +203,22 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary path for a file or folder that takes target's place when it is complete."""
     partial = target.with_name(f".{target.name}.partial")
+    aside = target.with_name(f".{target.name}.old")
     remove(partial)
-    yield partial
+    try:
+        yield partial
+    except Exception:  # mostly a full disk: give back what was taken
+        remove(partial)
+        raise
     files = [partial, *partial.rglob("*")] if partial.is_dir() else [partial]
     for path in files:
         flush(path)
     if target.is_dir():  # rename cannot replace a folder that has something in it
-        remove(target)
+        remove(aside)
+        os.replace(target, aside)
     os.replace(partial, target)
     flush(target.parent)
+    remove(aside)
 
 
 def flush(path: Path) -> None:

@@ -22,7 +22,7 @@ def test_yaml_gives_values_and_flags_win(tmp_path):
     file.write_text("learning_rate: 1e-5\nbatch_size: 6\nresume: true\njudge:\nreward: mine\n")
     config = parse_ppo("--config", str(file), "--batch_size", "9")
     assert (config.learning_rate, config.batch_size, config.resume) == (1e-5, 9, True)
-    assert config.judge is None and config.reward == "r"
+    assert config.judge is None and config.reward == ["r"]
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,88 @@ def test_bad_flags(flags, message):
         parse_ppo(*flags)
 
 
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"missing_eos_score": -1, "missing_eos_penalty": 0.5}, "missing_eos_score=-1 and missing"),
+        ({"lora_r": 8, "trainable_layers": 2}, "lora_r=8 and trainable_layers=2"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules=q_proj and lora_r=None"),
+        ({"estimator": "reinforce", "value_model": "v"}, "value_model=v and estimator=reinforce"),
+        ({"estimator": "grpo"}, "estimator=grpo and samples_per_prompt=1"),
+        (
+            {"estimator": "rloo", "samples_per_prompt": 2, "whiten_rewards": True},
+            "estimator=rloo and whiten_rewards=True",
+        ),
+        ({"kl_in": "loss"}, "kl_in=loss and kl_estimator=k1"),
+        ({"adaptive_kl_target": 6.0, "beta": 0.0}, "adaptive_kl_target=6.0 and beta=0.0"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "attn_implementation=flash_attention_2 and bf16=False",
+        ),
+        ({"resume": True, "overwrite": True}, "resume and overwrite"),
+    ],
+)
+def test_options_that_contradict_each_other(options, names):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError) as error:
+        PPOConfig(**required, **options)
+    assert f"{names}" in str(error.value) and "contradict" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "ppo"}, "estimator=ppo: expected one of gae, grpo"),
+        ({"kl_in": "both"}, "kl_in=both: expected one of reward, loss"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected a number above 1"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
+        ({"missing_eos_score": float("nan")}, "missing_eos_score=nan"),
+        ({"batch_size": 6, "samples_per_prompt": 4}, "batch_size=6 .* samples_per_prompt=4"),
+        ({"save_total_limit": 0}, "save_total_limit=0"),
+    ],
+)
+def test_bad_values(options, message):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError, match=message):
+        PPOConfig(**required, **options)
+
+
+def test_defaults_that_depend_on_others():
+    assert parse_ppo().missing_eos_penalty == 1.0
+    assert parse_ppo("--missing_eos_score", "-1").missing_eos_penalty == 0.0
+    assert parse_ppo().whiten_advantages is True
+    groups = ["--samples_per_prompt", "4", "--estimator", "rloo"]
+    assert parse_ppo(*groups).whiten_advantages is False
+    assert parse_ppo(*groups, "--whiten_advantages", "true").whiten_advantages is True
+    config = parse_ppo(*groups)
+    assert PPOConfig(**vars(config)) == config  # what config.yaml keeps can be read again
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [([], False), (["--resume"], True), (["--resume", "auto"], True), (["--resume=false"], False)],
+)
+def test_resume(flags, resume):
+    assert parse_ppo(*flags).resume is resume
+
+
+# RLHF's details: each an option with the default that works.
+@pytest.mark.parametrize(
+    ("name", "default"),
+    {
+        "learning_rate": 3e-6, "value_learning_rate": 1e-5, "adam_epsilon": 1e-5, "epochs": 4,
+        "minibatches": 1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": None,
+        "dual_clip": None, "value_clip": 0.2, "value_coef": 0.1, "beta": 0.05,
+        "adaptive_kl_target": None, "kl_horizon": 10_000, "whiten_rewards": False,
+        "whiten_advantages": True, "missing_eos_penalty": 1.0, "missing_eos_score": None,
+        "score_clip": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "tis_cap": None,
+        "max_grad_norm": 1.0,
+    }.items(),
+)  # fmt: skip
+def test_defaults(name, default):
+    assert getattr(parse_ppo(), name) == default
+
+
 def test_required_flags_are_named():
     with pytest.raises(InputError, match="missing --data, --reward:"):
         parse(PPOConfig, ["--model", "m", "--output_dir", "o"], prog="x")
@@ -74,6 +156,46 @@ def test_required_flags_are_named():
 def test_held_out_pairs_come_from_one_place():
     with pytest.raises(InputError, match="eval_data and eval_pairs"):
         RewardConfig(model="m", data="d", output_dir="o", eval_data="e", eval_pairs=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_split": "test", "eval_pairs": 3}, "eval_split and eval_pairs"),
+        ({"eval_split": "train"}, "eval_split=train is split"),
+        ({"lr_scheduler_type": "polynomial"}, "polynomial: expected one of constant_with_warmup"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+    ],
+)
+def test_bad_reward_options(options, message):
+    with pytest.raises(InputError, match=message):
+        RewardConfig(model="m", data="d", output_dir="o", **options)
+
+
+def test_several_rewards_as_flags_and_in_yaml(tmp_path):
+    assert parse_ppo("--reward", "a", "b.py:f", "--reward_weights", "1", "-0.5").reward == [
+        "a", "b.py:f",
+    ]  # fmt: skip
+    file = tmp_path / "c.yaml"
+    file.write_text("reward: [a, b.py:f]\nreward_weights: [1, -5e-1]\nsteps: 3\n")
+    flags = [flag for flag in PPO if flag not in ("--reward", "r")]
+    config = parse(PPOConfig, [*flags, "--config", str(file)], prog="x")
+    assert (config.reward, config.reward_weights) == (["a", "b.py:f"], [1.0, -0.5])
+    assert config.steps == 3
+    assert parse_ppo("--config", str(file), "--reward_weights", "2").reward_weights == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "message"),
+    [
+        (["a", "b"], [1.0], r"reward_weights=\[1.0\] has 1 numbers for the 2 of reward="),
+        (["a"], [float("inf")], "expected finite numbers"),
+        ([], None, "reward is empty"),
+    ],
+)
+def test_bad_rewards(rewards, weights, message):
+    with pytest.raises(InputError, match=message):
+        PPOConfig(model="m", data="d", output_dir="o", reward=rewards, reward_weights=weights)
 
 
 def test_empty_prompt():

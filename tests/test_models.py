@@ -69,12 +69,16 @@ def test_reference_stays_when_the_policy_moves(tiny_policy_folder, layers):
             given = {"inputs_embeds": recorded[0]} if recorded else {"input_ids": ids}
             return head(body(**given, use_cache=False).last_hidden_state)
 
+    def reference():
+        with policy.reference() as body:
+            return logits(body, policy.reference_head)
+
     before = logits(policy.body, policy.head)
-    torch.testing.assert_close(logits(policy.reference_body, policy.reference_head), before)
+    torch.testing.assert_close(reference(), before)
     with torch.no_grad():
         for name, p in policy.trained().items():
             p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
-    torch.testing.assert_close(logits(policy.reference_body, policy.reference_head), before)
+    torch.testing.assert_close(reference(), before)
     moved = logits(policy.body, policy.head)
     assert (moved - before).abs().max() > 0.1
     torch.testing.assert_close(moved, policy.model(ids).logits)  # the slice trains the model itself

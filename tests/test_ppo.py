@@ -174,8 +174,8 @@ def test_sharing_the_trunk_changes_nothing(configured, monkeypatch):
     shared = configured("shared", steps=2, trainable_layers=2)
     ppo.train(shared)
 
-    def apart(name, *, trainable_layers, device):  # the same layers train, nothing is shared
-        policy = load_policy(name, trainable_layers=None, device=device)
+    def apart(name, *, trainable_layers, **options):  # the same layers train, nothing is shared
+        policy = load_policy(name, trainable_layers=None, **options)
         policy.model.requires_grad_(False)
         policy.model.model.layers[1:].requires_grad_(True)
         policy.model.model.norm.requires_grad_(True)
@@ -228,6 +228,18 @@ def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, reward
     assert row["objective/scores"] == row["objective/judge"] != 0
 
 
+def test_weighted_sum_of_rewards(configured, reward):
+    config = configured(
+        reward=[reward("share"), reward("three")], reward_weights=[2.0, -0.5], steps=1
+    )
+    ppo.train(config)
+    (row,) = metrics(config)
+    assert row["objective/scores/three"] == 3
+    assert 0 < row["objective/scores/share"] < 1
+    expected = 2 * row["objective/scores/share"] - 1.5
+    assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
     healthy, calls = ppo.linear_policy_loss, 0
 
@@ -258,7 +270,8 @@ def test_killed_run_resumes_to_the_same_numbers(
     config = configured(
         "killed", save_every=2, steps=5, reward=reward("killed"), data=unbroken.data, resume=True
     )
-    flags = [f"--{k}={v}" for k, v in vars(config).items() if v is not None]
+    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
+    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
     counter = tmp_path / "calls_left"
     monkeypatch.setenv("KILL_AFTER", str(counter))
     counter.write_text(str(kill_after))
@@ -281,7 +294,7 @@ def test_failing_reward_function_costs_no_learnt_step(configured, reward):
     with pytest.raises(InputError, match="fails_later returned nan for row 2"):
         ppo.train(config)
     assert len(metrics(config)) == 4  # one call before training, four good steps
-    state = torch.load(Path(config.output_dir) / "checkpoint.pt", weights_only=True)
+    state = torch.load(Path(config.output_dir) / "checkpoints" / "step_4.pt", weights_only=True)
     assert state["step"] == 4
 
 

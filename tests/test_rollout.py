@@ -4,19 +4,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf_fast.data import pad
 from rlhf_fast.models import load_policy
-from rlhf_fast.rollout import answer_hidden, answers, sample
+from rlhf_fast.rollout import Sampling, answer_hidden, decode, roll_out
 
 CPU = torch.device("cpu")
 PROMPTS = [[7, 5], [3, 4, 5, 6, 8], [9]]
 
 
-def roll(policy, prompts=PROMPTS, *, temperature=1.0, seed=0, max_new_tokens=6, stop=(1,)):
+def roll(
+    policy, prompts=PROMPTS, *, seed=0, max_new_tokens=6, stop=(1,), engine=None, temperature=1.0,
+    **options,
+):  # fmt: skip
     ids, mask = pad(prompts, side="left")
-    return sample(
-        policy.model, ids, mask, max_new_tokens=max_new_tokens, temperature=temperature,
-        stop_ids=list(stop), generator=torch.Generator().manual_seed(seed),
-        trunk_layers=policy.trunk_layers,
-    )  # fmt: skip
+    draws = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    sampling = Sampling(max_new_tokens, temperature, list(stop), **options)
+    return roll_out(policy, ids, mask, sampling, draws, engine)
 
 
 @pytest.fixture(params=["all layers", "top 2", "gpt2"])
@@ -102,4 +103,4 @@ def test_answers_are_text_without_special_tokens(policy, tiny_tokenizer):
     length = rollout.mask.size(1)
     rollout.ids[:, rollout.prompt_length :] = torch.tensor([3, 5, 1, 4, 4, 4])[:length]
     rollout.mask[:] = (torch.arange(6) < 3)[:length]
-    assert answers(tiny_tokenizer, rollout) == ["good film"] * 3
+    assert decode(tiny_tokenizer, rollout.labels, rollout.mask) == ["good film"] * 3

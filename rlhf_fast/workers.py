@@ -1,0 +1,124 @@
+"""Several processes, each with a share of every batch: data parallelism through accelerate.
+
+Each process samples, scores and measures its share of a batch. Then all gather it, so that every
+process knows the whole batch and computes the same advantages, normalizers and minibatches; of a
+minibatch each takes an equal share, and the gradients are *summed*, since every loss is divided by
+the count of the whole minibatch already. So the numbers are those of one process, to rounding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+
+from rlhf_fast.config import InputError, PPOConfig
+from rlhf_fast.models import pick_device
+
+DATA_PARALLEL = {
+    DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU,
+    DistributedType.MULTI_XPU,
+}  # fmt: skip
+
+
+class Workers:
+    def __init__(self, config: PPOConfig) -> None:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if not alone and config.device not in ("auto", "cpu"):
+            raise InputError(
+                f"device={config.device}: each of several processes takes a device of its own; "
+                "leave device=auto, or set cpu"
+            )
+        self.device = pick_device(config.device) if alone else None
+        cpu = (self.device.type if alone else config.device) == "cpu"
+        self.accelerator = Accelerator(
+            cpu=cpu, log_with=tracker_names(config), project_dir=config.output_dir
+        )
+        if self.accelerator.distributed_type not in DATA_PARALLEL:
+            raise InputError(
+                f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
+                "supported: launch with plain data parallelism (--multi_gpu, or --cpu)"
+            )
+        self.device = self.device or self.accelerator.device
+        self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        if config.batch_size % self.size:
+            raise InputError(
+                f"batch_size={config.batch_size} cannot be shared by {self.size} processes"
+            )
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def share(self, size: int) -> slice:
+        """This process's rows of a batch."""
+        rows = size // self.size
+        return slice(self.rank * rows, (self.rank + 1) * rows)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Each process's rows [b, …] -> all rows [B, …], in the batch's order."""
+        return rows if self.size == 1 else self.accelerator.gather(rows.contiguous())
+
+    def largest(self, number: int) -> int:
+        return number if self.size == 1 else max(gather_object([number]))
+
+    def sum(self, tensors: Iterable[Tensor]) -> None:
+        """Sums over the processes, in place."""
+        if self.size > 1:
+            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                handle.wait()
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What action returns in each process; if it fails in one, all raise its error.
+
+        Alone, the process that failed would leave the others waiting.
+        """
+        if self.size == 1:
+            return [action(*arguments)]
+        try:
+            outcome: Any = action(*arguments)
+        except Exception as error:
+            outcome = InputError(f"{error} (in process {self.rank})")
+        outcomes = gather_object([outcome])
+        for error in outcomes:
+            if isinstance(error, InputError):
+                raise error
+        return outcomes
+
+    def main_only(self, action: Callable[[], Any]) -> Any:
+        """action's result, computed by the main process, known to all."""
+        return self.attempt(lambda: action() if self.is_main else None)[0]
+
+    # ---------------------------------------------------------------------------- trackers
+
+    def start_trackers(self, name: str, config: dict[str, Any]) -> None:
+        known = (bool, int, float, str)  # what TensorBoard takes: no None, no lists
+        plain = {k: v if isinstance(v, known) else str(v or "") for k, v in config.items()}
+        self.accelerator.init_trackers(name, config=plain)
+
+    def log(self, row: dict[str, float]) -> None:
+        self.accelerator.log(row, step=row["step"])
+
+    def end(self) -> None:
+        self.accelerator.end_training()
+
+
+def tracker_names(config: PPOConfig) -> list[str]:
+    names = [name.strip() for name in (config.report_to or "").split(",") if name.strip()]
+    installed = {tracker.value for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+            raise InputError(f"report_to={name}: expected one of {known}")
+        if name not in installed:
+            raise InputError(f"report_to={name}: it is not installed (pip install {name})")
+    return names

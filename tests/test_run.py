@@ -1,0 +1,208 @@
+"""The run's folder: whatever happens while it is written, what was there before stays usable."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf_fast import run as run_module
+from rlhf_fast.config import InputError, RunConfig
+from rlhf_fast.run import Run, read_metrics
+
+STEPS = 4
+
+
+class Killed(BaseException):
+    """A kill: no handler of the code's own runs after it, what was on the disk stays there."""
+
+
+class Counter:
+    """A part of the state, as a scheduler is."""
+
+    count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@pytest.fixture
+def make(tmp_path):
+    def config(name: str = "run", **options) -> RunConfig:
+        defaults = {"model": "m", "data": "d", "resume": True, "save_total_limit": 2}
+        return RunConfig(output_dir=str(tmp_path / name), **(defaults | options))
+
+    return config
+
+
+def start(config: RunConfig):
+    weights = {"w": torch.zeros(1000)}
+    return Run(config), weights, torch.optim.SGD(weights.values(), lr=0.1), Counter()
+
+
+def advance(config: RunConfig) -> None:
+    """A run whose state after n steps is known: w = 1 + 2 + … + n, count = n."""
+    run, weights, optimizer, counter = start(config)
+    if run.summary is not None:
+        return
+    run.begin()
+    for step in range(run.restore(weights, optimizer, counter=counter), STEPS):
+        weights["w"] += step + 1
+        counter.count += 1
+        run.log({"step": step + 1, "w": weights["w"][0].item()})
+        run.save_checkpoint(step + 1, weights, optimizer, counter=counter)
+    run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("10")))
+    run.save("summary.json", {"w": weights["w"][0].item()})
+
+
+def check_finished(config: RunConfig) -> None:
+    folder = Path(config.output_dir)
+    assert [row["w"] for row in read_metrics(folder / "metrics.jsonl")] == [1, 3, 6, 10]
+    assert [p.name for p in Run(config).checkpoints().values()] == ["step_3.pt", "step_4.pt"]
+    assert (folder / "model" / "w").read_text() == "10"
+    assert Run(config).summary == {"w": 10.0}
+    run, weights, optimizer, counter = start(config)
+    assert run.restore(weights, optimizer, counter=counter) == 4
+    assert (weights["w"] == 10).all() and counter.count == 4
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_killed_before_every_single_operation_on_the_disk(make, monkeypatch, overwritten):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # real ones take most of the time
+    moments = 0
+    for moment in itertools.count():
+        config = make(f"run{moment}")
+        if overwritten:  # an older, longer run lies there: none of it may come back
+            run, weights, optimizer, counter = start(config)
+            run.begin()
+            run.log({"step": 1, "w": -1.0})
+            weights["w"] -= 5
+            run.save_checkpoint(9, weights, optimizer, counter=counter)
+            run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("-5")))
+            config = make(f"run{moment}", resume=False, overwrite=True)
+        left = moment
+
+        def counted(function):
+            def call(*arguments, **options):
+                nonlocal left
+                if left == 0:
+                    raise Killed
+                left -= 1
+                return function(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("flush", "remove", "save_tensors"):
+                patch.setattr(run_module, name, counted(getattr(run_module, name)))
+            patch.setattr(os, "replace", counted(os.replace))
+            try:
+                advance(config)
+                break  # the whole run takes no more operations than that
+            except Killed:
+                moments += 1
+        if overwritten and Run(make(f"run{moment}")).exists:
+            metrics = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+            if metrics and metrics[0]["w"] == -1.0:  # killed before the old run was deleted
+                advance(config)
+                check_finished(make(f"run{moment}"))
+                continue
+        advance(make(f"run{moment}"))
+        check_finished(make(f"run{moment}"))
+    assert moments > 50
+    check_finished(make(f"run{moment}"))
+
+
+def test_a_folder_is_never_missing_without_a_copy(make, monkeypatch):
+    """Between the two renames that replace a folder, the old one lies aside and the new is whole."""
+    run = Run(make())
+    run.begin()
+    run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("old")))
+    real = os.replace
+
+    def killed_after_first(source, target):
+        real(source, target)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(os, "replace", killed_after_first)
+        run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("new")))
+    assert (run.folder / ".model.old" / "w").read_text() == "old"
+    assert (run.folder / ".model.partial" / "w").read_text() == "new"
+    run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("newer")))
+    assert (run.folder / "model" / "w").read_text() == "newer"
+    assert not [p for p in run.folder.iterdir() if p.name.startswith(".")]
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("how", ["no room to flush", "no room for a large file"])
+def test_full_disk(make, monkeypatch, how):
+    config = make()
+    run, weights, optimizer, counter = start(config)
+    run.begin()
+    run.restore(weights, optimizer, counter=counter)
+    weights["w"] += 1
+    run.log({"step": 1, "w": 1.0})
+    run.save_checkpoint(1, weights, optimizer, counter=counter)
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    weights["w"] += 2
+    with monkeypatch.context() as patch:
+        if how == "no room to flush":
+            patch.setattr(os, "fsync", no_room)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+        try:
+            with pytest.raises(InputError) as error:
+                run.save_checkpoint(2, weights, optimizer, counter=counter)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    reason = "No space left on device" if how == "no room to flush" else "File too large"
+    assert reason in str(error.value) and "the checkpoint of step 1 is intact" in str(error.value)
+
+    again, weights, optimizer, counter = start(config)
+    assert [p.name for p in again.checkpoints().values()] == ["step_1.pt"]
+    assert not list((again.folder / "checkpoints").glob(".*"))  # room is given back
+    assert again.restore(weights, optimizer, counter=counter) == 1
+    assert (weights["w"] == 1).all()
+
+
+def test_full_disk_while_a_model_is_saved(make, tiny_config):
+    """safetensors has an error type of its own."""
+    from transformers import LlamaForCausalLM
+
+    run = Run(make())
+    run.begin()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(InputError, match="model cannot be written: .*nothing was lost"):
+            run.write("model", LlamaForCausalLM(tiny_config).save_pretrained)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (run.folder / "model").exists() and not (run.folder / ".model.partial").exists()
+
+
+def test_resume_is_a_switch_and_takes_auto(make):
+    assert make(resume="auto").resume is True
+    with pytest.raises(InputError, match="resume=later: expected true, false or auto"):
+        make(resume="later")
+
+
+def test_only_one_process_writes(make):
+    run = Run(make(), writes=False)
+    run.begin()
+    run.log({"step": 1})
+    run.save("x.json", 1)
+    assert not run.folder.exists()
