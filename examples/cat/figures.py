@@ -1,4 +1,4 @@
-"""The ladder's pictures: return against episodes, variance and bias, importance sampling, a path."""
+"""The ladder's pictures: returns, variance and bias, importance sampling, and a cat's path."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ VALUE = replace(BASELINE, name="value function", critic="state")
 N_STEP = replace(VALUE, name="5-step", credit=partial(n_step, n=5))
 GAE = replace(N_STEP, name="GAE", credit=partial(generalized, lam=0.9))
 OFF_POLICY = replace(GAE, name="off-policy", epochs=4)
-PPO = replace(OFF_POLICY, name="PPO", clip=0.2, value_clip=10.0, entropy_coef=0.05)
+PPO = replace(OFF_POLICY, name="PPO", clip=0.2, value_clip=10.0, entropy_coef=0.5)
 LADDER = (REINFORCE, TO_GO, BASELINE, VALUE, N_STEP, GAE, OFF_POLICY, PPO)
 # Beside the ladder: importance sampling as its derivation has it, unbiased and useless.
 WHOLE_RATIO = replace(VALUE, name="product of ratios", epochs=4, ratio="episode")

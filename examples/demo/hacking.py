@@ -2,11 +2,13 @@
 
     python examples/demo/hacking.py     # after `make demo`, whose model and reward model it uses
 
-One run for each --betas, alike in everything else. What is trained on is the reward model's score,
-the proxy; VADER, the judge, is only measured. Rows and settings go to docs/hacking.json, the
-picture to docs/hacking.png. A finished run is left alone and an interrupted one goes on, so the
-same command may be started again. Further flags (--steps 12, --batch_size 24, …) are handed to
-`rlhf-fast ppo`. A run takes about five minutes on two cores.
+One run for each of --betas, alike in everything else. What is trained on is the reward model's
+score, the proxy; VADER, the judge, is only measured. Rows and flags go to docs/hacking.json, the
+picture to docs/hacking.png, the figures into their chapter of docs/walkthrough.md.
+
+A finished run is left alone and an interrupted one goes on: start the same command again. Further
+flags (--steps 12, --batch_size 24, …) are handed to `rlhf-fast ppo`. Without any a run takes
+about five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from rlhf_fast.run import read_metrics
 
 DOCS = HERE.parent.parent / "docs"
 COLUMNS = {"objective/kl": "kl", "objective/scores": "proxy", "objective/judge": "judge"}
+BEGIN = "<!-- hacking: written by examples/demo/hacking.py -->"
+END = "<!-- end of hacking -->"
 COLORS = ("#d32f2f", "#0277bd", "#7b1fa2", "#5f6368")
 
 
@@ -53,6 +57,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "hacking.json").write_text(json.dumps(result, indent=1) + "\n")
         plot(result["runs"], args.out / "hacking.png")
+    write_chapter(result, args.out / "walkthrough.md")
     print(table(result["runs"]))
 
 
@@ -84,7 +89,7 @@ def read_run(folder: Path) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """The Markdown table of docs/walkthrough.md."""
+    """Markdown: means over the held-out prompts, ± their standard errors."""
     n = runs[0]["prompts"]
     lines = [
         f"| held-out prompts ({n}) | KL, nats an answer | proxy (reward model) | judge (VADER) |",
@@ -100,6 +105,25 @@ def table(runs: list[dict]) -> str:
     lines.append(f"| before | {cells(runs[0]['held_out']['before'])} |")
     lines += [f"| after, β = {r['beta']:g} | {cells(r['held_out']['after'])} |" for r in runs]
     return "\n".join(lines)
+
+
+def write_chapter(result: dict, page: Path) -> None:
+    """Between the page's two marks: settings, table, picture and answers, all from the runs."""
+    runs = result["runs"]
+    flags = f" with `{' '.join(result['flags'])}`" if result["flags"] else ""
+    parts = [
+        f"{len(runs[0]['rows'])} PPO steps of `examples/demo/ppo.yaml`{flags}.",
+        table(runs),
+        "![KL over the steps; reward model and judge over KL, for each β](hacking.png)",
+        "The first held-out prompts and their answers afterwards:",
+    ]
+    for run_ in runs:
+        quoted = "\n".join(f"    {' '.join(sample.split())}" for sample in run_["samples"])
+        parts.append(f"β = {run_['beta']:g}:\n\n{quoted}")
+    text = page.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    page.write_text(before + BEGIN + "\n".join(["", "\n\n".join(parts), END]) + after)
 
 
 def plot(runs: list[dict], path: Path) -> None:
