@@ -68,7 +68,9 @@ def main() -> None:
     }  # fmt: skip
     figures.importance(aged, args.out / "importance.png")
 
-    frames = figures.walk(results[PPO.name].logits[-1][0], slip=args.slip, seed=args.seed)
+    ppo = results[PPO.name]
+    best_seed = int(ppo.returns[:, -1].argmax())
+    frames = figures.walk(ppo.logits[-1][best_seed], slip=args.slip, seed=args.seed)
     figures.save_gif(frames, args.out / "path.gif")
     console.print(f"{time.perf_counter() - began:.0f} s; the pictures are in {args.out}")
 
