@@ -57,7 +57,8 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "hacking.json").write_text(json.dumps(result, indent=1) + "\n")
         plot(result["runs"], args.out / "hacking.png")
-    write_chapter(result, args.out / "walkthrough.md")
+    if (page := args.out / "walkthrough.md").exists():
+        write_chapter(result, page)
     print(table(result["runs"]))
 
 
@@ -123,7 +124,8 @@ def write_chapter(result: dict, page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
-    page.write_text(before + BEGIN + "\n".join(["", "\n\n".join(parts), END]) + after)
+    chapter = "\n\n".join(parts)
+    page.write_text(f"{before}{BEGIN}\n{chapter}\n{END}{after}", encoding="utf-8")
 
 
 def plot(runs: list[dict], path: Path) -> None:
