@@ -7,8 +7,7 @@
 ``compute_approx_kl`` and ``RemoteExperienceMaker.get_advantages_and_returns`` in every module of
 OpenRLHF that uses them; each may also be used by itself. Each Ray worker has to call it.
 
-``PolicyLoss`` with ``policy_loss_type="gspo"`` or an ``is_correction_level`` keeps OpenRLHF's own
-forward.
+``PolicyLoss`` with an ``is_correction_level`` keeps OpenRLHF's own forward.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ MAX_KL = 10.0
 
 
 class PolicyLoss(openrlhf_loss.PolicyLoss):
-    """PPO's clipped loss. Arguments, checks and results are those of OpenRLHF's PolicyLoss."""
+    """PPO's clipped loss, or GSPO's. Arguments, checks and results are those of OpenRLHF's PolicyLoss."""
 
     def forward(
         self,
@@ -45,7 +44,7 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None here."""
-        if self.policy_loss_type != "ppo" or self.is_correction_level != "off":
+        if self.is_correction_level != "off":
             return super().forward(
                 log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size,
                 batch_num_tokens, global_batch_size,
@@ -58,6 +57,7 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
             clip_low=self.clip_eps_low,
             clip_high=self.clip_eps_high,
             dual_clip=self.dual_clip,
+            ratio={"ppo": "token", "gspo": "sequence"}[self.policy_loss_type],
             **_aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
         )
         return loss, stats.clipfrac, stats.old_kl_k1, None, None

@@ -6,7 +6,8 @@ Importing this module registers, in verl's own registries, what its config then 
         actor_rollout_ref.actor.policy_loss.loss_mode=rlhf_fast
 
 - policy loss ``rlhf_fast``: verl's "vanilla" (clip, clip-higher, dual clip, rollout weights, every
-  ``loss_agg_mode``), from one kernel, with verl's metrics;
+  ``loss_agg_mode``), from one kernel, with verl's metrics; ``rlhf_fast_gspo`` and
+  ``rlhf_fast_cispo``: its "gspo" and "cispo";
 - advantage estimator ``rlhf_fast_gae``: verl's "gae". verl 0.9.1 gives a registered estimator no
   values (``compute_advantage`` passes them only for ``adv_estimator=gae``), so this name serves
   trainers that do; in verl's own, keep ``algorithm.adv_estimator=gae`` and ``patch()``.
@@ -19,6 +20,7 @@ does in VERL_USE_EXTERNAL_MODULES.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -48,12 +50,18 @@ def compute_policy_loss(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
+    *,
+    ratio: str = "token",
+    loss: str = "ppo",
+    dual_clip: bool = True,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped loss of verl's actor; all tensors [batch, response].
 
     Args:
         config: verl's ActorConfig; read are clip_ratio, clip_ratio_low, clip_ratio_high,
             clip_ratio_c and global_batch_info.
+        ratio, loss: as in ``policy_loss``.
+        dual_clip: take clip_ratio_c from config; False: none.
 
     Returns:
         (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower.
@@ -61,22 +69,26 @@ def compute_policy_loss(
     if config is None:
         raise ValueError("config must be verl's actor config, got None")
     low, high = config.clip_ratio_low, config.clip_ratio_high
-    aggregation, normalizer, scale = _aggregation(loss_agg_mode, response_mask, **config.global_batch_info)
-    loss, stats = policy_loss(
+    aggregation, normalizer, scale = _aggregation(
+        loss_agg_mode, response_mask, **config.global_batch_info
+    )
+    total, stats = policy_loss(
         log_prob,
         old_log_prob,
         advantages,
         response_mask.bool(),
         clip_low=config.clip_ratio if low is None else low,
         clip_high=config.clip_ratio if high is None else high,
-        dual_clip=config.get("clip_ratio_c", 3.0),
+        dual_clip=config.get("clip_ratio_c", 3.0) if dual_clip else None,
+        ratio=ratio,
+        loss=loss,
         aggregation=aggregation,
         normalizer=normalizer,
         weights=rollout_is_weights,
     )
     numbers = torch.stack([stats.clipfrac, stats.old_kl_k1, stats.dual_clipfrac]).tolist()
     names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-    return loss * scale, dict(zip(names, numbers, strict=True))
+    return total * scale, dict(zip(names, numbers, strict=True))
 
 
 def compute_gae_advantage_return(
@@ -266,8 +278,12 @@ _PATCH = Patch(
 
 
 def register() -> None:
-    """Make ``loss_mode=rlhf_fast`` and ``adv_estimator=rlhf_fast_gae`` known to verl."""
+    """Make the names above known to verl; importing this module does it."""
+    gspo = functools.partial(compute_policy_loss, ratio="sequence", dual_clip=False)
+    cispo = functools.partial(compute_policy_loss, loss="cispo", dual_clip=False)
     core_algos.register_policy_loss("rlhf_fast")(compute_policy_loss)
+    core_algos.register_policy_loss("rlhf_fast_gspo")(gspo)
+    core_algos.register_policy_loss("rlhf_fast_cispo")(cispo)
     core_algos.register_adv_est("rlhf_fast_gae")(gae_estimator)
 
 
