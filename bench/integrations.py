@@ -26,10 +26,10 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from frameworks import OPENRLHF, VERL, load
+from frameworks import OPENRLHF, VERL, load  # noqa: E402
 
-from bench import machine, measure, memory
-from bench.inputs import Answer
+from bench import machine, measure, memory  # noqa: E402
+from bench.inputs import Answer  # noqa: E402
 
 Call = Callable[[], Answer]
 V, H = 49152, 576  # SmolLM2-135M's head

@@ -1,7 +1,7 @@
 """TRL's GRPOTrainer on our log-probs and head: one line.
 
-    pip install 'trl==1.12.0'    # or 1.16.0, whose GRPO makes no logits at all
-    python examples/trl_grpo.py
+pip install 'trl==1.12.0'    # or 1.16.0, whose GRPO makes no logits at all
+python examples/trl_grpo.py
 """
 
 from __future__ import annotations

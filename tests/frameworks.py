@@ -46,8 +46,9 @@ class _Finder:
         self.made: list[str] = []
 
     def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if any(f"{name}.".startswith(f"{x}.") or f"{x}.".startswith(f"{name}.") for x in self.absent):
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
+        for absent in self.absent:  # itself, what is below it, and the packages above it
+            if f"{name}.".startswith(f"{absent}.") or f"{absent}.".startswith(f"{name}."):
+                return importlib.machinery.ModuleSpec(name, self, is_package=True)
         return None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:

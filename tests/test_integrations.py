@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
 BLOCK = """
 import sys
 
@@ -40,43 +41,43 @@ def test_an_absent_framework_is_one_clear_error(framework, advice):
     assert last == f"ImportError: rlhf_fast.integrations.{framework} {advice}"
 
 
-@pytest.mark.parametrize(
-    "name, lines",
-    [
-        ("sft_trainer", 11),
-        ("trl_grpo", 6),
-        ("trl_ppo", 4),
-        ("verl_losses", 3),
-        ("openrlhf_losses", 3),
-    ],
-)
-def test_examples_run(name, lines):
-    """Each as a user runs it, but that verl's and OpenRLHF's other dependencies are stood in for."""
-    modules = {
-        "verl_losses": ("verl.trainer.ppo.core_algos", "verl.utils.kernel.linear_cross_entropy"),
-        "openrlhf_losses": ("openrlhf.trainer.ppo_utils.experience_maker",),
-    }.get(name, ())
-    loads = "".join(f"frameworks.load({m!r}, frameworks.{m.split('.')[0].upper()})\n" for m in modules)
-    code = (
-        f"import runpy, sys\nsys.path[:0] = [{str(EXAMPLES)!r}, {str(Path(__file__).parent)!r}]\n"
-        f"import frameworks\n{loads}runpy.run_path({str(EXAMPLES / name)!r} + '.py', "
-        "run_name='__main__')\n"
-    )
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run_example(name: str, *modules: str) -> list[str]:
+    """What the script prints. Of verl and OpenRLHF the named modules are loaded first, with
+    stand-ins for the dependencies that CI does not have."""
+    lines = ["import runpy, sys", f"sys.path[:0] = [{str(EXAMPLES)!r}, {str(TESTS)!r}]"]
+    lines += ["from frameworks import OPENRLHF as openrlhf, VERL as verl, load"]
+    lines += [f"load({module!r}, {module.split('.')[0]})" for module in modules]
+    lines += [f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"]
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
-    marks = {
-        "sft_trainer": "  ", "trl_grpo": ("rlhf_fast in TRL", "loss "),
-        "trl_ppo": ("rlhf_fast in TRL", "policy loss"),
-        "verl_losses": ("rlhf_fast in verl", "vanilla ", "rlhf_fast "),
-        "openrlhf_losses": ("OpenRLHF ", "rlhf_fast "),
-    }[name]  # fmt: skip
-    shown = [line for line in child.stdout.splitlines() if line.startswith(marks)]
-    if name == "sft_trainer":
-        for line in shown:
-            _, plain, fused = map(float, line.split())
-            assert fused == pytest.approx(plain, rel=1e-5)
-        lines -= 1
-    if name in ("verl_losses", "openrlhf_losses"):  # theirs and ours print the same numbers
-        rows = [line.split(maxsplit=1)[1] for line in shown if " loss" in line or "actor/" in line]
-        assert len(rows) == 2 and rows[0] == rows[1]
-    assert len(shown) == lines
+    return child.stdout.splitlines()
+
+
+def test_sft_example():
+    _, *rows = [line for line in run_example("sft_trainer.py") if not line.startswith("{")]
+    assert len(rows) == 10
+    for row in rows:
+        _, plain, fused = map(float, row.split())
+        assert fused == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("name, start, steps", [("grpo", "loss", 5), ("ppo", "policy loss", 3)])
+def test_trl_examples(name, start, steps):
+    lines = run_example(f"trl_{name}.py")
+    assert lines[0].startswith("rlhf_fast in TRL: trl.trainer.utils.selective_log_softmax")
+    assert len([line for line in lines if line.startswith(start)]) == steps
+
+
+def test_verl_example():
+    lines = run_example(
+        "verl_losses.py", "verl.trainer.ppo.core_algos", "verl.utils.kernel.linear_cross_entropy"
+    )
+    vanilla, fast = (line.split(maxsplit=1) for line in lines[-2:])
+    assert (vanilla[0], fast[0]) == ("vanilla", "rlhf_fast") and vanilla[1] == fast[1]
+
+
+def test_openrlhf_example():
+    lines = run_example("openrlhf_losses.py", "openrlhf.trainer.ppo_utils.experience_maker")
+    theirs, ours = (line.split(maxsplit=1) for line in lines[-3:-1])
+    assert (theirs[0], ours[0]) == ("OpenRLHF", "rlhf_fast") and theirs[1] == ours[1]

@@ -12,8 +12,8 @@ utils = load("openrlhf.models.utils", OPENRLHF)
 maker = load("openrlhf.trainer.ppo_utils.experience_maker", OPENRLHF)
 actor = load("openrlhf.trainer.ray.ppo_actor", OPENRLHF)
 
-from rlhf_fast.integrations import openrlhf as fast
-from rlhf_fast.integrations.patching import UnknownSignature
+from rlhf_fast.integrations import openrlhf as fast  # noqa: E402
+from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
 
 COUNTS = [
     {},

@@ -19,8 +19,8 @@ with warnings.catch_warnings():  # verl names each engine that is not installed
     fused = load("verl.utils.experimental.torch_functional", VERL)
     cross_entropy = load("verl.utils.kernel.linear_cross_entropy", VERL)
 
-from rlhf_fast.integrations import verl as fast
-from rlhf_fast.integrations.patching import UnknownSignature
+from rlhf_fast.integrations import verl as fast  # noqa: E402
+from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
 
 MODES = [
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
@@ -130,7 +130,9 @@ def test_gspo_and_cispo(name, mode, monkeypatch):
 
 def test_all_masked_is_zero_where_verl_is_nan():
     inputs = batch() | {"response_mask": torch.zeros(6, 11, dtype=torch.bool)}
-    (theirs, _), _ = run(core.compute_policy_loss_vanilla, "log_prob", inputs, config=actor_config())
+    (theirs, _), _ = run(
+        core.compute_policy_loss_vanilla, "log_prob", inputs, config=actor_config()
+    )
     (ours, _), grad = run(fast.compute_policy_loss, "log_prob", inputs, config=actor_config())
     assert theirs.isnan() and ours == 0 and grad.eq(0).all()
 

@@ -30,7 +30,7 @@ MAX_KL = 10.0
 
 
 class PolicyLoss(openrlhf_loss.PolicyLoss):
-    """PPO's clipped loss, or GSPO's. Arguments, checks and results are those of OpenRLHF's PolicyLoss."""
+    """PPO's clipped loss, or GSPO's; arguments, checks and results as in OpenRLHF's."""
 
     def forward(
         self,
@@ -198,9 +198,7 @@ _PATCH = Patch(
     Replacement(
         "openrlhf.trainer.ppo_utils.experience_maker",
         "RemoteExperienceMaker.get_advantages_and_returns",
-        {
-            "(self, values, rewards, action_mask, gamma, lambd)": get_advantages_and_returns
-        },
+        {"(self, values, rewards, action_mask, gamma, lambd)": get_advantages_and_returns},
     ),
 )
 

@@ -40,7 +40,8 @@ class Patch:
     """Replacements for one framework. Also a context manager that takes them back at its end."""
 
     def __init__(self, framework: str, package: str, versions: str, *parts: Replacement) -> None:
-        self.framework, self.package, self.versions, self.parts = framework, package, versions, parts
+        self.framework, self.package, self.versions = framework, package, versions
+        self.parts = parts
         self.replaced: list[str] = []
         self._swaps: list[tuple[Any, Callable, Callable, bool]] = []
 
@@ -122,7 +123,8 @@ def signature(function: Callable) -> str:
     """
     function = getattr(function, "__self__", function)
     if inspect.isclass(function):
-        methods = [vars(function)[name] for name in ("__init__", "forward") if name in vars(function)]
+        own = vars(function)
+        methods = [own[name] for name in ("__init__", "forward") if name in own]
         return " ".join(signature(getattr(method, "__func__", method)) for method in methods)
     empty = inspect.Parameter.empty
     full = inspect.signature(function)

@@ -5,12 +5,12 @@
 
 What is replaced, in every module of TRL that uses it:
 
-- ``selective_log_softmax``, ``entropy_from_logits``, ``selective_log_softmax_and_entropy``: one read
-  of the logits instead of several [..., V] temporaries;
-- the fused head of GRPO, RLOO, DPO and KTO (TRL 1.16) and AsyncGRPO (1.12) by
-  ``linear_token_logprobs``. On a CPU too, prompt and padding tokens leave before the head. SFT and
-  KTO ask the head for more (``is_top1``, ``mean_logits``) and keep TRL's own, as does a head that
-  DeepSpeed ZeRO-3 has sharded;
+- ``selective_log_softmax``, ``entropy_from_logits``, ``selective_log_softmax_and_entropy``: one
+  read of the logits instead of several [..., V] temporaries;
+- the fused head of GRPO, RLOO and AsyncGRPO (TRL 1.16; in 1.12 of AsyncGRPO alone) by
+  ``linear_token_logprobs``. On a CPU too, prompt and padding tokens leave before the head. SFT, DPO
+  and KTO ask the head for more (``is_top1``, ``mean_logits``) and keep TRL's own for that, as does
+  a head that DeepSpeed ZeRO-3 has sharded;
 - the loss of RewardTrainer;
 - ``masked_mean`` and ``masked_whiten`` of PPOTrainer (TRL 1.12).
 
@@ -199,7 +199,7 @@ def masked_mean(values: Tensor, mask: Tensor, axis: int | None = None) -> Tensor
 
 
 def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
-    """Whitened over mask, and 0 where masked (TRL: whitened there too, then masked by the caller)."""
+    """Whitened over mask, and 0 where masked (TRL leaves that to the caller)."""
     return masked_whiten_op(values, mask.bool(), shift_mean=shift_mean)
 
 
@@ -227,9 +227,7 @@ _PATCH = Patch(
         },
         optional=True,  # not in 1.12
     ),
-    Replacement(
-        _UTILS, "entropy_from_logits", {"(logits, chunk_size=128)": entropy_from_logits}
-    ),
+    Replacement(_UTILS, "entropy_from_logits", {"(logits, chunk_size=128)": entropy_from_logits}),
     Replacement(
         _UTILS,
         "_ChunkedLogProbFunction",
@@ -254,9 +252,7 @@ _PATCH = Patch(
             )
         },
     ),
-    Replacement(
-        _PPO, "masked_mean", {"(values, mask, axis=None)": masked_mean}, optional=True
-    ),
+    Replacement(_PPO, "masked_mean", {"(values, mask, axis=None)": masked_mean}, optional=True),
     Replacement(
         _PPO, "masked_whiten", {"(values, mask, shift_mean=True)": masked_whiten}, optional=True
     ),

@@ -164,7 +164,9 @@ def kl_penalty(logprob: Tensor, ref_logprob: Tensor, kl_penalty: str) -> Tensor:
     """
     name = kl_penalty.removesuffix("+")
     if name not in ESTIMATORS:
-        raise NotImplementedError(f"kl_penalty must be one of {', '.join(ESTIMATORS)}; got {name!r}")
+        raise NotImplementedError(
+            f"kl_penalty must be one of {', '.join(ESTIMATORS)}; got {name!r}"
+        )
     value = token_kl(logprob, ref_logprob, ESTIMATORS[name])
     if ESTIMATORS[name] == "k3":
         value = value.clamp(-MAX_KL, MAX_KL)
