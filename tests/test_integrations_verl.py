@@ -1,0 +1,303 @@
+"""verl's own functions, imported by module, beside ours: the same values and gradients."""
+
+from __future__ import annotations
+
+import types
+import warnings
+
+import pytest
+import torch
+from frameworks import VERL, load
+from torch.testing import assert_close
+
+with warnings.catch_warnings():  # verl names each engine that is not installed
+    warnings.simplefilter("ignore")
+    ray_trainer = load("verl.trainer.ppo.ray_trainer", VERL)
+    core = load("verl.trainer.ppo.core_algos", VERL)
+    losses = load("verl.workers.utils.losses", VERL)
+    torch_functional = load("verl.utils.torch_functional", VERL)
+    fused = load("verl.utils.experimental.torch_functional", VERL)
+    cross_entropy = load("verl.utils.kernel.linear_cross_entropy", VERL)
+
+from rlhf_fast.integrations import verl as fast  # noqa: E402
+from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
+
+MODES = [
+    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
+    "seq-mean-token-mean",
+]  # fmt: skip
+INFOS = [
+    {},
+    {"dp_size": 2, "batch_num_tokens": 71, "global_batch_size": 9},
+    {"dp_size": 1, "batch_num_tokens": 71, "global_batch_size": 9, "loss_scale_factor": 50},
+]
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    yield
+    fast.unpatch()
+
+
+def actor_config(**changes):
+    """What the losses read of verl's ActorConfig, whose own class needs omegaconf."""
+
+    class Config(types.SimpleNamespace):
+        def get(self, name, default=None):
+            return getattr(self, name, default)
+
+    values = dict(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None, clip_ratio_c=3.0,
+                  global_batch_info={})  # fmt: skip
+    return Config(**values | changes)
+
+
+def batch(spread: float = 0.4, mask: str = "padding") -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    size = (6, 11)
+    logp = -3 * torch.rand(size, generator=g)
+    lengths = torch.tensor([11, 3, 1, 0, 7, 5])
+    masks = {
+        "padding": torch.arange(11) < lengths[:, None],
+        "holes": torch.rand(size, generator=g) > 0.4,
+        "all": torch.ones(size, dtype=torch.bool),
+    }
+    return {
+        "log_prob": logp,
+        "old_log_prob": logp + spread * torch.randn(size, generator=g),
+        "advantages": torch.randn(size, generator=g),
+        "response_mask": masks[mask],
+    }
+
+
+def run(function, leaf: str, inputs: dict, *args, **options):
+    """(result, gradient of the named input)"""
+    x = inputs[leaf].clone().requires_grad_()
+    result = function(**inputs | {leaf: x}, **options)
+    value = result[0] if isinstance(result, tuple) else result
+    value.backward(torch.linspace(-1, 2, value.numel()).reshape(value.shape))
+    return result, x.grad
+
+
+def same_loss(theirs, ours, leaf: str, inputs: dict, **options):
+    (a, more_a), grad_a = run(theirs, leaf, inputs, **options)
+    (b, more_b), grad_b = run(ours, leaf, inputs, **options)
+    assert_close(b, a, rtol=1e-5, atol=1e-6)
+    assert_close(grad_b, grad_a, rtol=1e-5, atol=1e-7)
+    return more_a, more_b
+
+
+@pytest.mark.parametrize("mask", ["padding", "holes", "all"])
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("mode", MODES)
+def test_policy_loss(mode, info, mask):
+    for spread in (0.4, 2.0, 15.0):
+        inputs = batch(spread, mask)
+        config = actor_config(global_batch_info=info, clip_ratio_high=0.28)
+        theirs, ours = same_loss(
+            core.compute_policy_loss_vanilla, core.get_policy_loss_fn("rlhf_fast"), "log_prob",
+            inputs, loss_agg_mode=mode, config=config,
+        )  # fmt: skip
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert theirs["actor/pg_clipfrac"] > 0
+
+
+def test_policy_loss_with_rollout_weights():
+    inputs = batch() | {"rollout_is_weights": torch.rand(6, 11, generator=torch.manual_seed(1))}
+    config = actor_config(clip_ratio_low=0.1, clip_ratio_c=1.5)
+    theirs, ours = same_loss(
+        core.compute_policy_loss_vanilla, fast.compute_policy_loss, "log_prob", inputs,
+        config=config,
+    )  # fmt: skip
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert theirs["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["gspo", "cispo"])
+def test_gspo_and_cispo(name, mode, monkeypatch):
+    """verl's GSPO holds the log-ratio at 10 from above, ours at ±20: not reached here."""
+    config = actor_config(clip_ratio_low=0.05, clip_ratio_high=0.1)
+    monkeypatch.setattr(core, "ActorConfig", type(config))
+    inputs = batch()
+    inputs["advantages"] = inputs["advantages"][:, :1].expand(6, 11)  # one a sequence
+    theirs, ours = same_loss(
+        core.get_policy_loss_fn(name), core.get_policy_loss_fn(f"rlhf_fast_{name}"), "log_prob",
+        inputs, loss_agg_mode=mode, config=config,
+    )  # fmt: skip
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert theirs["actor/pg_clipfrac"] > 0
+
+
+def test_all_masked_is_zero_where_verl_is_nan():
+    inputs = batch() | {"response_mask": torch.zeros(6, 11, dtype=torch.bool)}
+    (theirs, _), _ = run(
+        core.compute_policy_loss_vanilla, "log_prob", inputs, config=actor_config()
+    )
+    (ours, _), grad = run(fast.compute_policy_loss, "log_prob", inputs, config=actor_config())
+    assert theirs.isnan() and ours == 0 and grad.eq(0).all()
+
+
+def test_policy_loss_needs_its_counts_and_config():
+    inputs = batch()
+    for function in (core.compute_policy_loss_vanilla, fast.compute_policy_loss):
+        with pytest.raises(ValueError, match="batch_num_tokens is required when dp_size > 1"):
+            function(**inputs, config=actor_config(global_batch_info={"dp_size": 2}))
+    with pytest.raises(ValueError, match="config must be verl's actor config, got None"):
+        fast.compute_policy_loss(**inputs)
+
+
+@pytest.mark.parametrize("info", INFOS)
+@pytest.mark.parametrize("mode", MODES)
+def test_value_loss(mode, info):
+    g = torch.Generator().manual_seed(2)
+    values, old, returns = torch.randn(3, 6, 11, generator=g)
+    inputs = {"vpreds": values, "values": old, "returns": returns}
+    inputs["response_mask"] = batch()["response_mask"]
+    theirs, ours = same_loss(
+        core.compute_value_loss, fast.compute_value_loss, "vpreds", inputs, cliprange_value=0.3,
+        loss_agg_mode=mode, **info,
+    )  # fmt: skip
+    assert_close(ours, theirs, rtol=1e-5, atol=0)
+    assert theirs > 0
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.97, 0.9), (1.0, 1.0), (0.5, 0.0)])
+@pytest.mark.parametrize("mask", ["padding", "holes", "all"])
+def test_gae(mask, gamma, lam):
+    """verl leaves whitened numbers at masked positions; ours are 0 there."""
+    g = torch.Generator().manual_seed(3)
+    rewards, values = torch.randn(2, 6, 11, generator=g)
+    counts = batch(mask=mask)["response_mask"]
+    arguments = (rewards, values, counts.long(), gamma, lam)
+    theirs = core.compute_gae_advantage_return(*arguments)
+    ours = fast.compute_gae_advantage_return(*arguments)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b.masked_fill(~counts, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_gae_selected_from_verls_config():
+    """What ``algorithm.adv_estimator`` does in verl's own ``compute_advantage``."""
+    g = torch.Generator().manual_seed(4)
+    rewards, values = torch.randn(2, 6, 11, generator=g)
+    mask = batch()["response_mask"].long()
+
+    class Config(dict):
+        gamma, lam = 0.97, 0.9
+
+    def advantages(name: str) -> torch.Tensor:
+        columns = {"token_level_rewards": rewards, "values": values, "response_mask": mask}
+        data = types.SimpleNamespace(batch=columns, non_tensor_batch={})
+        ray_trainer.compute_advantage(data, name, gamma=0.97, lam=0.9, config=Config())
+        return columns["advantages"]
+
+    expected = advantages("gae").masked_fill(mask == 0, 0)
+    with pytest.raises(ValueError, match="verl passes them only for adv_estimator=gae"):
+        advantages("rlhf_fast_gae")  # verl 0.9.1 gives it no values, as the message says
+    with fast.patch():
+        patched = advantages("gae")
+    assert patched[mask == 0].eq(0).all()
+    assert_close(patched, expected, rtol=1e-4, atol=1e-5)
+    estimator = core.get_adv_estimator_fn("rlhf_fast_gae")
+    arguments = dict(token_level_rewards=rewards, response_mask=mask, values=values)
+    assert_close(estimator(**arguments, config=Config())[0], patched, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shift_mean", [True, False])
+def test_masked_whiten(shift_mean):
+    x = batch()
+    mask = x["response_mask"]
+    theirs = torch_functional.masked_whiten(x["advantages"], mask, shift_mean)
+    ours = fast.masked_whiten(x["advantages"], mask, shift_mean)
+    assert_close(ours, theirs.masked_fill(~mask, 0), rtol=1e-5, atol=1e-5)
+    one = torch.zeros_like(mask)
+    one[0, 0] = True
+    with pytest.raises(ValueError, match="sum of the mask is one"):
+        torch_functional.masked_whiten(x["advantages"], one)
+    assert fast.masked_whiten(x["advantages"], one).eq(0).all()
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize("name", ["kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3"])
+def test_kl_penalty(name, plus):
+    for spread in (0.5, 30.0):
+        x = batch(spread)
+        inputs = {"logprob": x["log_prob"], "ref_logprob": x["old_log_prob"]}
+        options = {"kl_penalty": name + plus}
+        theirs, their_grad = run(core.kl_penalty, "logprob", inputs, **options)
+        ours, our_grad = run(fast.kl_penalty, "logprob", inputs, **options)
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert_close(our_grad, their_grad, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_penalty_full_is_refused_by_both():
+    x = torch.zeros(2, 3)
+    for function in (core.kl_penalty, fast.kl_penalty):
+        with pytest.raises(NotImplementedError):
+            function(x, x, "full")
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (2, 0), (9,)])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_logprobs_from_logits(shape, inplace):
+    if shape[0] == 0:
+        return  # verl stacks an empty list
+    g = torch.Generator().manual_seed(5)
+    logits, labels = 5 * torch.randn(*shape, 33, generator=g), torch.randint(20, shape, generator=g)
+    logits[..., 20:25] = -torch.inf
+    inputs = {"logits": logits, "labels": labels}
+    theirs, their_grad = run(torch_functional.logprobs_from_logits, "logits", inputs)
+    ours, our_grad = run(fast.logprobs_from_logits, "logits", inputs, inplace_backward=inplace)
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_linear_cross_entropy(temperature):
+    """verl's kernel needs a GPU; FusedLinearForPPO, its other backend, runs here."""
+    g = torch.Generator().manual_seed(6)
+    hidden, weight = torch.randn(2, 9, 16, generator=g), torch.randn(37, 16, generator=g)
+    labels = torch.randint(37, (2, 9), generator=g)
+    twin = fused.FusedLinearForPPO(chunk_size=4)
+
+    def step(function, **options):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = (x.flatten() for x in function(h, w, labels, **options))
+        share = torch.linspace(-1, 1, 18)
+        (logp * share + entropy * share**2).sum().backward()
+        return logp, entropy, h.grad, w.grad
+
+    ours = step(fast.linear_cross_entropy, temperature=temperature)
+    assert_close(ours, step(twin, temperature=temperature), rtol=1e-4, atol=1e-5)
+    logp, entropy = fast.linear_cross_entropy(hidden, weight, labels)
+    assert logp.shape == entropy.shape == (18,)
+
+
+def test_linear_cross_entropy_refuses_what_it_cannot_do():
+    x = torch.zeros(2, 4), torch.zeros(5, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="takes reduction='none'"):
+        fast.linear_cross_entropy(*x, 1.0, "mean")
+
+
+def test_patch_and_unpatch():
+    original = losses.kl_penalty, losses.compute_value_loss, torch_functional.logprobs_from_logits
+    kernel = cross_entropy.linear_cross_entropy
+    done = fast.patch()
+    assert losses.kl_penalty is core.kl_penalty is fast.kl_penalty
+    assert losses.compute_value_loss is fast.compute_value_loss
+    assert torch_functional.logprobs_from_logits is fast.logprobs_from_logits
+    assert torch_functional.masked_whiten is fast.masked_whiten
+    assert cross_entropy.linear_cross_entropy is fast.linear_cross_entropy
+    assert "verl.workers.utils.losses.kl_penalty" in done.replaced
+    fast.unpatch()
+    assert original == (
+        losses.kl_penalty, losses.compute_value_loss, torch_functional.logprobs_from_logits,
+    )  # fmt: skip
+    assert cross_entropy.linear_cross_entropy is kernel
+
+
+def test_an_unknown_signature_is_refused(monkeypatch):
+    original = core.compute_gae_advantage_return
+    monkeypatch.setattr(core, "kl_penalty", lambda logprob, ref_logprob: None)
+    with pytest.raises(UnknownSignature, match="verl 0.9.1: .*kl_penalty takes .*works with verl"):
+        fast.patch()
+    assert core.compute_gae_advantage_return is original
