@@ -313,7 +313,7 @@ def chi_square(gradients: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 VISITED = [s * 4 + a for s in range(25) for a in range(4) if cell_of(s) not in env.ENDS]
-UNBIASED = 1.7  # the z of one cell's four moves hang together; over 20 seeds the mean stays below
+UNBIASED = 1.7  # five unbiased rungs at 12 seeds: 0.66 to 1.52; the biased ones: 15 and above
 
 
 @pytest.mark.parametrize("name", ["REINFORCE", "rewards-to-go", "baseline", "value function"])
