@@ -5,6 +5,7 @@ from .ops.gae import gae
 from .ops.kl_penalized_rewards import kl_penalized_rewards
 from .ops.linear import chunk_budget
 from .ops.linear_policy_loss import linear_policy_loss
+from .ops.linear_token_kl import linear_token_kl
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
@@ -21,6 +22,7 @@ __all__ = [
     "gae",
     "kl_penalized_rewards",
     "linear_policy_loss",
+    "linear_token_kl",
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",
