@@ -17,6 +17,26 @@ constexpr int64_t kTile = 16;
 
 inline int64_t padded(int64_t n) { return (n + kFloats - 1) / kFloats * kFloats; }
 
+// [1, T, V] whose rows lie side by side.
+inline bool side_by_side(const Tensor& t) {
+  return t.size(0) == 1 && t.stride(1) == 1 && t.stride(2) > 1 && t.size(2) > 1;
+}
+
+inline void check_label(int64_t label, int64_t vocab, int64_t row) {
+  STD_TORCH_CHECK(label == kIgnoreIndex || (label >= 0 && label < vocab), "labels: row ", row,
+                  " is ", label, ", outside [0, ", vocab, ") and not -100");
+}
+
+// f(unit, begin, end) over units of the vocabulary.
+template <class F>
+void parallel_vocabulary(int64_t n, int64_t vocab, const F& f) {
+  parallel_rows((vocab + kVocabUnit - 1) / kVocabUnit, n * kVocabUnit, [&](auto first, auto last) {
+    for (int64_t unit = first; unit < last; ++unit) {
+      f(unit, unit * kVocabUnit, std::min(vocab, (unit + 1) * kVocabUnit));
+    }
+  });
+}
+
 // n per-row arguments (all `fill` if there are none), padded to whole vectors: the last one can be
 // loaded like the others.
 template <class S>
@@ -65,6 +85,13 @@ struct ColumnScale {
     return {load(&temperature[i]), softcap, divides};
   }
 };
+
+template <class S>
+ColumnScale<S> column_scale(int64_t n, double temperature, const S* divisors,
+                            std::optional<double> softcap) {
+  return {per_row(n, S(temperature), divisors), S(softcap.value_or(0)),
+          divisors || temperature != 1};
+}
 
 template <class S>
 struct ColumnGradient {

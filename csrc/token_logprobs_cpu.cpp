@@ -110,33 +110,6 @@ struct Rows {
   }
 };
 
-// [1, T, V] whose rows lie side by side.
-bool side_by_side(const Tensor& t) {
-  return t.size(0) == 1 && t.stride(1) == 1 && t.stride(2) > 1 && t.size(2) > 1;
-}
-
-void check_label(int64_t label, int64_t vocab, int64_t row) {
-  STD_TORCH_CHECK(label == kIgnoreIndex || (label >= 0 && label < vocab), "labels: row ", row,
-                  " is ", label, ", outside [0, ", vocab, ") and not -100");
-}
-
-// f(unit, begin, end) over units of the vocabulary.
-template <class F>
-void parallel_vocabulary(int64_t n, int64_t vocab, const F& f) {
-  parallel_rows((vocab + kVocabUnit - 1) / kVocabUnit, n * kVocabUnit, [&](auto first, auto last) {
-    for (int64_t unit = first; unit < last; ++unit) {
-      f(unit, unit * kVocabUnit, std::min(vocab, (unit + 1) * kVocabUnit));
-    }
-  });
-}
-
-template <class S>
-ColumnScale<S> column_scale(int64_t n, double temperature, const S* divisors,
-                            std::optional<double> softcap) {
-  return {per_row(n, S(temperature), divisors), S(softcap.value_or(0)),
-          divisors || temperature != 1};
-}
-
 template <class T, class S = typename Lane<T>::Scalar>
 ColumnSums<S> all_columns(const T* x, int64_t stride, int64_t vocab, int64_t n,
                           const ColumnScale<S>& scale) {

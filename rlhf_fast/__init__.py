@@ -7,6 +7,7 @@ from .ops.group_advantages import group_advantages
 from .ops.kl_penalized_rewards import kl_penalized_rewards
 from .ops.linear import chunk_budget
 from .ops.linear_policy_loss import linear_policy_loss
+from .ops.linear_token_kl import linear_token_kl
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
@@ -25,6 +26,7 @@ __all__ = [
     "group_advantages",
     "kl_penalized_rewards",
     "linear_policy_loss",
+    "linear_token_kl",
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",

@@ -11,6 +11,7 @@ x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
 logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 cu = torch.tensor([0, 1, 3])
 hidden, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
+TIED = (hidden, weight, labels, hidden)
 
 
 def outside(value: int) -> torch.Tensor:
@@ -76,6 +77,20 @@ CASES = [
         {"bias": x[0]},
         ValueError,
         r"bias must be \[",
+    ),
+    ("linear_token_kl", TIED, {"direction": "both"}, ValueError, "direction must be one of rev"),
+    ("linear_token_kl", (*TIED, weight[:4]), {}, ValueError, "ref_weight must be of weight's voc"),
+    ("linear_token_kl", (*TIED, weight[0]), {}, ValueError, r"ref_weight must be \[V, H\]"),
+    ("linear_token_kl", (*TIED[:3], hidden[:1]), {}, ValueError, "ref_hidden must have the lead"),
+    ("linear_token_kl", (*TIED[:3], hidden[..., :2]), {}, ValueError, r"ref_hidden must be \[..."),
+    ("linear_token_kl", (*TIED[:3], hidden.double()), {}, TypeError, "ref_hidden must have the d"),
+    ("linear_token_kl", TIED, {"ref_bias": weight[:, 0]}, ValueError, "ref_bias needs ref_weight"),
+    (
+        "linear_token_kl",
+        (*TIED, weight),
+        {"ref_bias": weight[0]},
+        ValueError,
+        r"ref_bias must be \[V\]",
     ),
     ("policy_loss", (x, x[:1], x, mask), {}, ValueError, "old_logp must have the shape of logp"),
     ("policy_loss", (x, x, x, mask.float()), {}, TypeError, "mask must be bool.*mask.bool()"),

@@ -137,6 +137,112 @@ def test_kl_estimators_average_to_the_kl() -> None:
         assert rf.token_kl(logp, ref, estimator).mean() == pytest.approx(exact.item(), rel=0.03)
 
 
+TOKENS = torch.tensor([[0.25, 0.75]]).log()  # a policy over two tokens, and its reference
+REF_TOKENS = torch.tensor([[0.5, 0.5]]).log()
+
+
+@pytest.mark.parametrize(
+    ("direction", "by_hand"),
+    [
+        ("reverse", 0.25 * math.log(0.25 / 0.5) + 0.75 * math.log(0.75 / 0.5)),
+        ("forward", 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)),
+    ],
+)
+def test_linear_token_kl_of_two_tokens_by_hand(direction: str, by_hand: float) -> None:
+    """With the identity as both heads the hidden states are the logits."""
+    hidden, head = TOKENS.clone().requires_grad_(), torch.eye(2)
+    logp, ref_logp, kl = rf.linear_token_kl(
+        hidden, head, torch.tensor([1]), REF_TOKENS, head, direction=direction
+    )
+    assert logp.item() == pytest.approx(math.log(0.75))
+    assert ref_logp.item() == pytest.approx(math.log(0.5)) and not ref_logp.requires_grad
+    assert kl.item() == pytest.approx(by_hand)
+    kl.backward()
+    if direction == "reverse":
+        slope = 0.25 * (math.log(0.25 / 0.5) - by_hand)
+    else:
+        slope = 0.25 - 0.5
+    torch.testing.assert_close(hidden.grad, torch.tensor([[slope, -slope]]))
+
+
+def heads(rows: int = 33, width: int = 16, vocab: int = 300) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(rows, width, generator=generator),
+        "weight": torch.randn(vocab, width, generator=generator),
+        "labels": torch.randint(vocab, (rows,), generator=generator),
+        "ref_hidden": torch.randn(rows, width, generator=generator),
+        "ref_weight": torch.randn(vocab, width, generator=generator),
+    }
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_linear_token_kl_to_itself_is_0_and_at_its_least(direction: str) -> None:
+    x = heads()
+    hidden, weight = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    logp, ref_logp, kl = rf.linear_token_kl(
+        hidden, weight, x["labels"], hidden, direction=direction
+    )
+    assert torch.equal(logp, ref_logp) and kl.abs().max() < 1e-6
+    kl.sum().backward()
+    assert hidden.grad.abs().max() < 1e-5 and weight.grad.abs().max() < 1e-5
+
+
+def test_linear_token_kl_is_the_one_of_the_categorical_distributions() -> None:
+    x = heads()
+    policy = Categorical(logits=(x["hidden"] @ x["weight"].t()).double() / 0.7)
+    ref = Categorical(logits=(x["ref_hidden"] @ x["ref_weight"].t()).double() / 0.7)
+    for direction, a, b in (("reverse", policy, ref), ("forward", ref, policy)):
+        logp, ref_logp, kl = rf.linear_token_kl(**x, direction=direction, temperature=0.7)
+        exact = torch.distributions.kl_divergence(a, b)
+        torch.testing.assert_close(kl.double(), exact, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            logp.double(), policy.log_prob(x["labels"]), rtol=1e-5, atol=1e-4
+        )
+        torch.testing.assert_close(
+            ref_logp.double(), ref.log_prob(x["labels"]), rtol=1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_linear_token_kl_is_what_k1_estimates(direction: str) -> None:
+    """k1 of tokens that the first distribution of the KL samples."""
+    x = heads(rows=1, vocab=20)
+    x["ref_hidden"], x["ref_weight"] = x["hidden"] + 0.2 * x["ref_hidden"], x["weight"]
+    whose = "hidden" if direction == "reverse" else "ref_hidden"
+    sampled = Categorical(logits=x[whose] @ x["weight"].t()).sample((200_000,))[:, 0]
+    _, _, kl = rf.linear_token_kl(**x, direction=direction)
+    p, q = ((x[name] @ x["weight"].t()).log_softmax(-1)[0] for name in ("hidden", "ref_hidden"))
+    k1 = rf.token_kl(p[sampled], q[sampled], "k1") * (1 if direction == "reverse" else -1)
+    assert k1.mean() == pytest.approx(kl.item(), rel=0.05)
+
+
+def test_linear_token_kl_where_a_probability_is_0() -> None:
+    """p = 0 adds nothing to KL(p || q); q = 0 where p > 0 makes it infinite, and harms no one who
+    does not use it."""
+    inf, eye = math.inf, torch.eye(3)
+    hidden = torch.zeros(2, 3, requires_grad=True)
+    bias, ref_bias = torch.tensor([0.0, 0.0, -inf]), torch.tensor([0.0, -inf, 0.0])
+    labels, zero = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
+
+    def kl(bias: torch.Tensor, ref_bias: torch.Tensor, direction: str) -> tuple[torch.Tensor, ...]:
+        return rf.linear_token_kl(hidden, eye, labels, zero, eye, direction=direction, bias=bias,
+                                  ref_bias=ref_bias)  # fmt: skip
+
+    for direction in ("reverse", "forward"):
+        assert kl(bias, ref_bias, direction)[2].tolist() == [inf, inf]
+    narrow, wide = bias, torch.zeros(3)
+    assert kl(narrow, wide, "reverse")[2].tolist() == pytest.approx([math.log(1.5)] * 2)
+    assert kl(wide, narrow, "forward")[2].tolist() == pytest.approx([math.log(1.5)] * 2)
+    assert kl(wide, narrow, "reverse")[2].tolist() == [inf, inf]
+    assert kl(narrow, wide, "forward")[2].tolist() == [inf, inf]
+
+    logp, _, infinite = kl(wide, narrow, "reverse")
+    unused = torch.where(torch.tensor([False, False]), infinite, 0.0)
+    (grad,) = torch.autograd.grad((logp + unused).sum(), hidden)
+    torch.testing.assert_close(grad, torch.tensor([[2.0, -1.0, -1.0]] * 2) / 3)
+
+
 def test_policy_loss_at_ratio_one_is_the_policy_gradient() -> None:
     logp = torch.randn(4, 9, requires_grad=True)
     advantages, mask = torch.randn(4, 9), torch.rand(4, 9) > 0.3

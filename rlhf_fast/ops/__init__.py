@@ -3,6 +3,7 @@
 from . import (  # noqa: F401, I001
     token_logprobs,
     linear_token_logprobs,
+    linear_token_kl,
     linear_policy_loss,
     policy_loss,
     value_loss,

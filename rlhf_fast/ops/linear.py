@@ -63,28 +63,33 @@ def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> i
 
 
 def check_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None = None,
+    prefix: str = "",
 ) -> Head:
     """The checked head, flat, in autocast's dtype where autocast is on.
 
     A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
-    on the way back, as FSDP2 averages the others.
+    on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
     """
-    check.floating("hidden", hidden)
-    check.at_least_1d("hidden", hidden)
+    hidden_name, weight_name, bias_name = (f"{prefix}{x}" for x in ("hidden", "weight", "bias"))
+    check.floating(hidden_name, hidden)
+    check.at_least_1d(hidden_name, hidden)
     if isinstance(hidden, DTensor):
-        raise TypeError("hidden must be this rank's own tensor, got a DTensor; use .to_local()")
-    check.floating("weight", weight)
+        raise TypeError(f"{hidden_name} must be this rank's own tensor, got a DTensor; use .to_local()")
+    check.floating(weight_name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"weight must be [V, H] with H = hidden's last dimension {hidden.shape[-1]}, "
-            f"got {check.describe(weight)}"
+            f"{weight_name} must be [V, H] with H = {hidden_name}'s last dimension "
+            f"{hidden.shape[-1]}, got {check.describe(weight)}"
         )
-    check.same_device("weight", weight, "hidden", hidden)
+    check.same_device(weight_name, weight, hidden_name, hidden)
     if bias is not None:
-        check.floating("bias", bias)
-        check.shaped("bias", bias, [weight.shape[0]], "[V]")
-        check.same_device("bias", bias, "hidden", hidden)
+        check.floating(bias_name, bias)
+        check.shaped(bias_name, bias, [weight.shape[0]], "[V]")
+        check.same_device(bias_name, bias, hidden_name, hidden)
     down, up, scale = (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight)
     weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
     device = hidden.device.type
@@ -92,11 +97,11 @@ def check_head(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias, down, up = (None if x is None else x.to(dtype) for x in (bias, down, up))
-    for name, x in (("weight", weight), ("bias", bias), ("lora's A", down), ("lora's B", up)):
+    for name, x in ((weight_name, weight), (bias_name, bias), ("lora's A", down), ("lora's B", up)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}; got {check.describe(x)}. "
-                "Cast one of them, or use autocast"
+                f"{name} must have the dtype of {hidden_name}, {hidden.dtype}; "
+                f"got {check.describe(x)}. Cast one of them, or use autocast"
             )
     rows = hidden.reshape(-1, hidden.shape[-1])
     low = None if down is None else scale * (rows @ down.t())
@@ -167,13 +172,19 @@ def take(x: Tensor, rows: Tensor | slice) -> Tensor:
 
 
 def chunks(
-    head: Head, keep: Tensor, *, compact: bool = True, deterministic: bool = False
+    head: Head,
+    keep: Tensor,
+    *,
+    compact: bool = True,
+    deterministic: bool = False,
+    buffers: int = 1,
 ) -> Iterator[Chunk]:
     """The logits of the rows that `keep` [N] names, chunk by chunk.
 
     compact: rows that are not kept leave before the first product, which waits for a GPU. False:
         all rows are there, those not kept with inputs of zero.
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
+    buffers: how many loops like this one, over the same rows, share the memory budget.
 
     On CUDA the logits are float32 out of 16-bit operands; elsewhere they have the operands' dtype,
     as an eager matrix product has.
@@ -185,9 +196,9 @@ def chunks(
     wide = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
     dtype = torch.float32 if wide else hidden.dtype
     if deterministic:
-        size = min(DETERMINISTIC_ROWS, most_rows(vocab, dtype.itemsize, device.type))
+        size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
     else:
-        size = chunk_rows(total, vocab, dtype.itemsize, device.type)
+        size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
     # On CPU the rows of a chunk lie side by side: csrc/token_logprobs_columns.h says why.
     if device.type == "cpu":
         buffer = large_empty((vocab, size), dtype, device).t()
