@@ -7,6 +7,7 @@ REFUSED and the error, and reports no time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .inputs import Answer, flat, tensors
 
 SLACK = 4.0
 ROWS = 512  # of a [N, V] op at a time: 512 rows of V=151936 are 0.6 GB a tensor in float64
+MOST = 2**27  # logits that the float64 reference of a loss may hold on a CPU: 1 GB a tensor
 
 
 @dataclass
@@ -43,6 +45,17 @@ class Verdict:
     @property
     def wrong(self) -> bool:
         return not self.error <= self.limit
+
+
+def checked_shapes(shape: dict[str, int], device: torch.device) -> list[dict[str, int]]:
+    """Shapes at which to check answers, in the order in which to try: this one, and that of ROWS
+    rows, for where all of them are out of memory, or on a CPU would take float64 minutes. H and V
+    stay, and so do the blocks of the kernels."""
+    n, v = shape.get("N", 0), shape.get("V", 0)
+    if n <= ROWS:
+        return [shape]
+    fewer = shape | {"N": ROWS}
+    return [fewer] if device.type == "cpu" and n * v > MOST else [shape, fewer]
 
 
 def truth(op: Op, shape: dict[str, int], sample: Sample) -> Truth:
@@ -70,12 +83,14 @@ def judge(answer: Answer, truth: Truth) -> Verdict:
 
 
 def errors(answer: Answer, exact: Answer) -> dict[str, float]:
-    """Relative error of each part: each output, the gradients the answer has, and all the numbers
-    (a loss and its statistics) as one vector: a mean that happens to cancel to 1e-4 of its terms
-    cannot be asked for seven digits of itself."""
-    if len(answer.outputs) != len(exact.outputs):
-        return {"number of outputs": float("inf")} | dict.fromkeys(_parts(exact), 0.0)
-    mine = _parts(answer)
+    """Relative error of each part that the answer has: each output, each gradient, and all the
+    numbers (a loss and its statistics) as one vector: a mean that happens to cancel to 1e-4 of its
+    terms cannot be asked for seven digits of itself."""
+    if len(answer.outputs) > len(exact.outputs):
+        return {"number of outputs": float("inf")}
+    given = itertools.zip_longest(answer.outputs, exact.outputs)
+    outputs = [x if mine is None else mine for mine, x in given]  # what is missing is not wrong
+    mine = _parts(Answer(outputs, answer.gradients))
     return {part: relative(mine[part], x) for part, x in _parts(exact).items() if part in mine}
 
 
