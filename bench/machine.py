@@ -23,6 +23,7 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
     processes over the last minute: with others at work, believe the ratios and no time."""
     return {
         "device": _device_name(device),
+        "kind": device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -36,9 +37,9 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
 
 def folder(described: dict[str, str | int | float], device: torch.device) -> Path:
     """bench/results/<device>: where the runs of this device are kept."""
-    name = str(described["device"]) + (
-        f" {described['threads']} threads" if device.type == "cpu" else ""
-    )
+    name = str(described["device"])
+    if device.type == "cpu":
+        name += f" {described['threads']} threads"
     return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -150,67 +150,56 @@ def _has_backward(row: Record, record: Record) -> bool:
 
 def _curves(record: Record) -> Any:
     """Time and memory of everybody against what grows."""
-    series = _series(record["rows"])
+    series = _series(record)
     if not series:
         return None
     figure, grid = plt.subplots(
         len(series), 2, figsize=(11, 3.1 * len(series)), squeeze=False, layout="constrained"
     )
     seen: list[str] = []
-    for (axis_name, fixed, op), axes in zip(series, grid, strict=True):
-        rows = series[axis_name, fixed, op]
-        names = dict.fromkeys(name for row in rows for name in row["cells"])
-        for name in names:
-            there = [row for row in rows if "seconds" in row["cells"].get(name, {})]
+    for (title, grows, rows), axes in zip(series, grid, strict=True):
+        for name in dict.fromkeys(name for row in rows for name in row["cells"]):
             style = {"color": _color(name), "marker": "D" if name == "ours" else "o"}
             style |= {"linewidth": 2.2 if name == "ours" else 1.3, "markersize": 4}
-            if there:
-                seen += [] if name in seen else [name]
-                at = [row["shape"][axis_name] for row in there]
-                cells = [row["cells"][name] for row in there]
-                axes[0].plot(at, [c["seconds"]["median"] for c in cells], **style)
-                weighed = [(x, c) for x, c in zip(at, cells, strict=True) if "memory" in c]
-                axes[1].plot(
-                    [x for x, _ in weighed],
-                    [c["memory"]["extra"] / 2**20 for _, c in weighed], **style,
-                )  # fmt: skip
+            cells = [(row["shape"][grows], row["cells"].get(name, {})) for row in rows]
+            timed = [(x, c["seconds"]["median"]) for x, c in cells if "seconds" in c]
+            heavy = [(x, c["memory"]["extra"] / 2**20) for x, c in cells if "memory" in c]
+            for axis, points in zip(axes, (timed, heavy), strict=True):
+                if points:
+                    axis.plot(*zip(*points, strict=True), **style)
+            seen += [] if name in seen or not timed else [name]
+        sizes = [row["shape"][grows] for row in rows]
         for axis, label in zip(axes, ("seconds", "extra memory, MiB"), strict=True):
-            log = axis_name != "kept"
-            axis.set_xscale("log" if log else "linear")
-            sizes = [row["shape"][axis_name] for row in rows]
+            if grows == "kept":
+                axis.set_ylim(bottom=0)
+            else:
+                axis.set_xscale("log")
+                axis.set_yscale("log" if label == "seconds" else "symlog")
+            if not axis.lines:
+                axis.text(0.5, 0.5, "inputs under 8 MiB: not measured", ha="center",
+                          transform=axis.transAxes, fontsize=8)  # fmt: skip
             axis.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)
             axis.xaxis.set_minor_locator(ticker.NullLocator())
-            if log:
-                axis.set_yscale("log") if label == "seconds" else axis.set_yscale("symlog")
-            else:
-                axis.set_ylim(bottom=0)
-            axis.set_xlabel(AXES[axis_name])
-            axis.set_ylabel(label)
+            axis.set(xlabel=AXES[grows], ylabel=label)
+            axis.set_title(title, fontsize=9)
             axis.grid(linewidth=0.4, alpha=0.5)
-            axis.set_title(f"{op}  {fixed}  {rows[0]['pass']}", fontsize=9)
     _finish(figure, record, seen)
     return figure
 
 
-def _series(rows: Iterable[Record]) -> dict[tuple[str, str, str], list[Record]]:
-    """(what grows, what stays, op) -> its rows: neighbours of one op that differ in one letter."""
-    series: dict[tuple[str, str, str], list[Record]] = {}
-    current: list[Record] = []
-    grows = None
-    for row in rows:
-        if "failed" in row:
-            continue
-        differ = {k for k in row["shape"] if current and row["shape"][k] != current[-1]["shape"][k]} \
-            if current and current[-1]["op"] == row["op"] else set()  # fmt: skip
-        if len(differ) == 1 and grows in (None, *differ):
-            (grows,) = differ
-            current.append(row)
-        else:
-            current, grows = [row], None
-        if len(current) == 2:
-            fixed = spelled({k: v for k, v in row["shape"].items() if k != grows})
-            series[grows, fixed, row["op"]] = current
-    return series
+def _series(record: Record) -> list[tuple[str, str, list[Record]]]:
+    """(title, what grows, its rows in order) of each curve that has two points."""
+    found = []
+    for op, fixed, grows in record["scales"]:
+        rows = [
+            row
+            for row in record["rows"]
+            if row["op"] == op and "failed" not in row and fixed.items() <= row["shape"].items()
+        ]
+        rows.sort(key=lambda row: row["shape"][grows])
+        if len(rows) > 1:
+            found.append((f"{op}  {spelled(fixed)}  {rows[0]['pass']}", grows, rows))
+    return found
 
 
 def _errors(record: Record) -> Any:

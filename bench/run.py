@@ -2,8 +2,8 @@
 
     python bench/run.py                   every op, some minutes on 2 cores
     python bench/run.py --quick           each op's first shape, within 3 minutes
-    python bench/run.py --suite linear    the ops that begin at the hidden states, three vocabularies
-    python bench/run.py --suite scale     time and memory against N, V, H, T and the rows that matter
+    python bench/run.py --suite linear    ops that begin at the hidden states: three vocabularies
+    python bench/run.py --suite scale     time and memory against N, V, H, T, rows that matter
     python bench/run.py --suite accuracy  errors against float64, by dtype
     python bench/run.py --suite step      a whole PPO step beside TRL's PPOTrainer
 
@@ -38,8 +38,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
           "float64": torch.float64}  # fmt: skip
 QUICK_SECONDS = 150  # by then --quick is to be through with compiling
 OUT = machine.ROOT / "bench" / "out"
-# At every point of a curve; torch.compile would compile at each.
-SCALE_PEERS = ("eager", "TRL", "Liger", "verl", "bare-GEMMs", "all-rows")
+# Elsewhere all of them. Who compiles would do so at every point of a curve and in every dtype.
+PEERS_OF = {
+    "scale": ["eager", "TRL", "Liger", "verl", "bare-GEMMs", "all-rows"],
+    "accuracy": [p.name for p in PEERS.values() if not p.yardstick and not p.compiles],
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -135,6 +138,7 @@ def run(
         "quick": quick,
         "seconds": round(time.monotonic() - started, 1),
         "rows": rows,
+        "scales": [scale[:3] for scale in cases.SCALES[device.type != "cpu"]],
     }
 
 
@@ -153,8 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         "--shape", nargs="+", metavar="SHAPE",
         help="like N=512,V=49152: any sizes for the letters of an op's shape",
     )  # fmt: skip
-    parser.add_argument("--peers", nargs="*", metavar="PEER",
-                        help=f"of {', '.join(PEERS)}; suite step: {', '.join(step.TRAINERS)}")  # fmt: skip
+    parser.add_argument(
+        "--peers", nargs="*", metavar="PEER",
+        help=f"of {', '.join(PEERS)}; for the suite step of {', '.join(step.TRAINERS)}",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu or cuda; a GPU where there is one")
     parser.add_argument("--dtype", help=f"of {', '.join(DTYPES)}; float32 on CPU, else bfloat16")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON and the plots")
@@ -178,8 +184,8 @@ def _dtypes(name: str | None, device: torch.device, suite: str) -> list[torch.dt
 
 
 def _peers(names: list[str] | None, suite: str) -> list[Peer]:
-    default = SCALE_PEERS if suite == "scale" else PEERS
-    return [PEERS[_known("peer", name, PEERS)] for name in (default if names is None else names)]
+    chosen = PEERS_OF.get(suite, PEERS) if names is None else names
+    return [PEERS[_known("peer", name, PEERS)] for name in chosen]
 
 
 def _plan(

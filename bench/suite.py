@@ -30,9 +30,9 @@ Cell = dict[str, Any]
 class Settings:
     """seconds, rounds: of timing for a row, at least. patience: seconds a peer's first call may
     take. ends: by time.monotonic(), when all compiling should be over: a peer that compiles may
-    take at most half of what is left till then. thorough: weigh those that compile, too. last_pass: forward+backward
-    alone, where there is one. timed: else the answers are checked and nothing more. heavy:
-    bytes of inputs from which on memory matters and is measured."""
+    take at most half of what is left till then. heavy: bytes of inputs from which on memory
+    matters and is measured; thorough: of those that compile, too. last_pass: forward+backward
+    alone, where there is one. timed: else the answers are checked and nothing more."""
 
     device: torch.device
     dtype: torch.dtype

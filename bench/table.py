@@ -151,7 +151,8 @@ def _peer(cell: Record) -> str:
         return "[red]failed[/]"
     x = cell["ratio"]
     fewer = "*" if "outputs" in cell else ""
-    return f"[bold]{x['median']:.3g}×[/]{fewer}\u00a0[dim]±{(x['q3'] - x['q1']) / 2 / x['median']:.0%}[/]"
+    spread = (x["q3"] - x["q1"]) / 2 / x["median"]
+    return f"[bold]{x['median']:.3g}×[/]{fewer}\u00a0[dim]±{spread:.0%}[/]"
 
 
 def _error(cell: Record) -> str:
