@@ -86,7 +86,7 @@ GPU_GOALS = {
 STEP_GOAL = 2.0  # samples a second over TRL's
 # The log-prob op and its variants have rows of their own; these are what a trainer calls.
 HEAD_OPS = ("linear_policy_loss", "linear_token_logprobs")
-HEAD_PEERS = ("eager", "torch.compile", "TRL", "Liger", "verl")
+HEAD_PEERS = ("eager", "torch.compile", "TRL", "Liger")
 
 
 class Runs:

@@ -378,6 +378,14 @@ def test_interleaved_rotates():
     assert all(len(x) == 3 for x in seconds.values())
 
 
+def test_a_round_longer_than_the_budget_is_counted():
+    order = []
+    calls = {name: (lambda i, n=name: order.append(n)) for name in "ab"}
+    seconds = measure.interleaved(calls, CPU, budget=1e-12, least=3)
+    assert "".join(order) == "ab" + "ab" + "ba"
+    assert all(len(x) == 3 for x in seconds.values())
+
+
 def test_inputs_outgrow_the_cache():
     op, shape = OPS["token_logprobs"], {"N": 8, "V": 100}
     samples = inputs.draw(op, shape, CPU, torch.float32, cache=10_000)
