@@ -26,12 +26,17 @@ Placeholders = Mapping[str, Mapping[str, object]]
 def load(
     name: str, *, bare: tuple[str, ...] = (), placeholders: Placeholders | None = None
 ) -> ModuleType:
-    """Module ``name`` out of bench/.peers. ``placeholders``: names that stand in a module that is
-    absent, or in one of the library's own that would import too much."""
+    """Module ``name`` out of bench/.peers, or of the library where it is installed.
+    ``placeholders``: names that stand in a module that is absent, or in one of the library's own
+    that would import too much."""
     library = name.split(".")[0]
+    folder = FOLDER
     if not (FOLDER / library).is_dir():
-        raise ImportError(f"{library} is not in bench/.peers: {HOW}")
-    with _on_path(), _standing_in(library, bare, placeholders or {}):
+        spec = importlib.util.find_spec(library)
+        if spec is None or spec.origin is None:
+            raise ImportError(f"{library} is not in bench/.peers: {HOW}")
+        folder = Path(spec.origin).parent.parent
+    with _on_path(folder), _standing_in(folder, library, bare, placeholders or {}):
         return importlib.import_module(name)
 
 
@@ -55,23 +60,25 @@ def absent(module: str) -> bool:
 
 
 @contextlib.contextmanager
-def _on_path() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
+def _on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
     try:
         yield
     finally:
-        sys.path.remove(str(FOLDER))
+        sys.path.remove(str(folder))
 
 
 @contextlib.contextmanager
-def _standing_in(library: str, bare: tuple[str, ...], placeholders: Placeholders) -> Iterator[None]:
+def _standing_in(
+    folder: Path, library: str, bare: tuple[str, ...], placeholders: Placeholders
+) -> Iterator[None]:
     """Bare packages stay, for imports inside a function; what stands in for a package that is not
     there is taken away again, so that nobody else takes it for the real one."""
     borrowed = []
     for package in bare:
         if package not in sys.modules:
             module = ModuleType(package)
-            module.__path__ = [str(FOLDER / package.replace(".", "/"))]
+            module.__path__ = [str(folder / package.replace(".", "/"))]
             sys.modules[package] = module
     for package, names in placeholders.items():
         own = package.split(".")[0] == library

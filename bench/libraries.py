@@ -63,7 +63,10 @@ def torch_linear(hidden: Tensor, weight: Tensor, labels: Tensor, *, entropy: boo
 
 
 def trl() -> ModuleType:
-    return foreign.load("trl.trainer.utils")
+    library = foreign.load("trl.trainer.utils")
+    if not hasattr(library, "selective_log_softmax_and_entropy"):  # as the TRL with a PPOTrainer
+        raise ImportError(f"needs the TRL of bench/peers.txt: {foreign.HOW}")
+    return library
 
 
 def trl_logits() -> Function:

@@ -97,7 +97,7 @@ def bars(record: Record) -> Any:
     right.xaxis.set_major_formatter("{x:g}")
     for axis in (left, right):
         axis.grid(axis="x", linewidth=0.4, alpha=0.5)
-    _finish(figure, record, ("ours", *peers))
+    _finish(figure, record, ())
     return figure
 
 
@@ -296,7 +296,8 @@ def _time_bar(axis: Any, y: float, name: str, cell: dict[str, Any], color: str) 
     if name == "ours":
         axis.plot(1, y, "D", color=color, markersize=4)
         if "seconds" in cell:
-            axis.text(1.06, y, time(cell["seconds"]["median"]), va="center", fontsize=7)
+            text = f"rlhf_fast {time(cell['seconds']['median'])}"
+            axis.text(1.06, y, text, va="center", fontsize=7)
         return
     if "ratio" not in cell:
         return
@@ -304,7 +305,7 @@ def _time_bar(axis: Any, y: float, name: str, cell: dict[str, Any], color: str) 
     spread = [[x["median"] - x["q1"]], [x["q3"] - x["median"]]]
     axis.barh(y, x["median"] - 1, left=1, height=0.9, color=color, xerr=spread,
               error_kw={"linewidth": 0.8, "ecolor": "#333333"})  # fmt: skip
-    text = f"{x['median']:.3g}×" + (" (other work)" if cell.get("yardstick") else "")
+    text = f"{name} {x['median']:.3g}×" + (" (other work)" if cell.get("yardstick") else "")
     axis.text(max(x["q3"], 1) * 1.06, y, text, va="center", fontsize=7)
 
 

@@ -65,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
         device = _device(options.device)
         dtypes = _dtypes(options.dtype, device, name)
         if name == "step":
+            if options.op or options.shape or options.dtype:
+                raise ValueError("the suite step has no --op, --shape or --dtype")
             plan = []
             peers = [_known("peer", peer, step.TRAINERS) for peer in options.peers or step.TRAINERS]
         else:

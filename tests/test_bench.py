@@ -185,7 +185,8 @@ def test_what_float64_cannot_hold_is_checked_at_fewer_rows(monkeypatch):
 
 def test_absent_libraries_cost_their_cells(monkeypatch, tmp_path):
     monkeypatch.setattr(foreign, "FOLDER", tmp_path)
-    for name in ("TRL", "verl", "OpenRLHF"):
+    for name, library in (("TRL", "trl"), ("verl", "verl"), ("OpenRLHF", "openrlhf")):
+        monkeypatch.setitem(sys.modules, library, None)  # as if not installed
         (row,) = suite.compare(
             OPS["token_logprobs"], {"N": 4, "V": 9}, [PEERS[name]], last_pass(settings())
         )
@@ -428,6 +429,7 @@ def test_memory_in_a_fresh_process(monkeypatch):
         (["--dtype", "int4"], ["'int4'", "bfloat16"]),
         (["--suite", "al"], ["'al'", *cases.SUITES]),
         (["--suite", "step", "--peers", "eager"], ["'eager'", "TRL", "ours"]),
+        (["--suite", "step", "--op", "gae"], ["step", "--op"]),
         (["--op", "gae", "--shape", "N=2,V=3"], ["N=2 V=3", "B=256,T=1024"]),
         (["--shape", "wide"], ["'wide'", "N=512,V=49152"]),
         (["--shape", "B=0,T=4"], ["B must be at least 1"]),
