@@ -46,7 +46,8 @@ def _compiled(op: Op) -> Function:
 def _bare_gemms(op: Op) -> Function | None:
     """The head's matrix products alone, into buffers that are already there: X·Wᵀ forward; dX and
     dW backward, from the [N, V] buffer as it lies. What no implementation can go below."""
-    if not {"hidden", "weight"} <= inspect.signature(op.function).parameters.keys():
+    parameters = inspect.signature(op.function).parameters.keys()
+    if not {"hidden", "weight"} <= parameters or "ref_hidden" in parameters:  # of two models
         return None
     buffers: dict[str, Tensor] = {}
 

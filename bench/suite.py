@@ -105,7 +105,8 @@ def _truth(
 
 
 def implementation(op: Op, device: torch.device) -> str:
-    return ", ".join(dict.fromkeys(k.implementation(device.type) for k in op.kernels))
+    names = dict.fromkeys(k.implementation(device.type) for k in op.kernels)
+    return ", ".join(names) or "PyTorch"
 
 
 def _one_pass(
