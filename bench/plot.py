@@ -176,6 +176,7 @@ def _curves(record: Record) -> Any:
                 axis.set_xscale("log")
                 axis.set_yscale("log" if label == "seconds" else "symlog")
             if not axis.lines:
+                axis.set_axis_off()
                 axis.text(0.5, 0.5, "inputs under 8 MiB: not measured", ha="center",
                           transform=axis.transAxes, fontsize=8)  # fmt: skip
             axis.set_xticks(sizes, [str(size) for size in sizes], fontsize=8)

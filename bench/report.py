@@ -132,7 +132,9 @@ def markdown(records: list[Record]) -> str:
         "\n".join(_ops(cpu)),
         "A whole PPO step, every weight trained:",
         "\n".join(_steps(cpu)),
-        "On a GPU, bfloat16: " + ("; ".join(gpu.machines()) or NOT_MEASURED) + ".",
+        "On a GPU, bfloat16: "
+        + ("; ".join(gpu.machines()) or NOT_MEASURED)
+        + ". †: rounds what it returns to bfloat16.",
         "\n".join(_gpu(gpu)),
         *_pictures(records),
         END,
@@ -236,7 +238,7 @@ def _times(cell: Record | None) -> str:
     if not cell:
         return ""
     if "ratio" in cell:
-        return f"{cell['ratio']['median']:.3g}×"
+        return f"{cell['ratio']['median']:.3g}×" + ("†" if "rounded" in cell else "")
     return "refused" if "refused" in cell else "failed"
 
 

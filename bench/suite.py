@@ -82,7 +82,7 @@ def compare(
     if not settings.timed:
         return records
     if sum(x.nbytes for x in inputs.tensors(samples[0]).values()) >= settings.heavy:
-        del samples, truth
+        del samples, judged, truth
         report("memory")
         _weigh(op, shape, records, peers, settings)
     return records
@@ -99,6 +99,7 @@ def _truth(
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
+        torch.cuda.empty_cache()
     if last != shape:
         (sample,) = inputs.draw(op, last, settings.device, settings.dtype, cache=0)
     return last, sample, oracle.truth(op, last, sample)
@@ -130,7 +131,7 @@ def _one_pass(
             if function is None:
                 continue
             with deadline(None if peer.name == "ours" else settings.patience_for(peer)):
-                _check(cell, function, judged, kind, truth)
+                _check(cell, function, judged, kind, truth, ours=peer.name == "ours")
         except Exception as error:  # whatever it is, it costs this cell and not the run
             cell["failed"] = _reason(error)
         cells[peer.name] = cell
@@ -159,7 +160,12 @@ def _one_pass(
 
 
 def _check(
-    cell: Cell, function: Callable[..., Any], sample: Sample, kind: str, truth: oracle.Truth
+    cell: Cell,
+    function: Callable[..., Any],
+    sample: Sample,
+    kind: str,
+    truth: oracle.Truth,
+    ours: bool,
 ) -> None:
     answer = inputs.call(function, sample, kind, _seeds(cell, truth))
     if cell.get("yardstick"):
@@ -171,7 +177,8 @@ def _check(
     value = verdict.error if math.isfinite(verdict.error) else "infinite"  # JSON has no infinity
     cell["error"] = {"of": verdict.part, "value": value, "limit": verdict.limit}
     if verdict.wrong:
-        cell["refused"] = f"error {verdict.error:.1e} of {verdict.part}, limit {verdict.limit:.1e}"
+        mark = "rounded" if verdict.rounded and not ours else "refused"
+        cell[mark] = f"error {verdict.error:.1e} of {verdict.part}, limit {verdict.limit:.1e}"
 
 
 def _seeds(cell: Cell, truth: oracle.Truth) -> dict[int, Tensor] | None:

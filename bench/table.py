@@ -72,11 +72,11 @@ def _rows(record: Record, console: Console) -> None:
         )
     console.print(grid)
     _troubles(record, console)
-    if timed:
-        console.print(
-            "[dim]extra memory: peak of one call above its inputs, outputs and gradients. *: gives "
-            "fewer outputs than ours (no statistics, say).[/]"
-        )
+    console.print(
+        "[dim]extra memory: peak of one call above its inputs, outputs and gradients. *: gives "
+        "fewer outputs than ours (no statistics, say). †: rounds what it returns to the inputs' "
+        "dtype.[/]"
+    )
 
 
 def _troubles(record: Record, console: Console) -> None:
@@ -150,9 +150,9 @@ def _peer(cell: Record) -> str:
     if "failed" in cell:
         return "[red]failed[/]"
     x = cell["ratio"]
-    fewer = "*" if "outputs" in cell else ""
+    marks = ("*" if "outputs" in cell else "") + ("†" if "rounded" in cell else "")
     spread = (x["q3"] - x["q1"]) / 2 / x["median"]
-    return f"[bold]{x['median']:.3g}×[/]{fewer}\u00a0[dim]±{spread:.0%}[/]"
+    return f"[bold]{x['median']:.3g}×[/]{marks}\u00a0[dim]±{spread:.0%}[/]"
 
 
 def _error(cell: Record) -> str:
@@ -162,7 +162,8 @@ def _error(cell: Record) -> str:
         return "[dim]–[/]"
     value = cell["error"]["value"]
     text = value if isinstance(value, str) else f"{value:.1e}"
-    return f"[bold red]{text} REFUSED[/]" if "refused" in cell else f"[bold]{text}[/]"
+    mark = "†" if "rounded" in cell else ""
+    return f"[bold red]{text} REFUSED[/]" if "refused" in cell else f"[bold]{text}[/]{mark}"
 
 
 def _rate(rate: Record | None) -> str:

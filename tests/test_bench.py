@@ -132,6 +132,25 @@ def test_a_loss_that_cancels_is_not_refused_but_a_wrong_statistic_is():
     assert "loss and statistics" in row["cells"]["wrong"]["refused"]
 
 
+def test_a_16_bit_peer_is_marked_and_a_16_bit_ours_refused():
+    op = OPS["token_logprobs"]
+
+    def rounded(**arguments):
+        return tuple(x.bfloat16() for x in op.function(**arguments))
+
+    one = settings()
+    one.dtype = torch.bfloat16
+    peer = Peer("rounds", lambda op: rounded)
+    row, *_ = suite.compare(op, SHAPES[op.name], [peer], one)
+    assert "rounded" in row["cells"]["rounds"] and row["cells"]["rounds"]["ratio"]
+    half_wrong = wrong(op.name, lambda out: (1.1 * out[0], out[1]))
+    row, *_ = suite.compare(op, SHAPES[op.name], [half_wrong], one)
+    assert "refused" in row["cells"]["wrong"]
+    ours = dataclasses.replace(op, function=rounded)
+    row, *_ = suite.compare(ours, SHAPES[op.name], [], one)
+    assert "refused" in row["cells"]["ours"]
+
+
 def test_an_op_without_kernels_of_its_own():
     plain = dataclasses.replace(OPS["value_loss"], name="plain", kernels=())
     row, *_ = suite.compare(plain, {"B": 3, "T": 8}, list(PEERS.values())[:1], settings())
