@@ -44,6 +44,7 @@ class Verdict:
     error: float
     limit: float
     rounding: float = 0.0
+    largest: float = 0.0  # error of any part
 
     @property
     def wrong(self) -> bool:
@@ -83,11 +84,13 @@ def truth(op: Op, shape: dict[str, int], sample: Sample) -> Truth:
 
 def judge(answer: Answer, truth: Truth) -> Verdict:
     verdicts = []
-    for part, error in errors(answer, truth.answer).items():
+    found = errors(answer, truth.answer)
+    largest = max(found.values())
+    for part, error in found.items():
         eager = truth.eager_errors.get(part, 0.0)
         # where eager PyTorch itself overflows it sets no limit
         limit = max(SLACK * eager if math.isfinite(eager) else 0.0, truth.floor)
-        verdicts.append(Verdict(part, error, limit, truth.rounding))
+        verdicts.append(Verdict(part, error, limit, truth.rounding, largest))
     return max(verdicts, key=lambda v: v.error / v.limit)
 
 

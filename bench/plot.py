@@ -204,13 +204,13 @@ def _series(record: Record) -> list[tuple[str, str, list[Record]]]:
 
 
 def _errors(record: Record) -> Any:
-    """Relative error against float64 of the worst part, by op and dtype."""
+    """Relative error against float64, the largest of all outputs and gradients."""
     rows = [row for row in record["rows"] if "ours" in row["cells"]]
     figure, axis = plt.subplots(figsize=(10, 2 + 0.22 * len(rows)), layout="constrained")
     seen: list[str] = []
     for y, row in enumerate(rows):
         for name, cell in row["cells"].items():
-            value = cell.get("error", {}).get("value")
+            value = cell.get("error", {}).get("largest")
             if not isinstance(value, float):
                 continue
             seen += [] if name in seen else [name]

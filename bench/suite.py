@@ -174,8 +174,12 @@ def _check(
     if given < len(truth.answer.outputs):
         cell["outputs"] = {"given": given, "of": len(truth.answer.outputs)}
     verdict = oracle.judge(answer, truth)
-    value = verdict.error if math.isfinite(verdict.error) else "infinite"  # JSON has no infinity
-    cell["error"] = {"of": verdict.part, "value": value, "limit": verdict.limit}
+    value, largest = (  # JSON has no infinity
+        x if math.isfinite(x) else "infinite" for x in (verdict.error, verdict.largest)
+    )
+    cell["error"] = {
+        "of": verdict.part, "value": value, "limit": verdict.limit, "largest": largest,
+    }  # fmt: skip
     if verdict.wrong:
         mark = "rounded" if verdict.rounded and not ours else "refused"
         cell[mark] = f"error {verdict.error:.1e} of {verdict.part}, limit {verdict.limit:.1e}"

@@ -43,7 +43,7 @@ def _rows(record: Record, console: Console) -> None:
         grid.add_column("the peers' time / ours, median of the rounds ± half their quartiles")
         grid.add_column("extra memory, MiB", ratio=1)
     else:
-        grid.add_column("relative error against float64, ours first")
+        grid.add_column("largest relative error against float64, ours first")
     before = None
     for row in record["rows"]:
         what = (
@@ -160,7 +160,7 @@ def _error(cell: Record) -> str:
         return "[red]failed[/]"
     if "error" not in cell:
         return "[dim]–[/]"
-    value = cell["error"]["value"]
+    value = cell["error"]["largest"]
     text = value if isinstance(value, str) else f"{value:.1e}"
     mark = "†" if "rounded" in cell else ""
     return f"[bold red]{text} REFUSED[/]" if "refused" in cell else f"[bold]{text}[/]{mark}"
