@@ -19,14 +19,15 @@ MOST_COPIES = 256
 
 @dataclass
 class Answer:
-    """All tensors a call gave: its outputs, flattened, and the gradients of its inputs by name."""
+    """All tensors a call gave: its outputs, flattened (None: one that a peer does not give), and
+    the gradients of its inputs by name."""
 
-    outputs: list[Tensor]
+    outputs: list[Tensor | None]
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return sum(x.nbytes for x in (*self.outputs, *self.gradients.values()))
+        return sum(x.nbytes for x in (*self.outputs, *self.gradients.values()) if x is not None)
 
 
 def passes(sample: Sample) -> tuple[str, ...]:
@@ -72,8 +73,11 @@ def call(
             return Answer(flat(function(**sample.arguments)))
     outputs = flat(function(**sample.arguments))
     if seeds is None:
-        seeds = {i: torch.ones_like(x) for i, x in enumerate(outputs) if x.requires_grad}
+        there = enumerate(outputs)
+        seeds = {i: torch.ones_like(x) for i, x in there if x is not None and x.requires_grad}
     seeded = {i: g.to(outputs[i].dtype) for i, g in seeds.items() if i < len(outputs)}
+    if len(seeded) < len(seeds):
+        raise ValueError("an output that carries a gradient is missing")
     gradients = torch.autograd.grad(
         [outputs[i] for i in seeded],
         [sample.arguments[name] for name in sample.grads],
@@ -82,5 +86,5 @@ def call(
     return Answer(outputs, dict(zip(sample.grads, gradients, strict=True)))
 
 
-def flat(outputs: Any) -> list[Tensor]:
-    return [x for x in tree_leaves(outputs) if isinstance(x, Tensor)]
+def flat(outputs: Any) -> list[Tensor | None]:
+    return [x for x in tree_leaves(outputs) if x is None or isinstance(x, Tensor)]

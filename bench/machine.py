@@ -7,6 +7,7 @@ import platform
 import re
 import resource
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
     processes over the last minute: with others at work, believe the ratios and no time."""
     return {
         "device": _device_name(device),
+        "kind": device.type,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -29,7 +31,16 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
         "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def folder(described: dict[str, str | int | float], device: torch.device) -> Path:
+    """bench/results/<device>: where the runs of this device are kept."""
+    name = str(described["device"])
+    if device.type == "cpu":
+        name += f" {described['threads']} threads"
+    return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _device_name(device: torch.device) -> str:

@@ -25,9 +25,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.ops.registry import OPS
-
 from . import inputs
+from .cases import OPS
 from .inputs import Answer
 from .peers import PEERS
 

@@ -2,11 +2,13 @@
 
 The limit is relative to what the same formula in eager PyTorch loses at the same dtype: at most
 four times its error, and never less than 1e-6 (1e-12 in float64). Beyond it the bench prints
-REFUSED and the error, and reports no time.
+REFUSED and the error, and reports no time. Only a peer that returns 16-bit numbers where ours are
+float32 may be off by a few roundings of its dtype: it is timed, and marked as rounded.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from rlhf_fast.ops.registry import Op, Sample
 
-from .inputs import Answer, flat, tensors
+from .inputs import Answer, dtype_of, flat, tensors
 
-SLACK = 4.0
+SLACK = 4.0  # times eager's error, and roundings of a 16-bit peer
 ROWS = 512  # of a [N, V] op at a time: 512 rows of V=151936 are 0.6 GB a tensor in float64
+MOST = 2**27  # logits that the float64 reference of a loss may hold on a CPU: 1 GB a tensor
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Truth:
     eager_errors: dict[str, float]
     floor: float
     seeds: dict[int, Tensor]
+    rounding: float = 0.0  # what one rounding to the dtype of the inputs costs
 
 
 @dataclass
@@ -39,10 +43,28 @@ class Verdict:
     part: str
     error: float
     limit: float
+    rounding: float = 0.0
+    largest: float = 0.0  # error of any part
 
     @property
     def wrong(self) -> bool:
         return not self.error <= self.limit
+
+    @property
+    def rounded(self) -> bool:
+        """Wrong by no more than a few roundings to the inputs' dtype."""
+        return self.wrong and self.error <= SLACK * self.rounding
+
+
+def checked_shapes(shape: dict[str, int], device: torch.device) -> list[dict[str, int]]:
+    """Shapes at which to check answers, in the order in which to try: this one, and that of ROWS
+    rows, for where all of them are out of memory, or on a CPU would take float64 minutes. H and V
+    stay, and so do the blocks of the kernels."""
+    n, v = shape.get("N", 0), shape.get("V", 0)
+    if n <= ROWS:
+        return [shape]
+    fewer = shape | {"N": ROWS}
+    return [fewer] if device.type == "cpu" and n * v > MOST else [shape, fewer]
 
 
 def truth(op: Op, shape: dict[str, int], sample: Sample) -> Truth:
@@ -56,26 +78,31 @@ def truth(op: Op, shape: dict[str, int], sample: Sample) -> Truth:
     answer, seeds = _reference(op, shape, exact)
     eager, _ = _reference(op, shape, sample)
     narrow = all(x.dtype != torch.float64 for x in tensors(sample).values())
-    return Truth(answer, errors(eager, answer), 1e-6 if narrow else 1e-12, seeds)
+    floor = 1e-6 if narrow else 1e-12
+    return Truth(answer, errors(eager, answer), floor, seeds, torch.finfo(dtype_of(sample)).eps)
 
 
 def judge(answer: Answer, truth: Truth) -> Verdict:
     verdicts = []
-    for part, error in errors(answer, truth.answer).items():
+    found = errors(answer, truth.answer)
+    largest = max(found.values())
+    for part, error in found.items():
         eager = truth.eager_errors.get(part, 0.0)
         # where eager PyTorch itself overflows it sets no limit
         limit = max(SLACK * eager if math.isfinite(eager) else 0.0, truth.floor)
-        verdicts.append(Verdict(part, error, limit))
+        verdicts.append(Verdict(part, error, limit, truth.rounding, largest))
     return max(verdicts, key=lambda v: v.error / v.limit)
 
 
 def errors(answer: Answer, exact: Answer) -> dict[str, float]:
-    """Relative error of each part: each output, the gradients the answer has, and all the numbers
-    (a loss and its statistics) as one vector: a mean that happens to cancel to 1e-4 of its terms
-    cannot be asked for seven digits of itself."""
-    if len(answer.outputs) != len(exact.outputs):
-        return {"number of outputs": float("inf")} | dict.fromkeys(_parts(exact), 0.0)
-    mine = _parts(answer)
+    """Relative error of each part that the answer has: each output, each gradient, and all the
+    numbers (a loss and its statistics) as one vector: a mean that happens to cancel to 1e-4 of its
+    terms cannot be asked for seven digits of itself."""
+    if len(answer.outputs) > len(exact.outputs):
+        return {"number of outputs": float("inf")}
+    given = itertools.zip_longest(answer.outputs, exact.outputs)
+    outputs = [x if mine is None else mine for mine, x in given]  # what is missing is not wrong
+    mine = _parts(Answer(outputs, answer.gradients))
     return {part: relative(mine[part], x) for part, x in _parts(exact).items() if part in mine}
 
 

@@ -19,6 +19,10 @@ from torch import Tensor
 
 from rlhf_fast.ops.registry import Op
 
+from . import foreign, libraries
+from .cases import DENSE
+from .libraries import both_losses, with_plain_loss
+
 Function = Callable[..., Any]
 
 
@@ -28,6 +32,7 @@ class Peer:
     function_for: Callable[[Op], Function | None]
     yardstick: bool = False
     compiles: bool = False
+    distribution: str | None = None  # whose version the record carries
 
 
 def _eager(op: Op) -> Function:
@@ -41,7 +46,8 @@ def _compiled(op: Op) -> Function:
 def _bare_gemms(op: Op) -> Function | None:
     """The head's matrix products alone, into buffers that are already there: X·Wᵀ forward; dX and
     dW backward, from the [N, V] buffer as it lies. What no implementation can go below."""
-    if not {"hidden", "weight"} <= inspect.signature(op.function).parameters.keys():
+    parameters = inspect.signature(op.function).parameters.keys()
+    if not {"hidden", "weight"} <= parameters or "ref_hidden" in parameters:  # of two models
         return None
     buffers: dict[str, Tensor] = {}
 
@@ -66,11 +72,114 @@ def _bare_gemms(op: Op) -> Function | None:
     return lambda hidden, weight, **_: HeadGemms.apply(hidden, weight)
 
 
+def _all_rows(op: Op) -> Function | None:
+    """Ours where every row matters: what a variant that drops rows has to beat."""
+    change = DENSE.get(op.name)
+    return change and (lambda **arguments: op.function(**arguments | change(arguments)))
+
+
+def library(
+    name: str,
+    distribution: str | None,
+    *,
+    logits: Function | None = None,
+    linear: Function | None = None,
+    entropy: bool = True,
+    compiles: bool = False,
+    others: dict[str, Function] | None = None,
+) -> Peer:
+    """``logits``, ``linear``, ``others``: makers of the function that is like an op; the log-prob
+    ops and their variants share one, ``others`` are by the op's name. ``entropy``: whether it gives
+    the entropy too."""
+    makers: dict[str, Function] = {}
+    heads = ("", "no-entropy", "masked", "zero-advantage")
+
+    def add(op: str, maker: Function) -> None:
+        for variant in heads:
+            if entropy or variant in ("no-entropy", "zero-advantage"):
+                makers[f"{op}:{variant}".removesuffix(":")] = maker
+
+    if logits is not None:
+        add("token_logprobs", logits)
+    if linear is not None:
+        add("linear_token_logprobs", linear)
+        add("linear_policy_loss", lambda: with_plain_loss(linear()))
+    makers |= others or {}
+
+    def function_for(op: Op) -> Function | None:
+        return makers[op.name]() if op.name in makers else None
+
+    return Peer(name, function_for, compiles=compiles, distribution=distribution)
+
+
+_L = libraries
+PAIR = "policy+value_loss"
 PEERS = {
     peer.name: peer
     for peer in (
         Peer("eager", _eager),
         Peer("torch.compile", _compiled, compiles=True),
+        library("F.linear_cross_entropy", None, linear=lambda: _L.torch_linear, entropy=False),
+        library("TRL", "trl", logits=_L.trl_logits, linear=_L.trl_linear),
+        library("Liger", "liger-kernel", linear=_L.liger_linear),
+        library(
+            "Liger-GRPO",
+            "liger-kernel",
+            compiles=True,
+            others={"linear_policy_loss:no-entropy": _L.liger_policy_loss},
+        ),
+        library(
+            "cut-cross-entropy",
+            "cut-cross-entropy",
+            linear=_L.cut_linear,
+            entropy=False,
+            compiles=True,
+        ),
+        library(
+            "quack", "quack-kernels", logits=_L.quack_logits, linear=_L.quack_linear, entropy=False
+        ),
+        library("flash-attn", "flash-attn", logits=_L.flash_logits, entropy=False),
+        library(
+            "verl",
+            "verl",
+            logits=_L.verl_logits,
+            linear=_L.verl_linear,
+            others={
+                "gae:right-padded": _L.verl_gae,
+                "policy_loss": _L.verl_policy_loss,
+                "value_loss": _L.verl_value_loss,
+                PAIR: lambda: both_losses(_L.verl_policy_loss(), _L.verl_value_loss()),
+            },
+        ),
+        library("verl-Triton", "verl", linear=_L.verl_triton_linear),
+        library(
+            "OpenRLHF",
+            "openrlhf",
+            logits=_L.openrlhf_logits,
+            compiles=True,
+            others={
+                "gae:right-padded": _L.openrlhf_gae,
+                "policy_loss": _L.openrlhf_policy_loss,
+                "value_loss": _L.openrlhf_value_loss,
+                "pairwise_loss": _L.openrlhf_pairwise_loss,
+                PAIR: lambda: both_losses(_L.openrlhf_policy_loss(), _L.openrlhf_value_loss()),
+            },
+        ),
+        library(
+            "torchtune",
+            "torchtune",
+            logits=_L.torchtune_logits,
+            entropy=False,
+            others={"gae:right-padded": _L.torchtune_gae, PAIR: _L.torchtune_losses},
+        ),
         Peer("bare-GEMMs", _bare_gemms, yardstick=True),
+        Peer("all-rows", _all_rows, yardstick=True),
     )
 }
+
+
+def versions(peers: list[Peer]) -> dict[str, str]:
+    """Of the libraries among the peers, those that are there."""
+    asked = dict.fromkeys(p.distribution for p in peers if p.distribution)
+    found = {distribution: foreign.version(distribution) for distribution in asked}
+    return {distribution: version for distribution, version in found.items() if version}

@@ -1,114 +1,374 @@
-"""The table, made from the record and from nothing else."""
+"""The README's tables and plots, made from the runs that are kept in bench/results/.
+
+    python bench/report.py           write them
+    python bench/report.py --check   exit with 1 if the README's tables are not those of the runs
+
+A run is kept with ``python bench/run.py … --keep NAME``. Where several have the same row, the
+newest counts. What nobody has measured says so.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+if __package__ in (None, ""):  # run as a script: let `bench` be found, after what is installed
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from bench import machine, plot
+from bench.cases import GPU_HEADLINES, LONG, OPS, VOCABULARIES, Shape
+from bench.inputs import BOTH, FORWARD
+from bench.table import spelled, time
 
 Record = dict[str, Any]
-WIDTH = 140  # where the output is no terminal
+RESULTS = machine.ROOT / "bench" / "results"
+README = machine.ROOT / "README.md"
+PLOTS = machine.ROOT / "docs" / "bench"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+NOT_MEASURED = "not measured"
 
 
-def table(record: Record, console: Console) -> None:
-    """Print the machine line, its ceilings and a row for each op, shape and pass."""
-    machine, top = record["machine"], record["ceilings"]
-    console.print("  ".join(f"[dim]{key}[/] {escape(str(x))}" for key, x in machine.items()))
-    if machine["load"] > machine["threads"] / 4:
-        busy = f"load {machine['load']}: others were at work; believe the ratios, not the times"
-        console.print(f"[yellow]{busy}[/]")
-    console.print(
-        f"[dim]ceilings[/] copy {top['copy'] / 1e9:.1f} GB/s, "
-        f"{top['gemm_dtype']} GEMM {top['gemm'] / 1e9:.0f} GFLOP/s   "
-        "[dim]peers: their time / ours, median of the rounds, ± half the interquartile range[/]"
-    )
-    peers = [p for p in record["peers"] if any(p in row["cells"] for row in record["rows"])]
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("op", "pass"):
-        grid.add_column(name, no_wrap=True)
-    for name in ("ours", *peers, "rate, of ceiling"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("extra memory, MiB\n" + " / ".join(("ours", *weighed(record))), justify="right")
-    before = None
-    for row in record["rows"]:
-        what = (
-            f"{row['op']} [dim]{row['implementation']}[/]\n"
-            f"[dim]{spelled(row['shape'])} {row['dtype']}[/]"
-        )
-        first, before = what != before, what
-        if "failed" in row:
-            grid.add_row(what, row["pass"], f"[red]{row['failed']}[/]")
-            continue
-        cells = row["cells"]
-        grid.add_row(
-            what if first else "",
-            row["pass"].replace("forward", "fwd").replace("backward", "bwd"),
-            _ours(cells["ours"]),
-            *(_peer(cells.get(name)) for name in peers),
-            _rate(row.get("rate")),
-            " / ".join(_mebibytes(cells.get(name)) for name in ("ours", *weighed(record))),
-        )
-    console.print(grid)
-    for row in record["rows"]:
-        for name, cell in row["cells"].items():
-            for what in ("refused", "failed"):
-                if what in cell:
-                    where = f"{row['op']} {spelled(row['shape'])} {row['pass']}"
-                    text = escape(f"{name} {what.upper()} on {where}: {cell[what]}")
-                    console.print(f"[red]{text}[/]", highlight=False)
-        if "memory_failed" in row:
-            console.print(f"[red]memory of {row['op']} not measured: {row['memory_failed']}[/]")
-    console.print(
-        "[dim]extra memory: peak of one call above its inputs, outputs and gradients. "
-        f"{record['seconds']:.0f} s in all.[/]"
-    )
+@dataclass(frozen=True)
+class Goal:
+    """A speed to reach: the time of ``peer`` over ours at least ``times``, or ours over that of
+    ``peer`` at most ``at_most``."""
+
+    work: str
+    op: str
+    shape: Shape
+    kind: str
+    peer: str
+    times: float | None = None
+    at_most: float | None = None
 
 
-def weighed(record: Record) -> list[str]:
-    """The peers whose memory was measured."""
-    rows = record["rows"]
-    return [p for p in record["peers"] if any("memory" in r["cells"].get(p, {}) for r in rows)]
+_LOGITS: Shape = {"N": 512, "V": 49152}
+_HEAD: Shape = {"N": 512, "H": 576, "V": 49152}
+_BATCH: Shape = {"B": 64, "T": 1024}
+_PAIR = "policy+value_loss"
+CPU_GOALS = (
+    Goal("log-probs + entropy of logits", "token_logprobs", _LOGITS, FORWARD, "TRL", 6),
+    Goal("", "token_logprobs", _LOGITS, FORWARD, "torch.compile", 2),
+    Goal("", "token_logprobs", _LOGITS, BOTH, "TRL", 4),
+    Goal("head + PPO loss + entropy", "linear_policy_loss", _HEAD, BOTH, "bare-GEMMs",
+         at_most=1.06),
+    Goal("", "linear_policy_loss", LONG, BOTH, "bare-GEMMs", at_most=1.05),
+    Goal("half of its rows masked", "linear_policy_loss:masked", _HEAD | {"kept": 50}, BOTH,
+         "all-rows", at_most=0.6),
+    Goal("half of its advantages zero", "linear_policy_loss:zero-advantage",
+         _HEAD | {"kept": 50}, BOTH, "all-rows", at_most=0.6),
+    Goal("GAE", "gae:right-padded", {"B": 256, "T": 1024}, FORWARD, "verl", 50),
+    Goal("", "gae:right-padded", {"B": 256, "T": 1024}, FORWARD, "OpenRLHF", 50),
+    Goal("policy + value loss, all statistics", _PAIR, _BATCH, BOTH, "eager", 5),
+    Goal("", _PAIR, _BATCH, BOTH, "torch.compile", 1.5),
+)  # fmt: skip
+# On one H100, in the order of GPU_HEADLINES.
+_GEMMS = "its bare matrix products"
+_COPY = "≥ 85 % of the copy bandwidth"
+GPU_GOALS = {
+    ("linear_policy_loss", BOTH, 4096): f"≤ 42 ms and ≤ 1.15× {_GEMMS}",
+    ("linear_policy_loss", BOTH, 896): f"≤ 1.5× {_GEMMS}",
+    ("linear_policy_loss:masked", BOTH, 4096): "≤ 0.6× all rows",
+    ("linear_token_logprobs", FORWARD, 4096): f"≤ 1.15× {_GEMMS}",
+    ("linear_token_kl", FORWARD, 4096): f"≤ 1.2× {_GEMMS}",
+    ("token_logprobs", FORWARD, None): _COPY,
+    ("token_logprobs", BOTH, None): _COPY,
+    ("gae", FORWARD, None): "≤ 42 µs",
+    ("policy_loss", BOTH, None): "≥ 5× eager",
+    ("value_loss", BOTH, None): "≥ 5× eager",
+}
+STEP_GOAL = 2.0  # samples a second over TRL's
+# The log-prob op and its variants have rows of their own; these are what a trainer calls.
+HEAD_OPS = ("linear_policy_loss", "linear_token_logprobs")
+HEAD_PEERS = ("eager", "torch.compile", "TRL", "Liger")
 
 
-def spelled(shape: dict[str, int]) -> str:
-    return " ".join(f"{key}={size}" for key, size in shape.items())
+class Runs:
+    """The rows of all kept runs on CPUs, or of those on GPUs, each with its run."""
+
+    def __init__(self, records: list[Record], gpu: bool) -> None:
+        self.records = [r for r in records if is_gpu(r) == gpu]
+        self.rows: dict[str, tuple[Record, Record]] = {}
+        for record in self.records:
+            for row in record["rows"]:
+                self.rows[_key(row["op"], row["shape"], row["pass"])] = (row, record)
+
+    def row(self, op: str, shape: Shape, kind: str) -> Record | None:
+        return self.rows.get(_key(op, shape, kind), (None, None))[0]
+
+    def machines(self) -> list[str]:
+        used = {id(record): record for _, record in self.rows.values()}
+        used |= {id(r): r for r in self.records if "trainers" in r}
+        return list(dict.fromkeys(_machine_line(record) for record in used.values()))
 
 
-def time(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
-        if seconds >= scale or unit == "µs":
-            return f"{seconds / scale:.3g} {unit}"
-    raise AssertionError
+def load(folder: Path = RESULTS) -> list[Record]:
+    """All kept runs but short ones and those of the errors, oldest first."""
+    records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
+    return sorted(records, key=lambda record: record["machine"]["date"])
 
 
-def _ours(cell: Record) -> str:
+def is_gpu(record: Record) -> bool:
+    return record["machine"]["kind"] == "cuda"
+
+
+def markdown(records: list[Record]) -> str:
+    timed = [record for record in records if record["suite"] != "accuracy"]
+    cpu, gpu = Runs(timed, gpu=False), Runs(timed, gpu=True)
+    parts = [
+        f"{BEGIN}\n<!-- written by bench/report.py -->",
+        "On the CPU, float32: " + ("; ".join(cpu.machines()) or NOT_MEASURED) + ".",
+        "\n".join(_goals(cpu)),
+        "The linear ops, forward + backward: time over that of the three bare matrix products of "
+        "the same run, and MiB of memory beyond inputs, outputs and gradients.",
+        "\n".join(_heads(cpu)),
+        "Every op: the time of its peers over ours.",
+        "\n".join(_ops(cpu)),
+        "A whole PPO step, every weight trained:",
+        "\n".join(_steps(cpu)),
+        "On a GPU, bfloat16: "
+        + ("; ".join(gpu.machines()) or NOT_MEASURED)
+        + ". †: rounds what it returns to bfloat16.",
+        "\n".join(_gpu(gpu)),
+        *_pictures(records),
+        END,
+    ]
+    return "\n\n".join(parts)
+
+
+def _goals(runs: Runs) -> Iterator[str]:
+    yield "| work | shape | pass | goal | measured |"
+    yield "|---|---|---|---|---|"
+    for goal in CPU_GOALS:
+        row = runs.row(goal.op, goal.shape, goal.kind)
+        if goal.times is not None:
+            want = f"≥ {goal.times:g}× as fast as {goal.peer}"
+        else:
+            want = f"≤ {goal.at_most:g}× the time of {_YARDSTICKS[goal.peer]}"
+        what = f"| {goal.work} | {spelled(goal.shape)} | {goal.kind} "
+        yield f"{what}| {want} | {_reached(goal, row)} |"
+    step = _step(runs)
+    trainers = step["trainers"] if step else {}
+    measured = NOT_MEASURED
+    if all("samples_per_second" in trainers.get(name, {}) for name in ("ours", "TRL")):
+        ratio = trainers["ours"]["samples_per_second"] / trainers["TRL"]["samples_per_second"]
+        measured = _bold(f"{ratio:.3g}×", ratio >= STEP_GOAL)
+    model = step["setting"]["model"] if step else "SmolLM2-135M"
+    yield f"| a PPO step | {model} | | ≥ {STEP_GOAL:g}× TRL's samples a second | {measured} |"
+
+
+_YARDSTICKS = {"bare-GEMMs": "its three bare matrix products", "all-rows": "all rows"}
+
+
+def _reached(goal: Goal, row: Record | None) -> str:
+    cell = row["cells"].get(goal.peer, {}) if row else {}
+    if "ratio" not in cell:
+        return cell.get("refused") or cell.get("failed") or NOT_MEASURED
+    ratio = cell["ratio"]["median"]
+    if goal.times is not None:
+        return _bold(f"{ratio:.3g}×", ratio >= goal.times)
+    return _bold(f"{1 / ratio:.3g}×", 1 / ratio <= goal.at_most)
+
+
+def _bold(text: str, reached: bool) -> str:
+    return f"**{text}**" if reached else text
+
+
+def _heads(runs: Runs) -> Iterator[str]:
+    yield "| op | shape | ours | " + " | ".join(HEAD_PEERS) + " |"
+    yield "|---" * (3 + len(HEAD_PEERS)) + "|"
+    shapes = {"linear_policy_loss": (*VOCABULARIES, LONG), "linear_token_logprobs": VOCABULARIES}
+    for op in HEAD_OPS:
+        for shape in shapes[op]:
+            row = runs.row(op, shape, BOTH)
+            cells = row["cells"] if row else {}
+            bare = cells.get("bare-GEMMs", {}).get("ratio", {}).get("median")
+            texts = [_head(cells.get(name), bare) for name in ("ours", *HEAD_PEERS)]
+            yield f"| `{op}` | {spelled(shape)} | " + " | ".join(texts) + " |"
+
+
+def _head(cell: Record | None, bare: float | None) -> str:
+    if cell is None or bare is None:
+        return NOT_MEASURED
     if "seconds" not in cell:
-        return "[bold red]REFUSED[/]" if "refused" in cell else "[red]failed[/]"
-    x = cell["seconds"]
-    return f"{time(x['median'])} ±{(x['q3'] - x['q1']) / 2 / x['median']:.0%}"
+        return "refused" if "refused" in cell else cell.get("failed", NOT_MEASURED)
+    times = cell.get("ratio", {"median": 1.0})["median"] / bare
+    memory = f", {cell['memory']['extra'] / 2**20:.0f} MiB" if "memory" in cell else ""
+    return f"{times:.2f}×{memory}"
 
 
-def _peer(cell: Record | None) -> str:
-    if cell is None:
-        return "[dim]–[/]"
-    if "refused" in cell:
-        return "[bold red]REFUSED[/]"
-    if "failed" in cell:
-        return "[red]failed[/]"
-    if "ratio" not in cell:  # ours is wrong: there is nothing to be faster than
-        return "[dim]–[/]"
-    x = cell["ratio"]
-    return f"[bold]{x['median']:.3g}×[/] ±{(x['q3'] - x['q1']) / 2 / x['median']:.0%}"
+def _ops(runs: Runs) -> Iterator[str]:
+    yield "| op | shape | pass | ours, of the ceiling | eager | torch.compile | fastest library |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, op in OPS.items():
+        before = ""
+        for row, _ in runs.rows.values():
+            if row["op"] != name or row["shape"] not in op.shapes or "rate" not in row:
+                continue
+            cells = row["cells"]
+            library = _fastest_library(cells)
+            label, before = ("", before) if before == name else (f"`{name}`", name)
+            yield (
+                f"| {label} | {spelled(row['shape'])} | {row['pass']} "
+                f"| {row['rate']['share']:.0%} | {_times(cells.get('eager'))} "
+                f"| {_times(cells.get('torch.compile'))} | {library} |"
+            )
 
 
-def _rate(rate: Record | None) -> str:
-    return "–" if rate is None else f"{rate['value']:.3g} {rate['unit']} {rate['share']:.0%}"
+def _fastest_library(cells: Record) -> str:
+    own = ("ours", "eager", "torch.compile")
+    timed = {
+        name: cell["ratio"]["median"]
+        for name, cell in cells.items()
+        if name not in own and "ratio" in cell and not cell.get("yardstick")
+    }
+    if not timed:
+        return ""
+    name = min(timed, key=timed.__getitem__)
+    return f"{name} {_times(cells[name])}"
 
 
-def _mebibytes(cell: Record | None) -> str:
-    if not cell or "memory" not in cell:
-        return "–"
-    return f"{cell['memory']['extra'] / 2**20:.1f}"
+def _times(cell: Record | None) -> str:
+    if not cell:
+        return ""
+    if "ratio" in cell:
+        return f"{cell['ratio']['median']:.3g}×" + ("†" if "rounded" in cell else "")
+    return "refused" if "refused" in cell else "failed"
+
+
+def _step(runs: Runs) -> Record | None:
+    return next((r for r in reversed(runs.records) if "trainers" in r), None)
+
+
+def _steps(runs: Runs) -> Iterator[str]:
+    step = _step(runs)
+    if step is None:
+        yield NOT_MEASURED
+        return
+    s = step["setting"]
+    yield (
+        f"{s['model']}, {s['batch_size']} prompts, {s['new_tokens']} new tokens, {s['epochs']} "
+        f"epochs of {s['minibatches']} minibatches."
+    )
+    yield ""
+    yield "| trainer | | a step | samples a second | peak memory of the process |"
+    yield "|---|---|---|---|---|"
+    for name, cell in step["trainers"].items():
+        label = {"ours": "`rlhf-fast ppo`", "ours-critic": "`rlhf-fast ppo`"}.get(
+            name, f"TRL {step['versions']['trl']} PPOTrainer"
+        )
+        if "failed" in cell:
+            yield f"| {label} | {cell['critic']} | {cell['failed']} | | |"
+            continue
+        yield (
+            f"| {label} | {cell['critic']} | {time(cell['seconds']['median'])} "
+            f"| {cell['samples_per_second']:.3g} | {cell['peak_memory'] / 2**20:.0f} MiB |"
+        )
+
+
+def _gpu(runs: Runs) -> Iterator[str]:
+    yield (
+        "| op | shape | pass | goal on an H100 | time | of the ceiling | extra memory "
+        "| its peers' time over ours |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, shape in GPU_HEADLINES:
+        kinds = (FORWARD, BOTH)
+        if name.startswith("gae"):
+            kinds = (FORWARD,)
+        elif name.startswith("linear_policy") or name in ("policy_loss", "value_loss", _PAIR):
+            kinds = (BOTH,)
+        for kind in kinds:
+            row = runs.row(name, shape, kind)
+            ours = row["cells"]["ours"] if row and "ours" in row["cells"] else {}
+            goal = GPU_GOALS.get((name, kind, shape.get("H")), "")
+            start = f"| `{name}` | {spelled(shape)} | {kind} | {goal} "
+            if "seconds" not in ours or "rate" not in row:
+                yield f"{start}| {NOT_MEASURED} | | | |"
+                continue
+            others = ", ".join(
+                f"{peer} {_times(cell)}" for peer, cell in row["cells"].items() if "ratio" in cell
+            )
+            memory = f"{ours['memory']['extra'] / 2**20:.0f} MiB" if "memory" in ours else ""
+            yield (
+                f"{start}| {time(ours['seconds']['median'])} | {row['rate']['share']:.0%} "
+                f"| {memory} | {others} |"
+            )
+
+
+def _machine_line(record: Record) -> str:
+    m = record["machine"]
+    versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+    return (
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
+        f"{m['date']}" + (f" ({versions})" if versions else "")
+    )
+
+
+def _pictures(records: list[Record]) -> Iterator[str]:
+    texts = {
+        "ops": "time of the peers over ours, and extra memory",
+        "ops-ceilings": "seconds measured against seconds at the device's ceiling",
+        "linear": "the linear ops at three vocabularies: time and extra memory",
+        "scale": "time and memory against N, V, H, T and the share of rows that matter",
+        "step": "a PPO step: samples a second and peak memory",
+    }
+    for name, text in texts.items():
+        if any(record["suite"] == name.split("-")[0] for record in records):
+            yield f"![{text}](docs/bench/{name}.png)"
+
+
+def draw(records: list[Record], folder: Path = PLOTS) -> list[Path]:
+    """A plot of each suite, of all its runs on one kind of device; those of GPUs in gpu/."""
+    paths = []
+    for gpu in (False, True):
+        by_suite: dict[str, list[Record]] = {}
+        for record in records:
+            if is_gpu(record) == gpu:
+                by_suite.setdefault(record["suite"], []).append(record)
+        for same in by_suite.values():
+            target = folder / "gpu" if gpu else folder
+            target.mkdir(parents=True, exist_ok=True)
+            rows = [row for row, _ in Runs(same, gpu).rows.values()]
+            paths += plot.draw({**same[-1], "rows": rows}, target)
+    return paths
+
+
+def _key(op: str, shape: Shape, kind: str) -> str:
+    return f"{op} {spelled(dict(sorted(shape.items())))} {kind}"
+
+
+def replaced(readme: str, text: str) -> str:
+    """The README with ``text`` between its markers."""
+    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    if len(pattern.findall(readme)) != 1:
+        raise ValueError(f"README.md must have {BEGIN} and {END} once, in this order")
+    return pattern.sub(lambda _: text, readme)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args(argv).check
+    records = load()
+    before = README.read_text()
+    after = replaced(before, markdown(records))
+    if check:
+        if before != after:
+            print("README.md is not what bench/results says: run python bench/report.py")
+        return int(before != after)
+    README.write_text(after)
+    print(README, *draw(records), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

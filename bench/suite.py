@@ -30,8 +30,9 @@ Cell = dict[str, Any]
 class Settings:
     """seconds, rounds: of timing for a row, at least. patience: seconds a peer's first call may
     take. ends: by time.monotonic(), when all compiling should be over: a peer that compiles may
-    take at most half of what is left till then. thorough: weigh everything; else only inputs
-    of 8 MiB and more, where memory matters, and no peer that compiles."""
+    take at most half of what is left till then. heavy: bytes of inputs from which on memory
+    matters and is measured; thorough: of those that compile, too. last_pass: forward+backward
+    alone, where there is one. timed: else the answers are checked and nothing more."""
 
     device: torch.device
     dtype: torch.dtype
@@ -41,6 +42,9 @@ class Settings:
     patience: float
     ends: float = float("inf")
     thorough: bool = True
+    last_pass: bool = False
+    timed: bool = True
+    heavy: int = 2**23
 
     def patience_for(self, peer: Peer) -> float:
         if not peer.compiles:
@@ -63,31 +67,54 @@ def compare(
         samples = inputs.draw(op, shape, settings.device, settings.dtype, settings.cache)
         head["dtype"] = str(inputs.dtype_of(samples[0])).removeprefix("torch.")
         report("float64 oracle")
-        truth = oracle.truth(op, shape, samples[0])
+        checked, judged, truth = _truth(op, shape, samples[0], settings)
+        if checked != shape:
+            head["checked_at"] = checked
         records = []
-        for kind in inputs.passes(samples[0]):
-            row = _one_pass(op, kind, samples, truth, peers, settings, report)
+        for kind in inputs.passes(samples[0])[-1 if settings.last_pass else 0 :]:
+            row = _one_pass(op, kind, samples, judged, truth, peers, settings, report)
             counts = _counts(op, shape, inputs.dtype_of(samples[0]), kind)
             records.append({**head, "pass": kind, **counts, **row})
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return [{**head, "dtype": "", "pass": "all", "failed": "out of memory", "cells": {}}]
-    if settings.thorough or sum(x.nbytes for x in inputs.tensors(samples[0]).values()) >= 2**23:
-        del samples, truth
+    if not settings.timed:
+        return records
+    if sum(x.nbytes for x in inputs.tensors(samples[0]).values()) >= settings.heavy:
+        del samples, judged, truth
         report("memory")
         _weigh(op, shape, records, peers, settings)
     return records
 
 
+def _truth(
+    op: Op, shape: dict[str, int], sample: Sample, settings: Settings
+) -> tuple[dict[str, int], Sample, oracle.Truth]:
+    """The shape that is checked, its inputs, and the right answer to them."""
+    *better, last = oracle.checked_shapes(shape, settings.device)
+    for checked in better:
+        try:
+            return checked, sample, oracle.truth(op, checked, sample)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()
+    if last != shape:
+        (sample,) = inputs.draw(op, last, settings.device, settings.dtype, cache=0)
+    return last, sample, oracle.truth(op, last, sample)
+
+
 def implementation(op: Op, device: torch.device) -> str:
-    return ", ".join(dict.fromkeys(k.implementation(device.type) for k in op.kernels)) or "PyTorch"
+    names = dict.fromkeys(k.implementation(device.type) for k in op.kernels)
+    return ", ".join(names) or "PyTorch"
 
 
 def _one_pass(
     op: Op,
     kind: str,
     samples: list[Sample],
+    judged: Sample,
     truth: oracle.Truth,
     peers: list[Peer],
     settings: Settings,
@@ -104,7 +131,7 @@ def _one_pass(
             if function is None:
                 continue
             with deadline(None if peer.name == "ours" else settings.patience_for(peer)):
-                _check(cell, function, samples[0], kind, truth)
+                _check(cell, function, judged, kind, truth, ours=peer.name == "ours")
         except Exception as error:  # whatever it is, it costs this cell and not the run
             cell["failed"] = _reason(error)
         cells[peer.name] = cell
@@ -112,12 +139,12 @@ def _one_pass(
             functions[peer.name] = function
 
     row: Record = {"copies": len(samples), "rounds": 0, "cells": cells}
-    if "ours" not in functions:
+    if "ours" not in functions or not settings.timed:
         return row
     report(f"{kind}: timing")
 
     def timed(name: str, function: Callable[..., Any]) -> Callable[[int], object]:
-        seeds = _seeds(cells[name], truth)
+        seeds = _seeds(cells[name], truth) if judged is samples[0] else None
         return lambda i: inputs.call(function, samples[i % len(samples)], kind, seeds)
 
     calls = {name: timed(name, function) for name, function in functions.items()}
@@ -133,16 +160,29 @@ def _one_pass(
 
 
 def _check(
-    cell: Cell, function: Callable[..., Any], sample: Sample, kind: str, truth: oracle.Truth
+    cell: Cell,
+    function: Callable[..., Any],
+    sample: Sample,
+    kind: str,
+    truth: oracle.Truth,
+    ours: bool,
 ) -> None:
     answer = inputs.call(function, sample, kind, _seeds(cell, truth))
     if cell.get("yardstick"):
         return
+    given = sum(x is not None for x in answer.outputs)
+    if given < len(truth.answer.outputs):
+        cell["outputs"] = {"given": given, "of": len(truth.answer.outputs)}
     verdict = oracle.judge(answer, truth)
-    value = verdict.error if math.isfinite(verdict.error) else "infinite"  # JSON has no infinity
-    cell["error"] = {"of": verdict.part, "value": value, "limit": verdict.limit}
+    value, largest = (  # JSON has no infinity
+        x if math.isfinite(x) else "infinite" for x in (verdict.error, verdict.largest)
+    )
+    cell["error"] = {
+        "of": verdict.part, "value": value, "limit": verdict.limit, "largest": largest,
+    }  # fmt: skip
     if verdict.wrong:
-        cell["refused"] = f"error {verdict.error:.1e} of {verdict.part}, limit {verdict.limit:.1e}"
+        mark = "rounded" if verdict.rounded and not ours else "refused"
+        cell[mark] = f"error {verdict.error:.1e} of {verdict.part}, limit {verdict.limit:.1e}"
 
 
 def _seeds(cell: Cell, truth: oracle.Truth) -> dict[int, Tensor] | None:

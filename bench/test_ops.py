@@ -18,8 +18,7 @@ if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
 from bench import inputs, machine  # noqa: E402
-from rlhf_fast import ops  # noqa: E402, F401  (fills the registry)
-from rlhf_fast.ops.registry import OPS  # noqa: E402
+from bench.cases import OPS  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float32 if DEVICE.type == "cpu" else torch.bfloat16

@@ -17,9 +17,22 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.append(str(ROOT))
 
-from bench import inputs, measure, memory, oracle, plot, report, run, suite  # noqa: E402
+from bench import (  # noqa: E402
+    cases,
+    foreign,
+    inputs,
+    measure,
+    memory,
+    oracle,
+    plot,
+    report,
+    run,
+    step,
+    suite,
+    table,
+)
+from bench.cases import OPS  # noqa: E402
 from bench.peers import PEERS, Peer  # noqa: E402
-from rlhf_fast.ops.registry import OPS  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPES = {
@@ -53,7 +66,7 @@ def wrong(op_name: str, change):
 @pytest.mark.parametrize("op_name", OPS)
 def test_every_op_is_compared(op_name):
     op = OPS[op_name]
-    shape = {key: min(size, 40) for key, size in op.shapes[0].items()}
+    shape = {key: min(size, 48) for key, size in op.shapes[0].items()}
     rows = suite.compare(op, shape, [PEERS["eager"], PEERS["bare-GEMMs"]], settings())
     suite.rate(rows, QUIET)
     assert [row["pass"] for row in rows][0] == "forward"
@@ -63,7 +76,7 @@ def test_every_op_is_compared(op_name):
         assert ours["seconds"]["q1"] <= ours["seconds"]["median"] <= ours["seconds"]["q3"]
         assert eager["ratio"]["median"] > 0
         assert row["rounds"] >= 3 and row["bytes"] > 0 and row["rate"]["share"] > 0
-        assert ("bare-GEMMs" in row["cells"]) == op_name.startswith("linear")
+        assert ("bare-GEMMs" in row["cells"]) == (PEERS["bare-GEMMs"].function_for(op) is not None)
         assert not any("failed" in cell for cell in row["cells"].values())
 
 
@@ -117,6 +130,204 @@ def test_a_loss_that_cancels_is_not_refused_but_a_wrong_statistic_is():
     row, *_ = suite.compare(op, {"B": 8, "T": 256}, [wrong(op.name, stats_changed)], settings())
     assert "refused" not in row["cells"]["ours"]
     assert "loss and statistics" in row["cells"]["wrong"]["refused"]
+
+
+def test_a_16_bit_peer_is_marked_and_a_16_bit_ours_refused():
+    op = OPS["token_logprobs"]
+
+    def rounded(**arguments):
+        return tuple(x.bfloat16() for x in op.function(**arguments))
+
+    one = settings()
+    one.dtype = torch.bfloat16
+    peer = Peer("rounds", lambda op: rounded)
+    row, *_ = suite.compare(op, SHAPES[op.name], [peer], one)
+    assert "rounded" in row["cells"]["rounds"] and row["cells"]["rounds"]["ratio"]
+    half_wrong = wrong(op.name, lambda out: (1.1 * out[0], out[1]))
+    row, *_ = suite.compare(op, SHAPES[op.name], [half_wrong], one)
+    assert "refused" in row["cells"]["wrong"]
+    ours = dataclasses.replace(op, function=rounded)
+    row, *_ = suite.compare(ours, SHAPES[op.name], [], one)
+    assert "refused" in row["cells"]["ours"]
+
+
+def test_an_op_without_kernels_of_its_own():
+    plain = dataclasses.replace(OPS["value_loss"], name="plain", kernels=())
+    row, *_ = suite.compare(plain, {"B": 3, "T": 8}, list(PEERS.values())[:1], settings())
+    assert row["implementation"] == "PyTorch" and row["cells"]["eager"]["ratio"]["median"] > 0
+
+
+def test_a_peer_may_give_fewer_outputs():
+    op = OPS["policy_loss"]
+    loss_alone = wrong(op.name, lambda out: out[0])
+    *_, row = suite.compare(op, {"B": 8, "T": 256}, [loss_alone], settings())
+    cell = row["cells"]["wrong"]
+    assert cell["outputs"] == {"given": 1, "of": 1 + len(op.reference(**sample(op))[1])}
+    assert cell["ratio"]["median"] > 0
+    for change in (lambda out: 1.001 * out[0], lambda out: (None, *out[1])):
+        *_, row = suite.compare(op, {"B": 8, "T": 256}, [wrong(op.name, change)], settings())
+        assert "ratio" not in row["cells"]["wrong"]  # refused: a wrong loss; failed: no loss
+
+
+def sample(op, **sizes):
+    shape = {key: min(size, 20) for key, size in op.shapes[0].items()} | sizes
+    return inputs.draw(op, shape, CPU, torch.float32, cache=0)[0].arguments
+
+
+@pytest.mark.parametrize("op_name", cases.DENSE)
+def test_variants_keep_the_rows_they_say(op_name):
+    op = OPS[op_name]
+    base = OPS[op_name.split(":")[0]]
+    shape = {"N": 40, "H": 8, "V": 30, "kept": 25}
+    arguments = sample(op, **shape)
+    rows = {
+        "linear_policy_loss:masked": lambda x: x["mask"],
+        "linear_policy_loss:zero-advantage": lambda x: x["advantages"] != 0,
+        "linear_token_logprobs:masked": lambda x: x["labels"] >= 0,
+    }[op_name]
+    assert int(rows(arguments).sum()) == 10
+    assert bool(rows(arguments | cases.DENSE[op_name](arguments)).all())
+    assert op.flops(shape, 4) == base.flops(shape | {"N": 10}, 4)
+
+
+def test_errors_alone():
+    one = settings()
+    one.timed = False
+    for row in suite.compare(OPS["token_logprobs"], {"N": 8, "V": 100}, [PEERS["eager"]], one):
+        assert all("error" in cell and "seconds" not in cell for cell in row["cells"].values())
+
+
+def test_what_float64_cannot_hold_is_checked_at_fewer_rows(monkeypatch):
+    monkeypatch.setattr(oracle, "MOST", 1000)
+    monkeypatch.setattr(oracle, "ROWS", 8)
+    shape = {"N": 20, "H": 8, "V": 100}
+    for row in suite.compare(OPS["linear_token_logprobs"], shape, [PEERS["eager"]], settings()):
+        assert row["checked_at"] == shape | {"N": 8}
+        assert row["shape"] == shape and row["cells"]["eager"]["ratio"]["median"] > 0
+
+
+def test_absent_libraries_cost_their_cells(monkeypatch, tmp_path):
+    monkeypatch.setattr(foreign, "FOLDER", tmp_path)
+    for name, library in (("TRL", "trl"), ("verl", "verl"), ("OpenRLHF", "openrlhf")):
+        monkeypatch.setitem(sys.modules, library, None)  # as if not installed
+        (row,) = suite.compare(
+            OPS["token_logprobs"], {"N": 4, "V": 9}, [PEERS[name]], last_pass(settings())
+        )
+        assert "--target bench/.peers" in row["cells"][name]["failed"]
+        assert "seconds" in row["cells"]["ours"]
+
+
+def last_pass(one):
+    one.last_pass = True
+    return one
+
+
+def test_a_module_out_of_a_library_that_is_not_whole(monkeypatch, tmp_path):
+    (tmp_path / "lib" / "deep").mkdir(parents=True)
+    (tmp_path / "lib" / "__init__.py").write_text("raise RuntimeError('imports too much')")
+    (tmp_path / "lib" / "heavy.py").write_text("raise RuntimeError('imports too much')")
+    (tmp_path / "lib" / "deep" / "__init__.py").touch()
+    (tmp_path / "lib" / "deep" / "one.py").write_text(
+        "from absent_package import Thing\nfrom lib.heavy import other\nimport json\nfound = 1\n"
+    )
+    monkeypatch.setattr(foreign, "FOLDER", tmp_path)
+    placeholders = {"absent_package": {"Thing": int}, "lib.heavy": {"other": 2}, "json": {}}
+    module = foreign.load("lib.deep.one", bare=("lib",), placeholders=placeholders)
+    assert module.found == 1 and module.Thing is int and module.other == 2
+    assert module.json.dumps([1]) == "[1]"  # what is there is not stood in for
+    assert "absent_package" not in sys.modules and str(tmp_path) not in sys.path
+
+
+def test_every_suite_has_a_plan():
+    for gpu in ("cpu", "cuda"):
+        for name in cases.SUITES:
+            if name == "step":
+                continue
+            for quick in (True, False):
+                plan = cases.plan(name, torch.device(gpu), quick)
+                assert plan and all(op.name in OPS for op, _ in plan)
+    here = [(op.name, shape) for op, shape in cases.plan("ops", torch.device("cuda"), False)]
+    there = [(name, shape) for name, shape in cases.GPU_HEADLINES if name in OPS]
+    assert here[: len(there)] == there
+    for quick in (True, False):
+        names = {op.name.split(":")[0] for op, _ in cases.plan("ops", CPU, quick)}
+        assert names >= cases.REGISTRY.keys()
+
+
+def test_a_ppo_step_of_a_tiny_model(tmp_path):
+    record = step.run(["ours", "ours-critic"], CPU, quick=True)
+    ours = record["trainers"]["ours"]
+    assert ours["samples_per_second"] == pytest.approx(8 / ours["seconds"]["median"])
+    assert ours["peak_memory"] > 2**27
+    machine_line = {"kind": "cpu", "device": "d", "date": "2026-01-01", "commit": "c"}
+    record["machine"] |= machine_line
+    assert "8 prompts" in report.markdown([record])
+    assert [p.name for p in plot.draw(record, tmp_path)] == ["step.png"]
+    json.dumps(record, allow_nan=False)
+
+
+def test_a_trainer_that_is_absent_costs_its_place(monkeypatch, tmp_path):
+    monkeypatch.setattr(foreign, "installed", lambda name: None)
+    (tmp_path / "setting.json").write_text(json.dumps({"model": "none"}))
+    step.main("TRL", str(tmp_path), "cpu")
+    assert "needs trl==" in json.loads((tmp_path / "TRL.json").read_text())["failed"]
+
+
+def kept(suite_name, rows, date="2026-01-01", kind="cpu", **more):
+    where = {"device": "d", "kind": kind, "threads": 1, "torch": "t", "triton": "none",
+             "commit": "c", "load": 0.0, "date": date}  # fmt: skip
+    return {"suite": suite_name, "machine": where, "versions": {}, "rows": rows, "seconds": 1.0,
+            "peers": ["eager", "verl"], "ceilings": QUIET.record(), **more}  # fmt: skip
+
+
+def kept_row(op, shape, kind, **ratios):
+    spread = {"median": 0.5, "q1": 0.4, "q3": 0.6}
+    cells = {"ours": {"seconds": spread}}
+    for name, ratio in ratios.items():
+        cells[name] = {"seconds": spread, "ratio": dict.fromkeys(("median", "q1", "q3"), ratio)}
+    return {"op": op, "shape": shape, "dtype": "float32", "pass": kind, "implementation": "C++",
+            "bytes": 1, "flops": 0, "rate": {"share": 0.5}, "cells": cells}  # fmt: skip
+
+
+def test_readme_tables_are_made_of_the_newest_runs(tmp_path, monkeypatch):
+    shape = {"B": 256, "T": 1024}
+    old = kept("ops", [kept_row("gae:right-padded", shape, "forward", verl=40.0, eager=30.0)])
+    assert "| 40× |" in report.markdown([old])  # under its goal of 50: not bold
+    new = kept(
+        "ops", [kept_row("gae:right-padded", shape, "forward", verl=60.0)], date="2026-02-01"
+    )
+    for i, record in enumerate((new, old)):
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "d" / f"{i}.json").write_text(json.dumps(record))
+    text = report.markdown(report.load(tmp_path))
+    assert "| **60×** |" in text and "40×" not in text
+    gpu = kept_row("gae", {"B": 512, "T": 4096}, "forward", eager=7.0)
+    both = report.markdown([new, kept("ops", [gpu], kind="cuda")])
+    assert "| `gae` | B=512 T=4096 | forward | ≤ 42 µs | 500 ms | 50% |  | eager 7× |" in both
+    assert "| `gae` | B=512 T=4096 | forward | ≤ 42 µs | not measured |" in text
+    assert text.count("not measured") > both.count("not measured") > 10
+    names = {path.name for path in report.draw([new], tmp_path)}
+    assert names == {"ops.png", "ops-ceilings.png"}
+
+
+def test_the_readme_is_what_the_kept_runs_say():
+    assert report.main(["--check"]) == 0
+
+
+def test_readme_without_markers_is_refused():
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.replaced("# no markers", "text")
+
+
+def test_curves_take_their_points_from_every_row(tmp_path):
+    def row(**shape):
+        return kept_row("token_logprobs", shape, "forward", eager=2.0)
+
+    rows = [row(N=8, V=10), row(N=16, V=10), row(N=8, V=20)]
+    scales = [("token_logprobs", {"V": 10}, "N"), ("token_logprobs", {"N": 8}, "V")]
+    record = kept("scale", rows, scales=scales)
+    assert [(grows, len(found)) for _, grows, found in plot._series(record)] == [("N", 2), ("V", 2)]
+    assert [p.name for p in plot.draw(record, tmp_path)] == ["scale.png"]
 
 
 def test_oracle_in_pieces_is_the_oracle(monkeypatch):
@@ -192,6 +403,14 @@ def test_interleaved_rotates():
     assert all(len(x) == 3 for x in seconds.values())
 
 
+def test_a_round_longer_than_the_budget_is_counted():
+    order = []
+    calls = {name: (lambda i, n=name: order.append(n)) for name in "ab"}
+    seconds = measure.interleaved(calls, CPU, budget=1e-12, least=3)
+    assert "".join(order) == "ab" + "ab" + "ba"
+    assert all(len(x) == 3 for x in seconds.values())
+
+
 def test_inputs_outgrow_the_cache():
     op, shape = OPS["token_logprobs"], {"N": 8, "V": 100}
     samples = inputs.draw(op, shape, CPU, torch.float32, cache=10_000)
@@ -232,9 +451,13 @@ def test_memory_in_a_fresh_process(monkeypatch):
         (["--peers", "egar"], ["'egar'", "eager", "torch.compile"]),
         (["--device", "tpu"], ["'tpu'", "cpu"]),
         (["--dtype", "int4"], ["'int4'", "bfloat16"]),
+        (["--suite", "al"], ["'al'", *cases.SUITES]),
+        (["--suite", "step", "--peers", "eager"], ["'eager'", "TRL", "ours"]),
+        (["--suite", "step", "--op", "gae"], ["step", "--op"]),
         (["--op", "gae", "--shape", "N=2,V=3"], ["N=2 V=3", "B=256,T=1024"]),
         (["--shape", "wide"], ["'wide'", "N=512,V=49152"]),
         (["--shape", "B=0,T=4"], ["B must be at least 1"]),
+        (["--shape", "N=2,H=2,V=2,kept=101"], ["kept is the percentage"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_list(arguments, named, capsys):
@@ -250,7 +473,7 @@ def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest
     arguments = ["--quick", "--op", "gae", "value_loss", "--peers", "eager", "--out"]
     assert run.main([*arguments, str(tmp_path), "--shape", "B=4,T=8", "B=2,T=9"]) == 0
-    record = json.loads((tmp_path / "bench.json").read_text())
+    record = json.loads((tmp_path / "ops.json").read_text())
     machine = ("device", "torch", "triton", "threads", "load", "commit")
     assert record["machine"].keys() >= set(machine)
     assert record["ceilings"]["copy"] and record["ceilings"]["gemm"]
@@ -260,7 +483,8 @@ def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
     ]
     fields = {"op", "shape", "dtype", "pass", "implementation", "copies", "rounds", "bytes"}
     assert record["rows"][0].keys() >= fields | {"flops", "rate", "cells"}
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("ops.png", "ops-ceilings.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "B=4 T=8" in out and "×" in out and record["machine"]["device"] in out
 
@@ -278,8 +502,7 @@ def shown(part: dict, folder: Path) -> str:
     machine = {"device": "d", "threads": 1, "torch": "t", "triton": "none", "commit": "c"}
     machine["load"] = 0.1
     whole = {"machine": machine, "ceilings": QUIET.record(), "seconds": 1.0, **part}
-    plot.draw(whole, folder / "bench.png")
-    assert (folder / "bench.png").stat().st_size > 0
-    console = Console(width=report.WIDTH, record=True)
-    report.table(whole, console)
+    assert all(path.stat().st_size for path in plot.draw(whole, folder))
+    console = Console(width=table.WIDTH, record=True)
+    table.show(whole, console)
     return console.export_text()
