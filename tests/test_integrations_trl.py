@@ -305,9 +305,7 @@ def test_masked_whiten_and_mean(shift_mean):
 
 
 def test_patch_and_unpatch():
-    originals = {name: getattr(trl_utils, name) for name in ("entropy_from_logits",)}
-    assert grpo_trainer is sys.modules["trl.trainer.grpo_trainer"]
-    loss = RewardTrainer.compute_loss
+    entropy, loss = trl_utils.entropy_from_logits, RewardTrainer.compute_loss
     done = fast.patch()
     assert trl_utils.selective_log_softmax is fast.selective_log_softmax
     assert RewardTrainer.compute_loss is fast.reward_compute_loss
@@ -327,7 +325,7 @@ def test_patch_and_unpatch():
     for module in [m for name, m in sys.modules.items() if name.startswith("trl")]:
         for value in vars(module).values():
             assert getattr(value, "__module__", "") != fast.__name__
-    assert trl_utils.entropy_from_logits is originals["entropy_from_logits"]
+    assert trl_utils.entropy_from_logits is entropy
     assert RewardTrainer.compute_loss is loss
     assert repr(done) == "rlhf_fast in TRL: nothing replaced"
 
@@ -498,10 +496,9 @@ def test_ppo_trainer(tiny_policy_folder, tiny_reward_folder, tiny_tokenizer, tmp
     both(train, calls, "token_logprobs", "masked_whiten_op")
 
 
+@pytest.mark.skipif(not OLD, reason="this is that run")
 def test_trl_1_16():
     """This file once more, with TRL 1.16.0 before 1.12.0 on the path."""
-    if not OLD:
-        return
     folder = Path(sys.prefix, "trl-1.16.0")
     if not folder.is_dir():
         pytest.fail(f"missing: pip install --no-deps --target {folder} trl==1.16.0")

@@ -236,11 +236,9 @@ def test_kl_penalty_full_is_refused_by_both():
             function(x, x, "full")
 
 
-@pytest.mark.parametrize("shape", [(3, 7), (0, 7), (2, 0), (9,)])
+@pytest.mark.parametrize("shape", [(3, 7), (2, 0), (9,)])
 @pytest.mark.parametrize("inplace", [True, False])
 def test_logprobs_from_logits(shape, inplace):
-    if shape[0] == 0:
-        return  # verl stacks an empty list
     g = torch.Generator().manual_seed(5)
     logits, labels = 5 * torch.randn(*shape, 33, generator=g), torch.randint(20, shape, generator=g)
     logits[..., 20:25] = -torch.inf
