@@ -1,4 +1,4 @@
-// logits_kl on CPU: one read of both chunks of logits forward; one read of both, one write backward.
+// logits_kl on CPU: one read of both logits forward; one read of both and one write backward.
 //
 // Made for chunks whose rows lie side by side (token_logprobs_columns.h). Rows that lie otherwise
 // are taken one at a time, one lane of each vector at work: right, not fast, and the engine never

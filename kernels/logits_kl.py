@@ -61,8 +61,8 @@ def _log(total):
 
 @triton.jit
 def logits_kl_kernel(
-    logits, ref_logits, labels, per_token, logp, ref_logp, kl, norm, ref_norm, V, stride, ref_stride,
-    temperature: tl.float64, softcap: tl.float64,
+    logits, ref_logits, labels, per_token, logp, ref_logp, kl, norm, ref_norm, V,
+    stride, ref_stride, temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = logp.dtype.element_ty
@@ -199,9 +199,7 @@ def logits_kl(
     if labels.numel() == 0:
         return logp, ref_logp, kl, norm, ref_norm
     own, reference = (logits, logp, norm), (ref_logits, ref_logp, ref_norm)
-    (a, a_logp, a_norm), (b, b_logp, b_norm) = (
-        (own, reference) if reverse else (reference, own)
-    )
+    (a, a_logp, a_norm), (b, b_logp, b_norm) = (own, reference) if reverse else (reference, own)
     repeat, lanes, warps = _tile(logits.shape[2], logits.element_size())
     with torch.cuda.device_of(logits):
         logits_kl_kernel[(labels.numel(),)](

@@ -49,7 +49,9 @@ class InLaunchersOnly(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         kernel = KERNELS[func._schema.name.split("::")[1]]
         with self:
-            return kernel.launcher(*map(on_a_gpu, args)) if kernel.triton else kernel.fallback(*args)
+            return (
+                kernel.launcher(*map(on_a_gpu, args)) if kernel.triton else kernel.fallback(*args)
+            )
 
 
 def on_a_gpu(x: object) -> object:

@@ -167,3 +167,106 @@ def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:
     with rf.chunk_budget(10):
         assert linear.chunk_rows(3, 10**9, 4, "cuda") == 1
     assert linear.chunk_rows(0, 1000, 4, "cpu") == 0
+
+
+def kl_inputs() -> dict[str, torch.Tensor]:
+    """A reference of another width, with a head of its own."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight, labels = inputs()
+    ref = {
+        "ref_hidden": torch.randn(N, H // 2, generator=generator),
+        "ref_weight": torch.randn(V, H // 2, generator=generator),
+    }
+    return {"hidden": hidden, "weight": weight, "labels": labels, **ref}
+
+
+REF_GEMM = GEMM // 2
+
+
+def test_kl_holds_two_chunks_that_share_the_budget() -> None:
+    x, largest = kl_inputs(), Largest()
+    with rf.chunk_budget(32 * V * 4), largest, Inside():
+        logp, _, kl = rf.linear_token_kl(**x)
+        (logp.sum() + kl.sum()).backward()
+    assert 16 * V <= largest.numel < 17 * V
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 200])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_chunks_of_two_heads_change_nothing_but_rounding(rows: int, direction: str) -> None:
+    x = kl_inputs()
+
+    def results() -> tuple[torch.Tensor, ...]:
+        logp, ref_logp, kl = rf.linear_token_kl(**x, direction=direction)
+        grads = torch.autograd.grad((logp + kl).sum(), (x["hidden"], x["weight"]))
+        return logp, ref_logp, kl, *grads
+
+    whole = results()
+    with rf.chunk_budget(2 * rows * V * 4):
+        parts = results()
+    for got, want in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("logp_share", "kl_share", "backward"),
+    [(1.0, 1.0, 3 * GEMM + REF_GEMM), (0.0, 1.0, 3 * GEMM + REF_GEMM), (1.0, 0.0, 3 * GEMM)],
+)
+def test_kl_flops_are_those_the_docstring_states(logp_share, kl_share, backward) -> None:
+    """The reference is not computed again for a gradient that it has no part in."""
+    x = kl_inputs()
+    counted, again = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with counted, Inside():
+        logp, _, kl = rf.linear_token_kl(**x)
+    with again, Inside():
+        parts = [share * out for share, out in ((logp_share, logp), (kl_share, kl)) if share]
+        sum(parts).sum().backward()
+    assert counted.get_total_flops() == GEMM + REF_GEMM
+    assert again.get_total_flops() == backward
+
+
+def test_kl_rows_that_cannot_matter_leave_both_heads() -> None:
+    x = kl_inputs()
+    x["labels"][::2] = -100
+    counted, again = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with counted, Inside():
+        logp, _, kl = rf.linear_token_kl(**x)
+    with again, Inside():
+        quarter = torch.arange(N) % 4 == 1
+        (kl * quarter + logp * quarter).sum().backward()
+    assert counted.get_total_flops() == (GEMM + REF_GEMM) // 2
+    assert again.get_total_flops() == (3 * GEMM + REF_GEMM) // 4
+
+
+def test_the_reference_of_a_kl_is_constant() -> None:
+    x = kl_inputs()
+    constant = [x[name].requires_grad_() for name in ("ref_hidden", "ref_weight")]
+    _, ref_logp, kl = rf.linear_token_kl(**x)
+    assert not ref_logp.requires_grad
+    grads = torch.autograd.grad(kl.sum(), constant, allow_unused=True)
+    assert grads == (None, None)
+
+
+@pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("reverse", [True, False])
+def test_kl_kernels_take_rows_that_do_not_lie_side_by_side(reverse: bool) -> None:
+    """The engine's lie so; any other layout is right too."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits, grads = (
+        3 * torch.randn(*shape, generator=generator)
+        for shape in ((1, 5, 90), (1, 5, 90), (2, 1, 5))
+    )
+    labels = torch.tensor([[3, -100, 0, 89, 7]])
+    per_token = 0.5 + torch.rand(1, 5, generator=generator)
+    options, outs = (1.0, per_token, 5.0, reverse), []
+    for layout in (lambda x: x, lambda x: x.mT.contiguous().mT):
+        x, y = layout(logits), layout(ref_logits)
+        forward = torch.ops.rlhf_fast.logits_kl(x, y, labels, *options)
+        _, _, kl, norm, ref_norm = forward
+        out = torch.empty_like(x)
+        torch.ops.rlhf_fast.logits_kl_backward(
+            *grads, x, y, labels, norm, ref_norm, kl, *options, out
+        )
+        outs.append((*forward, out))
+    for got, want in zip(*outs, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

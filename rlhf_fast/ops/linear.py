@@ -78,7 +78,9 @@ def check_head(
     check.floating(hidden_name, hidden)
     check.at_least_1d(hidden_name, hidden)
     if isinstance(hidden, DTensor):
-        raise TypeError(f"{hidden_name} must be this rank's own tensor, got a DTensor; use .to_local()")
+        raise TypeError(
+            f"{hidden_name} must be this rank's own tensor, got a DTensor; use .to_local()"
+        )
     check.floating(weight_name, weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""linear_token_kl: the exact KL between policy and reference, token by token, from hidden states."""
+"""linear_token_kl: the exact KL of policy and reference at each token, from hidden states."""
 
 from __future__ import annotations
 
