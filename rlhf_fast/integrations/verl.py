@@ -202,7 +202,9 @@ def linear_cross_entropy(
     Args:
         hidden: [..., H]; weight: [V, H]; labels: [...].
         reduction: "none", the only one that verl uses.
-        dist_process_group: None; a vocabulary-parallel head keeps verl's own.
+        dist_process_group: None; a vocabulary-parallel head keeps verl's own, which leaves the
+            sum of d_hidden over the ranks to Megatron, while ``linear_token_logprobs(group=)``
+            makes it itself.
     """
     if reduction != "none" or dist_process_group is not None:
         raise ValueError(
