@@ -38,7 +38,7 @@ class Workers:
         self.device = pick_device(config.device) if alone else None
         cpu = (self.device.type if alone else config.device) == "cpu"
         self.accelerator = Accelerator(
-            cpu=cpu, log_with=tracker_names(config), project_dir=config.output_dir
+            cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
         )
         if self.accelerator.distributed_type not in DATA_PARALLEL:
             raise InputError(
