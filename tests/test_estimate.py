@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from rlhf_fast.config import PPOConfig
-from rlhf_fast.experience import Measured
+from rlhf_fast.data import pad
+from rlhf_fast.experience import Measured, measure
+from rlhf_fast.models import load_policy
 from rlhf_fast.ppo import counts, estimate, minibatches, parts, shaped
+from rlhf_fast.rollout import Sampling, roll_out
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
 SCORES = torch.tensor([1.0, -1.0, 0.5, 2.0])
@@ -129,3 +132,19 @@ def test_parts_of_a_minibatch():
 def test_what_a_loss_is_divided_by(aggregation, divisor):
     tokens, normalizer = counts(MASK, config(aggregation=aggregation, max_new_tokens=7))
     assert (tokens.item(), normalizer.item()) == (9, divisor)
+
+
+def test_a_critic_of_its_own_reads_the_tokens(tiny_policy_folder):
+    """Also where the policy stands on a shared trunk, whose hidden states are not the critic's."""
+    policy = load_policy(
+        tiny_policy_folder, trainable_layers=1, device=torch.device("cpu"),
+        value_model=tiny_policy_folder,
+    )  # fmt: skip
+    torch.nn.init.normal_(policy.value_head.weight)
+    ids, mask = pad([[3, 4, 5], [6, 7]], side="left")
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    rollout = roll_out(policy, ids, mask, Sampling(4, 1.0, []), draws)
+    measured = measure(policy, rollout, config())
+    with torch.no_grad():
+        hidden = policy.value_body(rollout.ids[:1]).last_hidden_state[:, 2:-1]
+        torch.testing.assert_close(measured.values[:1], policy.value_head(hidden).squeeze(-1))
