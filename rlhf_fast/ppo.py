@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-import rlhf_fast
 from rlhf_fast import (
     gae,
+    group_advantages,
     kl_penalized_rewards,
     linear_policy_loss,
     masked_mean,
@@ -242,7 +242,7 @@ def estimate(
     returns = None
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
-        advantages = rlhf_fast.group_advantages(
+        advantages = group_advantages(
             scores - beta * kl, config.samples_per_prompt, method=config.estimator
         )
         advantages = advantages[:, None].expand(mask.shape)
