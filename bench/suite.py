@@ -81,7 +81,7 @@ def compare(
 
 
 def implementation(op: Op, device: torch.device) -> str:
-    return ", ".join(dict.fromkeys(k.implementation(device.type) for k in op.kernels))
+    return ", ".join(dict.fromkeys(k.implementation(device.type) for k in op.kernels)) or "PyTorch"
 
 
 def _one_pass(

@@ -1,4 +1,4 @@
-// gae on CPU: one affine scan along each row, a vector of steps at a time.
+// gae and gae_packed on CPU: one affine scan along each row, a vector of steps at a time.
 //
 // What flows from step t to the left is X_t = gamma V_t + gamma lambda A_t. With `alive` = 0 where
 // an episode ended at t and 1 elsewhere,
@@ -50,14 +50,14 @@ RLHF_INLINE void compose(V& p, V& q) {
 }
 
 template <class S>
-RLHF_INLINE void scan_row(const Scan<S>& s, int64_t row, int64_t steps, S bootstrap) {
+RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
   const V zero = V{}, one = V{} + 1;
   V next = zero + s.gamma * bootstrap;  // X just right of this vector, in every lane
   const int64_t vectors = (steps + width - 1) / width;
   for (int64_t k = vectors - 1; k >= 0; --k) {
-    const int64_t n = steps - k * width, i = row * steps + k * width;
+    const int64_t n = steps - k * width, i = first + k * width;
     const V counts = s.mask ? load_mask<S>(s.mask + i, n) : one;
     const V alive = s.dones ? one - load_mask<S>(s.dones + i, n) : one;
     const V value = select(counts, load_some(s.values + i, n, 0), zero);
@@ -79,35 +79,63 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t row, int64_t steps, S bootst
     next = zero + X[0];
   }
 }
-RLHF_CLONES void run(const Scan<float>* s, int64_t row, int64_t steps, float bootstrap) {
-  scan_row(*s, row, steps, bootstrap);
+RLHF_CLONES void run(const Scan<float>* s, int64_t first, int64_t steps, float bootstrap) {
+  scan_row(*s, first, steps, bootstrap);
 }
-RLHF_CLONES void run(const Scan<double>* s, int64_t row, int64_t steps, double bootstrap) {
-  scan_row(*s, row, steps, bootstrap);
+RLHF_CLONES void run(const Scan<double>* s, int64_t first, int64_t steps, double bootstrap) {
+  scan_row(*s, first, steps, bootstrap);
 }
 
-std::tuple<Tensor, Tensor> gae(
+// The rows' steps lie one row after the other; row b begins at first(b) and ends where b + 1 begins.
+template <class First>
+std::tuple<Tensor, Tensor> scan_rows(
     const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, const MaybeTensor& dones,
-    const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes) {
+    const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes, int64_t rows,
+    const First& first) {
   Tensor advantages = torch::stable::empty_like(rewards);
   Tensor returns = torch::stable::empty_like(rewards);
-  const int64_t rows = rewards.size(0), steps = rewards.size(1);
   dispatch_accumulator(rewards, "gae", [&](auto element) {
     using S = decltype(element);
     const Scan<S> s{data<S>(rewards), data<S>(values), data<bool>(mask), data<bool>(dones),
                     mutable_data<S>(advantages), mutable_data<S>(returns), S(gamma),
                     S(gamma * lambda), skip_holes};
     const S* last = data<S>(bootstrap);
-    parallel_rows(rows, steps, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) run(&s, row, steps, last ? last[row] : S(0));
+    const int64_t width = rewards.numel() / std::max<int64_t>(1, rows);  // on average
+    parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        run(&s, first(b), first(b + 1) - first(b), last ? last[b] : S(0));
+      }
     });
     return 0;
   });
   return {advantages, returns};
 }
 
+std::tuple<Tensor, Tensor> gae(
+    const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, const MaybeTensor& dones,
+    const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes) {
+  const int64_t steps = rewards.size(1);
+  return scan_rows(rewards, values, mask, dones, bootstrap, gamma, lambda, skip_holes,
+                   rewards.size(0), [=](int64_t b) { return b * steps; });
+}
+
+std::tuple<Tensor, Tensor> gae_packed(
+    const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const MaybeTensor& mask,
+    const MaybeTensor& dones, const MaybeTensor& bootstrap, double gamma, double lambda,
+    bool skip_holes) {
+  const int64_t *first = data<int64_t>(cu_seqlens), rows = cu_seqlens.numel() - 1;
+  STD_TORCH_CHECK(rows >= 0 && first[0] == 0 && first[rows] == rewards.numel() &&
+                      std::is_sorted(first, first + rows + 1),
+                  "gae_packed: cu_seqlens must rise from 0 to N");
+  return scan_rows(rewards, values, mask, dones, bootstrap, gamma, lambda, skip_holes, rows,
+                   [=](int64_t b) { return first[b]; });
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) { m.impl("gae", TORCH_BOX(&gae)); }
+STABLE_TORCH_LIBRARY_IMPL(rlhf_fast, CPU, m) {
+  m.impl("gae", TORCH_BOX(&gae));
+  m.impl("gae_packed", TORCH_BOX(&gae_packed));
+}
 
 }  // namespace rlhf_fast

@@ -33,12 +33,15 @@ def _then_advantage(D, E, next_D, next_E):
 
 @triton.jit
 def gae_kernel(
-    rewards, values, mask, dones, bootstrap, advantages, returns, T,
+    rewards, values, cu_seqlens, mask, dones, bootstrap, advantages, returns, T,
     gamma: tl.float64, gamma_lam: tl.float64, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = rewards.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     base = row * T
+    if cu_seqlens is not None:
+        base = tl.load(cu_seqlens + row)
+        T = tl.load(cu_seqlens + row + 1) - base
     gamma = tl.full((), gamma, dtype)
     gamma_lam = tl.full((), gamma_lam, dtype)
     beyond = tl.full((), 0.0, dtype)
@@ -98,14 +101,44 @@ def gae(
     skip_holes: bool,
 ) -> tuple[Tensor, Tensor]:
     """(advantages, returns), both [B, T]."""
+    return launch(rewards, values, None, mask, dones, bootstrap, gamma, lam, skip_holes)
+
+
+def gae_packed(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    skip_holes: bool,
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), both [N]; cu_seqlens is int64 [B+1]."""
+    return launch(rewards, values, cu_seqlens, mask, dones, bootstrap, gamma, lam, skip_holes)
+
+
+def launch(
+    rewards: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor | None,
+    mask: Tensor | None,
+    dones: Tensor | None,
+    bootstrap: Tensor | None,
+    gamma: float,
+    lam: float,
+    skip_holes: bool,
+) -> tuple[Tensor, Tensor]:
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     if rewards.numel() == 0:
         return advantages, returns
-    rows, steps = rewards.shape
+    steps = rewards.shape[-1]  # packed: an upper bound; a row's own length stays on the device
+    rows = rewards.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     block = min(triton.next_power_of_2(steps), 1024)  # 1024 steps fill 4 warps; not measured yet
     with torch.cuda.device_of(rewards):
         gae_kernel[(rows,)](
-            rewards, values, mask, dones, bootstrap, advantages, returns, steps, gamma,
+            rewards, values, cu_seqlens, mask, dones, bootstrap, advantages, returns, steps, gamma,
             gamma * lam, SKIP=skip_holes and mask is not None, BLOCK=block,
             num_warps=max(1, min(4, block // 64)),
         )  # fmt: skip

@@ -1,9 +1,10 @@
 """policy_loss on the GPU: the loss, all its statistics and its gradients from one read.
 
 One program a (row, 1024 tokens): it reads each input once, writes the gradients, already multiplied
-by the row's coefficient, and stores 13 partial sums; a last launch of one program adds those.
+by the row's coefficient, and stores 14 partial sums; a last launch of one program adds those.
 Together with the count of the mask (kernels/aggregate.py) that is three launches where eager
-PyTorch makes dozens, and 17 bytes a token in float32 without the optional terms.
+PyTorch makes dozens, and 17 bytes a token in float32 without the optional terms. A sequence ratio
+takes one launch and one read more, for the row's mean log-ratio and the slope of its surrogates.
 
 The sums of ratio − 1 and log-ratio keep their digits near ratio 1, where training is: nothing there
 is a difference of nearly equal numbers.
@@ -17,24 +18,67 @@ import triton.language as tl
 from torch import Tensor
 
 from . import aggregate, kl, partials
-from .exponentials import expm1_minus_x, reduced
+from .exponentials import exp, expm1_minus_x, reduced
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 
-STATS = tl.constexpr(11)  # columns 0 to 10 are the statistics in their public order
+STATS = tl.constexpr(13)  # columns 0 to 12 are the statistics in their public order
 RATIO, SQUARES, MAXIMUM = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-LOSS, COUNT = tl.constexpr(11), tl.constexpr(12)
-COLUMNS, PADDED = tl.constexpr(13), tl.constexpr(16)
+TOTAL, COUNT = tl.constexpr(13), tl.constexpr(14)
+COLUMNS, PADDED = tl.constexpr(15), tl.constexpr(16)
+
+
+@triton.jit
+def sequence_kernel(
+    logp, old_logp, advantages, mask, weights, sequences, B, T,
+    low: tl.float64, high: tl.float64, dual_clip: tl.float64,
+    DUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of each row: its mean log-ratio, and the slope of its ppo surrogates in each of its logp.
+
+    The ratio is one number, so only the sign of A decides which tokens are cut: the slope needs
+    no more than the sums of w·A over either sign.
+    """
+    dtype: tl.constexpr = logp.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    log_ratios = tl.zeros((BLOCK,), dtype)
+    good, bad, counts = log_ratios, log_ratios, log_ratios
+    for start in range(0, T, BLOCK):
+        i = row * T + start + lanes
+        inside = start + lanes < T
+        kept = tl.load(mask + i, mask=inside, other=0) != 0
+        A = tl.where(kept, tl.load(advantages + i, mask=inside, other=0.0), 0.0)
+        weighted = A
+        if weights is not None:
+            weighted *= tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+        difference = tl.load(logp + i, mask=inside, other=0.0)
+        difference -= tl.load(old_logp + i, mask=inside, other=0.0)
+        log_ratios += tl.where(kept, difference, 0.0)
+        good += tl.where(A < 0, 0.0, weighted)
+        bad += tl.where(A < 0, weighted, 0.0)
+        counts += kept.to(dtype)
+    n = tl.maximum(tl.sum(counts), 1.0)
+    mean = tl.sum(log_ratios) / n
+    ratio = exp(kl.clamped(mean, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    flowing = tl.where(ratio > tl.full((), high, dtype), 0.0, tl.sum(good))
+    stopped = ratio < tl.full((), low, dtype)
+    if DUAL:
+        stopped = stopped | (ratio > tl.full((), dual_clip, dtype))
+    flowing += tl.where(stopped, 0.0, tl.sum(bad))
+    slope = tl.where(tl.abs(mean) <= MAX_LOG_RATIO, -ratio * flowing / n, 0.0)
+    tl.store(sequences + row, mean)
+    tl.store(sequences + B + row, slope)
 
 
 @triton.jit
 def policy_loss_kernel(
-    logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, counts,
+    logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, counts, sequences,
     d_logp, d_entropy, sums, B, T,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64,
     entropy_coef: tl.float64, kl_coef: tl.float64,
     DUAL: tl.constexpr, KL_GRADIENT: tl.constexpr, ESTIMATOR: tl.constexpr,
-    AGGREGATION: tl.constexpr, BLOCK: tl.constexpr,
+    AGGREGATION: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = logp.dtype.element_ty
     blocks = tl.cdiv(T, BLOCK)
@@ -48,26 +92,42 @@ def policy_loss_kernel(
     A = tl.where(kept, tl.load(advantages + i, mask=inside, other=0.0), 0.0)
     c = aggregate.coefficient(counts, B, row, normalizer, AGGREGATION, dtype)
 
+    floor, ceiling = tl.full((), low, dtype), tl.full((), high, dtype)
     difference = lp - old
-    log_ratio = kl.clamped(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    token_log_ratio = kl.clamped(difference, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = token_log_ratio
+    if sequences is not None:
+        mean = tl.load(sequences + row)
+        log_ratio = tl.where(kept, kl.clamped(mean, -MAX_LOG_RATIO, MAX_LOG_RATIO), 0.0)
     s, q = reduced(log_ratio)
     ratio = s + s * q
     excess = (s - 1.0) + s * q  # ratio − 1
-    unclipped = -A * ratio
-    clipped = -A * kl.clamped(ratio, tl.full((), low, dtype), tl.full((), high, dtype))
-    clips = clipped > unclipped
-    surrogate = tl.where(clips, clipped, unclipped)
-    flows = (tl.abs(difference) <= MAX_LOG_RATIO) & (clips == 0)
-    if DUAL:
-        bound = -A * tl.full((), dual_clip, dtype)
-        dual = (A < 0) & (surrogate > bound)
-        surrogate = tl.where(dual, bound, surrogate)
-        flows = flows & (dual == 0)
-    gradient = tl.where(flows, unclipped, 0.0)
+    bounded = kl.clamped(ratio, floor, ceiling)
+    if LOSS == "ppo":
+        unclipped, clipped = -A * ratio, -A * bounded
+        clips = clipped > unclipped
+        surrogate = tl.where(clips, clipped, unclipped)
+        flows = (tl.abs(difference) <= MAX_LOG_RATIO) & (clips == 0)
+        if DUAL:
+            bound = -A * tl.full((), dual_clip, dtype)
+            dual = (A < 0) & (surrogate > bound)
+            surrogate = tl.where(dual, bound, surrogate)
+            flows = flows & (dual == 0)
+        gradient = tl.where(flows, unclipped, 0.0)
+    elif LOSS == "cispo":
+        clips = kept & (bounded != ratio)
+        gradient = -A * bounded
+        surrogate = gradient * lp
+    else:
+        clips = tl.zeros_like(kept)
+        gradient = -A
+        surrogate = gradient * lp
     if weights is not None:
         w = tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
         surrogate *= w
         gradient *= w
+    if sequences is not None and LOSS == "ppo":
+        gradient = tl.where(kept, tl.load(sequences + B + row), 0.0)
     loss = surrogate
     if entropy is not None:
         H = tl.where(kept, tl.load(entropy + i, mask=inside, other=0.0), 0.0)
@@ -100,10 +160,12 @@ def policy_loss_kernel(
     partials.put(sums, RATIO, ratio_sum)
     partials.put(sums, SQUARES, partials.squares(excess, kept, ratio_sum, count))
     partials.put(sums, MAXIMUM, tl.max(tl.where(kept, ratio, 0.0)))
-    partials.put(sums, 8, -tl.sum(log_ratio))
-    partials.put(sums, 9, tl.sum(0.5 * log_ratio * log_ratio))
-    partials.put(sums, 10, tl.sum(expm1_minus_x(log_ratio)))
-    partials.put(sums, LOSS, c * tl.sum(tl.where(kept, loss, 0.0)))
+    partials.put(sums, 8, -tl.sum(token_log_ratio))
+    partials.put(sums, 9, tl.sum(0.5 * token_log_ratio * token_log_ratio))
+    partials.put(sums, 10, tl.sum(expm1_minus_x(token_log_ratio)))
+    partials.put(sums, 11, tl.sum((clips & (ratio < floor)).to(dtype)))
+    partials.put(sums, 12, tl.sum((clips & (ratio > ceiling)).to(dtype)))
+    partials.put(sums, TOTAL, c * tl.sum(tl.where(kept, loss, 0.0)))
     partials.put(sums, COUNT, count)
 
 
@@ -121,7 +183,7 @@ def policy_loss_finish_kernel(sums, programs, loss, stats):
     value = tl.where(column == SQUARES, spread / n, value)
     value = tl.where(column == MAXIMUM, partials.largest(sums, programs, MAXIMUM), value)
     tl.store(stats + column, value, mask=column < STATS)
-    tl.store(loss, partials.picked(total, LOSS, PADDED))
+    tl.store(loss, partials.picked(total, TOTAL, PADDED))
 
 
 def policy_loss(
@@ -140,25 +202,33 @@ def policy_loss(
     kl_coef: float,
     kl_estimator: str,
     aggregation: str,
+    ratio: str,
+    loss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [11], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    """(loss, stats [13], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
     d_logp = torch.empty_like(logp)
     d_entropy = logp.new_empty(0) if entropy is None else torch.empty_like(logp)
     if logp.numel() == 0:
         return logp.new_zeros(()), logp.new_zeros(STATS.value), d_logp, d_entropy
-    loss, stats = logp.new_empty(()), logp.new_empty(STATS.value)
+    total, stats = logp.new_empty(()), logp.new_empty(STATS.value)
     rows, steps = logp.shape
     block = min(triton.next_power_of_2(steps), 1024)
     programs = rows * triton.cdiv(steps, block)
     sums = logp.new_empty((COLUMNS.value, programs))
+    clips = (1 - clip_low, 1 + clip_high, 0.0 if dual_clip is None else dual_clip)
+    launch = {"BLOCK": block, "num_warps": max(1, block // 256), "DUAL": dual_clip is not None}
     with torch.cuda.device_of(logp):
+        sequences = None
+        if ratio == "sequence":
+            sequences = logp.new_empty((2, rows))
+            sequence_kernel[(rows,)](
+                logp, old_logp, advantages, mask, weights, sequences, rows, steps, *clips, **launch
+            )
         policy_loss_kernel[(programs,)](
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer,
-            aggregate.row_counts(mask, aggregation, normalizer), d_logp, d_entropy, sums,
-            rows, steps, 1 - clip_low, 1 + clip_high, 0.0 if dual_clip is None else dual_clip,
-            entropy_coef, kl_coef, DUAL=dual_clip is not None, KL_GRADIENT=kl_coef != 0,
-            ESTIMATOR=kl_estimator, AGGREGATION=aggregation, BLOCK=block,
-            num_warps=max(1, block // 256),
+            aggregate.row_counts(mask, aggregation, normalizer), sequences, d_logp, d_entropy, sums,
+            rows, steps, *clips, entropy_coef, kl_coef, KL_GRADIENT=kl_coef != 0,
+            ESTIMATOR=kl_estimator, AGGREGATION=aggregation, LOSS=loss, **launch,
         )  # fmt: skip
-        policy_loss_finish_kernel[(1,)](sums, programs, loss, stats)
-    return loss, stats, d_logp, d_entropy
+        policy_loss_finish_kernel[(1,)](sums, programs, total, stats)
+    return total, stats, d_logp, d_entropy

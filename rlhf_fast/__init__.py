@@ -2,6 +2,8 @@
 
 from .ops.check import debug
 from .ops.gae import gae
+from .ops.gae_packed import gae_packed
+from .ops.group_advantages import group_advantages
 from .ops.kl_penalized_rewards import kl_penalized_rewards
 from .ops.linear import chunk_budget
 from .ops.linear_policy_loss import linear_policy_loss
@@ -19,6 +21,8 @@ __all__ = [
     "chunk_budget",
     "debug",
     "gae",
+    "gae_packed",
+    "group_advantages",
     "kl_penalized_rewards",
     "linear_policy_loss",
     "linear_token_logprobs",

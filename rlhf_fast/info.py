@@ -51,6 +51,7 @@ def implementations(device_type: str) -> dict[str, str]:
     """Op name -> what runs on this device; several kernels may differ: "C++ + engine"."""
     return {
         name: " + ".join(dict.fromkeys(k.implementation(device_type) for k in op.kernels))
+        or "PyTorch"
         for name, op in registry.OPS.items()
     }
 
@@ -61,6 +62,8 @@ def markdown() -> str:
     for name, op in registry.OPS.items():
         engine = all(kernel.triton is None for kernel in op.kernels)
         cpu, gpu = ("C++ rows", "Triton rows") if engine else ("C++", "Triton")
+        if not op.kernels:
+            cpu = gpu = "PyTorch"
         lines.append(f"| `{name}` | {op.summary.rstrip('.')} | PyTorch | {cpu} | {gpu} |")
     return "\n".join(lines)
 

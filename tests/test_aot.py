@@ -77,6 +77,15 @@ def calls() -> Iterator[tuple[bool, Op, Sample, torch.dtype]]:
         yield False, op, workload, torch.float64
         for sample in op.samples(torch.Generator().manual_seed(0)):
             yield False, op, sample, torch.float32
+    policy = OPS["policy_loss"]
+    shape = {name: LARGE[name] for name in policy.shapes[0]}
+    plain = policy.workload(shape, torch.Generator().manual_seed(0), "cpu", torch.float32)
+    for options in (
+        {"ratio": "sequence", "dual_clip": 3.0},
+        {"loss": "cispo"},
+        {"loss": "reinforce"},
+    ):
+        yield True, policy, Sample("", {**plain.arguments, **options}, plain.grads), torch.float32
     logits = OPS["token_logprobs"]  # the one op whose kernels read 16-bit tensors
     for dtype in HALVES:
         for vocab in (LARGE["V"], 50257):

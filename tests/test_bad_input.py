@@ -9,6 +9,7 @@ import rlhf_fast as rf
 
 x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
 logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+cu = torch.tensor([0, 1, 3])
 hidden, weight = torch.zeros(2, 3, 4), torch.zeros(5, 4)
 
 
@@ -103,6 +104,57 @@ CASES = [
         ValueError,
         "clip_high must be fi",
     ),
+    ("policy_loss", (x, x, x, mask), {"ratio": "row"}, ValueError, "ratio must be one of token, s"),
+    ("policy_loss", (x, x, x, mask), {"loss": "grpo"}, ValueError, "loss must be one of ppo, cisp"),
+    (
+        "policy_loss",
+        (x, x, x, mask),
+        {"ratio": "sequence", "loss": "reinforce"},
+        ValueError,
+        "ratio='sequence' .* loss='reinforce'",
+    ),
+    (
+        "policy_loss",
+        (x, x, x, mask),
+        {"dual_clip": 3.0, "loss": "cispo"},
+        ValueError,
+        "dual_clip 3.0 needs loss='ppo', got loss='cispo'",
+    ),
+    (
+        "policy_loss",
+        (x, x, x, mask),
+        {"dual_clip": 3.0, "loss": "reinforce"},
+        ValueError,
+        "dual_clip 3.0 needs loss='ppo', got loss='reinforce'",
+    ),
+    ("policy_loss", (x, x, x, mask), {"clip_high": -0.1}, ValueError, "clip_high must be at least"),
+    (
+        "policy_loss",
+        (x, x, x, mask),
+        {"loss": "cispo", "clip_low": 0.1, "clip_high": -0.2},
+        ValueError,
+        "clip_high must be at least -0.1",
+    ),
+    ("gae_packed", (x, x, cu), {}, ValueError, r"rewards must be \[N\]"),
+    ("gae_packed", (x[0], x[0], cu.float()), {}, TypeError, "cu_seqlens must be int32 or int64"),
+    ("gae_packed", (x[0], x[0], cu[:0]), {}, ValueError, r"cu_seqlens must be \[B\+1\]"),
+    ("gae_packed", (x[0], x[0], cu + 1), {}, ValueError, "cu_seqlens must rise from 0 to 3"),
+    ("gae_packed", (x[0], x[0], cu[:2]), {}, ValueError, "cu_seqlens must rise from 0 to 3"),
+    ("gae_packed", (x[0], x[0], cu[[0, 2, 1, 2]]), {}, ValueError, "cu_seqlens must rise from 0"),
+    ("gae_packed", (x[0], x[0], cu), {"bootstrap": x[0]}, ValueError, "bootstrap must be"),
+    ("gae_packed", (x[0], x[0], cu), {"lam": 2}, ValueError, "lam must be at most 1"),
+    (
+        "gae_packed",
+        (x[0], x[0], cu),
+        {"mask": mask},
+        ValueError,
+        "mask must have the shape of rewards",
+    ),
+    ("group_advantages", (x, 3), {}, ValueError, r"scores must be \[B\]"),
+    ("group_advantages", (x[0], 2), {}, ValueError, "group_size 2 must divide .*, 3"),
+    ("group_advantages", (x[0], 1), {}, ValueError, "group_size must be at least 2, got 1"),
+    ("group_advantages", (x[0], 3.0), {}, TypeError, "group_size must be an int, got float"),
+    ("group_advantages", (x[0], 3), {"method": "gae"}, ValueError, "method must be one of grpo, r"),
     ("value_loss", (x, None, x, mask), {}, ValueError, "clip 0.2 needs old_values"),
     ("value_loss", (x, x, x[:, :2], mask), {}, ValueError, "returns must have the shape of values"),
     ("gae", (x, x[0], mask), {}, ValueError, "values must have the shape of rewards"),

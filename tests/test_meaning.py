@@ -78,6 +78,46 @@ def test_gae_holes() -> None:
     assert skipped[0, 1] == zeroed[0, 1] == 0
 
 
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_gae_packed_is_gae_padded_bit_for_bit(holes: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([7, 0, 40, 1, 16])
+    real = torch.arange(40) < lengths[:, None]
+    rewards, values = torch.randn(2, 5, 40, generator=generator)
+    mask = real & (torch.rand(5, 40, generator=generator) < 0.7)
+    dones = torch.rand(5, 40, generator=generator) < 0.1
+    bootstrap = torch.randn(5, generator=generator)
+    options = {"gamma": 0.9, "lam": 0.8, "holes": holes}
+    cu_seqlens = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
+    ours = rf.gae_packed(
+        rewards[real], values[real], cu_seqlens, mask=mask[real], dones=dones[real],
+        bootstrap=bootstrap, **options,
+    )  # fmt: skip
+    for b, n in enumerate(lengths.tolist()):
+        alone = rf.gae(rewards[b, :n], values[b, :n], mask[b, :n], dones=dones[b, :n],
+                       bootstrap=bootstrap[b], **options)  # fmt: skip
+        for got, want in zip(ours, alone, strict=True):
+            assert torch.equal(got[cu_seqlens[b] : cu_seqlens[b + 1]], want)
+    if holes == "skip":  # padding on the right is then a hole like any other
+        whole = rf.gae(rewards, values, mask, dones=dones & real, bootstrap=bootstrap, **options)
+        for got, want in zip(ours, whole, strict=True):
+            assert torch.equal(got, want[real])
+
+
+def test_group_advantages_by_hand() -> None:
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.1, 0.1, 0.1])
+    std = math.sqrt((4 + 1 + 9) / 2)
+    expected = {
+        "grpo": [-2 / (std + 0.5), -1 / (std + 0.5), 3 / (std + 0.5)],
+        "rloo": [1 - 4, 2 - 3.5, 6 - 1.5],
+        "dr_grpo": [-2, -1, 3],
+    }
+    for method, numbers in expected.items():
+        ours = rf.group_advantages(scores, 3, method=method, eps=0.5)
+        torch.testing.assert_close(ours[:3], torch.tensor(numbers).float())
+        assert (ours[3:] == 0).all()
+
+
 def test_kl_penalized_rewards_score_sits_on_the_last_real_token() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     logp, ref = torch.full((3, 4), -1.0), torch.full((3, 4), -1.5)
@@ -115,11 +155,87 @@ def test_policy_loss_clips_only_where_it_would_gain() -> None:
     assert loss.item() == pytest.approx((-1.2 + 2.0 - 0.5 + 0.8) / 4)
     loss.backward()
     torch.testing.assert_close(logp.grad, torch.tensor([[0.0, 2.0, -0.5, 0.0]]) / 4)
-    assert stats.clipfrac == 0.5
+    assert stats.clipfrac == 0.5 and stats.clipfrac_low == stats.clipfrac_high == 0.25
+
+
+def test_sequence_ratio_by_hand() -> None:
+    """Ratios 2 and 8 have the geometric mean 4; the masked third token has no say."""
+    logp = torch.tensor([[2.0, 8.0, 5.0]]).log().requires_grad_()
+    mask, advantages = torch.tensor([[True, True, False]]), torch.tensor([[1.0, -1.0, 1.0]])
+    loss, stats = rf.policy_loss(logp, torch.zeros(1, 3), advantages, mask, ratio="sequence")
+    assert loss.item() == pytest.approx((-1.2 + 4.0) / 2)
+    loss.backward()  # only the second surrogate flows, 4 s' = 4 (1/2, 1/2, 0) by the logp
+    torch.testing.assert_close(logp.grad, torch.tensor([[1.0, 1.0, 0.0]]))
+    assert stats.ratio_mean == stats.ratio_max == pytest.approx(4)
+    assert stats.ratio_var == pytest.approx(0, abs=1e-6)
+    assert stats.clipfrac == stats.clipfrac_high == 0.5 and stats.clipfrac_low == 0
+    log2, log8 = math.log(2), math.log(8)
+    assert stats.old_kl_k1 == pytest.approx(-(log2 + log8) / 2)  # these stay by token
+    assert stats.old_kl_k2 == pytest.approx((log2**2 + log8**2) / 4)
+    assert stats.old_kl_k3 == pytest.approx((2 - 1 - log2 + 8 - 1 - log8) / 2)
 
 
 @pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
-def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(aggregation: str) -> None:
+def test_sequence_ratio_is_gspo_token_where_advantages_are_the_sequences(aggregation: str) -> None:
+    """GSPO-token (arXiv:2507.18071, eq. 13-14) has sg(s_b) exp(logp_t − sg(logp_t)) for s_b."""
+    old, mask = -torch.rand(5, 9).double(), torch.rand(5, 9) > 0.3
+    logp = (old + 0.4 * torch.randn(5, 9)).requires_grad_()
+    A = torch.randn(5, 1).double().expand(5, 9)
+    ours, _ = rf.policy_loss(logp, old, A, mask, ratio="sequence", aggregation=aggregation)
+    mean = ((logp - old) * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+    s = mean.exp().detach() * (logp - logp.detach()).exp()
+    surrogate = -torch.minimum(s * A, s.clamp(0.8, 1.2) * A)
+    want = aggregate.reference(surrogate, mask, aggregation, None)
+    torch.testing.assert_close(ours, want)
+    (got,) = torch.autograd.grad(ours, logp)
+    torch.testing.assert_close(got, torch.autograd.grad(want, logp)[0])
+    assert got[mask].abs().max() > 0
+
+
+def test_cispo_by_hand() -> None:
+    logp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+    old = logp.detach() - torch.tensor([[2.0, 0.5]]).log()
+    advantages = torch.tensor([[3.0, -1.0]])
+
+    def cispo(**clip: float):
+        loss, stats = rf.policy_loss(logp, old, advantages, ones(1, 2), loss="cispo", **clip)
+        return loss.item(), torch.autograd.grad(loss, logp)[0], stats
+
+    loss, gradient, stats = cispo(clip_low=0.2, clip_high=0.3)  # weights 1.3 and 0.8
+    assert loss == pytest.approx((1.3 * 3 * 1 - 0.8 * 3) / 2)
+    torch.testing.assert_close(gradient, torch.tensor([[-1.3 * 3, 0.8]]) / 2)
+    assert stats.clipfrac == 1 and stats.clipfrac_low == stats.clipfrac_high == 0.5
+    loss, gradient, stats = cispo(clip_low=1.0, clip_high=-0.5)  # TRL with epsilon_high = 0.5
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5 * 3, 0.5]]) / 2)
+    assert stats.clipfrac == stats.clipfrac_high == 0.5 and stats.clipfrac_low == 0
+    loss, stats = rf.policy_loss(
+        logp, old, advantages, ones(1, 2), loss="cispo", ratio="sequence", clip_high=0.3
+    )  # both weights are sqrt(2 · 0.5) = 1
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], torch.tensor([[-1.5, 0.5]]))
+    assert stats.clipfrac == 0
+
+
+def test_reinforce_by_hand() -> None:
+    logp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+    old = logp.detach() - torch.tensor([[2.0, 0.5]]).log()
+    loss, stats = rf.policy_loss(
+        logp, old, torch.tensor([[3.0, -1.0]]), ones(1, 2), loss="reinforce",
+        weights=torch.tensor([[1.0, 2.0]]),
+    )  # fmt: skip
+    assert loss.item() == pytest.approx((3 - 2 * 3) / 2)
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], torch.tensor([[-1.5, 1.0]]))
+    assert stats.clipfrac == 0 and stats.ratio_mean == pytest.approx(1.25)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "kind"),
+    [("token", "ppo"), ("sequence", "ppo"), ("token", "cispo"), ("sequence", "cispo"),
+     ("token", "reinforce")],
+)  # fmt: skip
+@pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
+def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(
+    aggregation: str, ratio: str, kind: str
+) -> None:
     logp, old = torch.randn(6, 9).double(), torch.randn(6, 9).double()
     advantages, mask = torch.randn(6, 9).double(), torch.rand(6, 9) > 0.4
     mask[1] = False
@@ -129,8 +245,9 @@ def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(aggregation:
     def gradient(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         x = logp[rows].clone().requires_grad_()
         loss, _ = rf.policy_loss(
-            x, old[rows], advantages[rows], mask[rows], aggregation=aggregation, normalizer=n
-        )
+            x, old[rows], advantages[rows], mask[rows], aggregation=aggregation, normalizer=n,
+            ratio=ratio, loss=kind,
+        )  # fmt: skip
         return loss, torch.autograd.grad(loss, x)[0]
 
     whole = gradient(slice(0, 6))
@@ -138,7 +255,9 @@ def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(aggregation:
     torch.testing.assert_close(sum(loss for loss, _ in parts), whole[0])
     torch.testing.assert_close(torch.cat([g for _, g in parts]), whole[1])
     if aggregation != "token-sum":
-        own, _ = rf.policy_loss(logp, old, advantages, mask, aggregation=aggregation)
+        own, _ = rf.policy_loss(
+            logp, old, advantages, mask, aggregation=aggregation, ratio=ratio, loss=kind
+        )
         torch.testing.assert_close(own, whole[0])
 
 

@@ -178,6 +178,8 @@ def test_gradcheck(op: Op, one_thread) -> None:
         )
         if not 0 < size <= 200 or far or garbage or sample.arguments.get("inplace_backward"):
             continue
+        if sample.arguments.get("loss") == "cispo":  # its weight is a constant to the gradient only
+            continue
 
         def function(*leaves: Tensor, made=made, sample=sample) -> tuple[Tensor, ...]:
             outputs = tensors(op.function(**made | dict(zip(sample.grads, leaves, strict=True))))

@@ -181,6 +181,23 @@ def test_gae_carries_across_blocks(holes: str) -> None:
     run(Sample("", arguments), OPS["gae"], torch.float32)
 
 
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_a_sequence_ratio_over_many_blocks(loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sample = OPS["policy_loss"].workload({"B": 2, "T": 2100}, generator, "cpu", torch.float32)
+    arguments = {**sample.arguments, "ratio": "sequence", "loss": loss, "clip_high": 1e-4}
+    run(Sample("", arguments, sample.grads), OPS["policy_loss"], torch.float32)
+
+
+def test_gae_packed_of_sequences_longer_and_shorter_than_a_block() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 1500, 1500, 1507])
+    rewards, values = torch.randn(2, 1507, generator=generator)
+    arguments = {"rewards": rewards, "values": values, "cu_seqlens": cu_seqlens,
+                 "bootstrap": torch.ones(3), "gamma": 0.99}  # fmt: skip
+    run(Sample("", arguments), OPS["gae_packed"], torch.float32)
+
+
 def test_rows_more_than_2_to_31_elements_apart() -> None:
     """The last of three rows starts at element 2^31; only the touched pages are ever real."""
     vocab, apart = 7, 2**30

@@ -7,6 +7,8 @@ from . import (  # noqa: F401, I001
     policy_loss,
     value_loss,
     gae,
+    gae_packed,
+    group_advantages,
     token_kl,
     kl_penalized_rewards,
     pairwise_loss,

@@ -86,6 +86,11 @@ def at_least_1d(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must have at least one dimension [..., T], got {describe(x)}")
 
 
+def values_can_be_read(x: Tensor) -> bool:
+    """Looking at values waits for a GPU, and cannot be traced."""
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug)
+
+
 def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
     """labels: int64, one for each row; -100 (ignored) or in [0, vocab).
 
@@ -100,9 +105,8 @@ def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
             f"got {describe(x)}"
         )
     same_device("labels", x, logits_name, leading)
-    if torch.compiler.is_compiling() or not (x.device.type == "cpu" or _debug):
-        return
-    label_range(x, vocab)
+    if values_can_be_read(x):
+        label_range(x, vocab)
 
 
 def label_range(x: Tensor, vocab: int) -> None:
@@ -112,6 +116,21 @@ def label_range(x: Tensor, vocab: int) -> None:
         raise ValueError(
             f"labels{where} is {int(x[tuple(where)])}, outside [0, {vocab}) and not {IGNORE_INDEX}"
         )
+
+
+def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:
+    """cu_seqlens: [B+1] integers rising from 0 to the length of other, as far as readable."""
+    tensor("cu_seqlens", x)
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {describe(x)}")
+    if x.dim() != 1 or x.numel() == 0:
+        raise ValueError(f"cu_seqlens must be [B+1], got {describe(x)}")
+    same_device("cu_seqlens", x, other_name, other)
+    if not values_can_be_read(x):
+        return
+    n = other.numel()
+    if int(x[0]) != 0 or int(x[-1]) != n or bool((x.diff() < 0).any()):
+        raise ValueError(f"cu_seqlens must rise from 0 to {n}, the length of {other_name}; got {x}")
 
 
 def number(name: str, x: object, *, low: float | None = None, above: float | None = None) -> None:

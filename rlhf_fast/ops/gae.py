@@ -58,11 +58,7 @@ def gae(
         check.floating("bootstrap", bootstrap)
         check.shaped("bootstrap", bootstrap, list(rewards.shape[:-1]), "[...] of rewards")
         check.same_device("bootstrap", bootstrap, "rewards", rewards)
-    for name, x in (("gamma", gamma), ("lam", lam)):
-        check.number(name, x, low=0.0)
-        if x > 1:
-            raise ValueError(f"{name} must be at most 1, got {x}")
-    check.choice("holes", holes, HOLES)
+    check_options(gamma, lam, holes)
 
     dtype = check.accumulator(rewards, values, bootstrap)
     advantages, returns = torch.ops.rlhf_fast.gae(
@@ -76,6 +72,15 @@ def gae(
         holes == "skip",
     )
     return advantages.reshape(rewards.shape), returns.reshape(rewards.shape)
+
+
+def check_options(gamma: float, lam: float, holes: str) -> None:
+    """The checks that gae and gae_packed share."""
+    for name, x in (("gamma", gamma), ("lam", lam)):
+        check.number(name, x, low=0.0)
+        if x > 1:
+            raise ValueError(f"{name} must be at most 1, got {x}")
+    check.choice("holes", holes, HOLES)
 
 
 def reference(

@@ -176,7 +176,7 @@ def _forward(
     needs_weight: bool,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [11], d_hidden, d_weight, d_bias), empty where not needed."""
+    """(loss, stats [13], d_hidden, d_weight, d_bias), empty where not needed."""
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
@@ -198,6 +198,7 @@ def _forward(
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
             logp_, chunk(old_logp), chunk(advantages), torch.ones_like(targets, dtype=torch.bool),
             chunk(weights), entropy_, chunk(ref_logp), None, *options, "token-sum",
+            "token", "ppo",
         )  # fmt: skip
         scale = chunk(coefficient)
         torch.ops.rlhf_fast.token_logprobs_backward(
@@ -209,7 +210,7 @@ def _forward(
     def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.ops.rlhf_fast.policy_loss(
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
-            aggregation,
+            aggregation, "token", "ppo",
         )[:2]  # fmt: skip
 
     loss, stats = whole(mask, aggregation, normalizer)

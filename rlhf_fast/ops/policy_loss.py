@@ -12,22 +12,27 @@ from . import aggregate, check, token_kl
 from .registry import Op, Sample, define_kernel, register
 
 MAX_LOG_RATIO = 20.0
+RATIOS = ("token", "sequence")
+LOSSES = ("ppo", "cispo", "reinforce")
 
 
 class PolicyStats(NamedTuple):
     """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts."""
 
-    surrogate: Tensor  # aggregated −min(ρA, clip(ρ)A): the loss without entropy and KL terms
+    surrogate: Tensor  # aggregated: the loss without entropy and KL terms
     entropy: Tensor  # nats
     ref_kl: Tensor  # nats, by kl_estimator
-    clipfrac: Tensor  # share of tokens whose gradient the clip cut off
+    clipfrac: Tensor  # share of tokens the clip acted on: ppo: it cut their gradient off; cispo: it
+    # changed their weight; reinforce: 0
     dual_clipfrac: Tensor  # share of tokens that dual_clip cut off
-    ratio_mean: Tensor
+    ratio_mean: Tensor  # of ρ, the sequence's at each of its tokens for ratio="sequence"
     ratio_var: Tensor
     ratio_max: Tensor
-    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats: mean of −log ρ, ...
-    old_kl_k2: Tensor  # ... of (log ρ)² / 2 (TRL's approxkl), ...
-    old_kl_k3: Tensor  # ... and of ρ − 1 − log ρ
+    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats, always by token: mean of −log ρ_t, ...
+    old_kl_k2: Tensor  # ... of (log ρ_t)² / 2 (TRL's approxkl), ...
+    old_kl_k3: Tensor  # ... and of ρ_t − 1 − log ρ_t
+    clipfrac_low: Tensor  # the part of clipfrac below 1 − clip_low, ...
+    clipfrac_high: Tensor  # ... and above 1 + clip_high
 
 
 def policy_loss(
@@ -39,6 +44,8 @@ def policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio: str = "token",
+    loss: str = "ppo",
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -50,20 +57,37 @@ def policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped policy loss with all its statistics, gradient from the same pass.
 
-        ρ = exp(logp − old_logp)
-        L_t = −w_t min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A) − c_H H_t + c_KL kl_t
+        ρ_t = exp(logp_t − old_logp_t)
+        L_t = −w_t min(ρ_t A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t) − c_H H_t + c_KL kl_t
 
     aggregated over the counting tokens (``rlhf_fast.ops.aggregate``). Schulman et al.,
     arXiv:1707.06347, eq. 7; dual clip: Ye et al., arXiv:1912.09729, eq. 5 (for A < 0 the loss is
     at most −dual_clip·A). The log-ratio is held within ±20; outside it carries no gradient.
+
+    ``ratio="sequence"`` is GSPO (Zheng et al., arXiv:2507.18071, eq. 5-7): every counting token of
+    a row has the row's ρ = exp(mean over its counting tokens of logp − old_logp). The gradient is
+    the true one, through that mean. Where w·A is the same at all of a row's counting tokens it
+    equals that of GSPO-token (eq. 13-14), which verl uses.
+
+    ``loss`` sets the first term of L_t; sg(·) is a constant to the gradient::
+
+        ppo         −w_t min(ρ_t A_t, clip(ρ_t) A_t)
+        cispo       −w_t sg(clip(ρ_t)) A_t logp_t    MiniMax, arXiv:2506.13585, eq. 4-5
+        reinforce   −w_t A_t logp_t                  Williams 1992; the ratio is only a statistic
+
+    cispo with ratio="sequence" weights each token's logp by its row's clipped ρ, as TRL does.
 
     Args:
         logp: [..., T], nats, with gradient.
         old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
         advantages: [..., T]; a constant.
         mask: [..., T] bool, True = counts. Masked positions may hold anything.
-        clip_low, clip_high: ≥ 0; clip_low ≤ 1.
-        dual_clip: > 1, or None for none.
+        clip_low: in [0, 1]; 1 is no lower bound.
+        clip_high: ≥ 0; for cispo ≥ −clip_low. TRL's CISPO is clip_low = 1, clip_high =
+            epsilon_high − 1, since its epsilon_high is itself the upper bound.
+        dual_clip: > 1, or None for none; ppo only.
+        ratio: token or sequence.
+        loss: ppo, cispo or reinforce.
         aggregation: token-mean, seq-mean-token-mean, seq-mean-token-sum or token-sum.
         normalizer: > 0; the global count under gradient accumulation or data parallelism, a
             float or a 0-dim tensor; None: this call's own count.
@@ -85,12 +109,14 @@ def policy_loss(
     for name, x in tensors.items():
         check.like(name, x, "logp", logp)
     check.boolean_mask(mask, "logp", logp)
-    check_options(clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp)
+    check_options(
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
+    )
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {entropy_coef} needs entropy, which is None")
 
     dtype = check.accumulator(logp, *tensors.values())
-    loss, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
+    total, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
         check.flat(logp, dtype),
         check.flat(old_logp.detach(), dtype),
         check.flat(advantages.detach(), dtype),
@@ -106,8 +132,10 @@ def policy_loss(
         float(kl_coef),
         kl_estimator,
         aggregation,
+        ratio,
+        loss,
     )
-    return loss, PolicyStats(*stats.unbind())
+    return total, PolicyStats(*stats.unbind())
 
 
 def check_options(
@@ -118,14 +146,24 @@ def check_options(
     kl_coef: float,
     kl_estimator: str,
     ref_logp: Tensor | None,
+    ratio: str = "token",
+    loss: str = "ppo",
 ) -> None:
     """The checks that policy_loss and linear_policy_loss share."""
+    check.choice("ratio", ratio, RATIOS)
+    check.choice("loss", loss, LOSSES)
+    if ratio == "sequence" and loss == "reinforce":
+        raise ValueError(
+            "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
+        )
     check.number("clip_low", clip_low, low=0.0)
-    check.number("clip_high", clip_high, low=0.0)
     if clip_low > 1:
         raise ValueError(f"clip_low must be at most 1, got {clip_low}")
+    check.number("clip_high", clip_high, low=-clip_low if loss == "cispo" else 0.0)
     if dual_clip is not None:
         check.number("dual_clip", dual_clip, above=1.0)
+        if loss != "ppo":
+            raise ValueError(f"dual_clip {dual_clip} needs loss='ppo', got loss={loss!r}")
     check.number("entropy_coef", entropy_coef)
     check.number("kl_coef", kl_coef)
     check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
@@ -142,6 +180,8 @@ def reference(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio: str = "token",
+    loss: str = "ppo",
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
@@ -159,40 +199,55 @@ def reference(
     def mean(x: Tensor) -> Tensor:
         return aggregate.masked_means(mask, x)[0].detach()
 
-    log_ratio = (kept(logp) - kept(old_logp)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    ratio = log_ratio.exp()
-    A = kept(advantages)
-    unclipped = -A * ratio
-    clipped = -A * ratio.clamp(1 - clip_low, 1 + clip_high)
-    surrogate = torch.where(clipped > unclipped, clipped, unclipped)
-    dual = torch.zeros_like(mask)
-    if dual_clip is not None:
-        dual = (A < 0) & (surrogate > -A * dual_clip)
-        surrogate = torch.where(dual, -A * dual_clip, surrogate)
-    if weights is not None:
-        surrogate = surrogate * kept(weights)
-    zero = torch.zeros_like(ratio)
-    entropy = zero if entropy is None else kept(entropy)
-    kl = zero if ref_logp is None else token_kl.estimate(kept(logp) - kept(ref_logp), kl_estimator)
-
     def total(x: Tensor) -> Tensor:
         return aggregate.reference(x, mask, aggregation, normalizer)
 
-    loss = total(surrogate - entropy_coef * entropy + kl_coef * kl)
+    token_log_ratio = kept(logp) - kept(old_logp)
+    log_ratio = row_means(token_log_ratio, mask) if ratio == "sequence" else token_log_ratio
+    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    token_log_ratio = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rho, A = log_ratio.exp(), kept(advantages)
+    bounded = rho.clamp(1 - clip_low, 1 + clip_high)
+    clips = dual = torch.zeros_like(mask)
+    if loss == "ppo":
+        unclipped, clipped = -A * rho, -A * bounded
+        clips = clipped > unclipped
+        surrogate = torch.where(clips, clipped, unclipped)
+        if dual_clip is not None:
+            dual = (A < 0) & (surrogate > -A * dual_clip)
+            surrogate = torch.where(dual, -A * dual_clip, surrogate)
+    elif loss == "cispo":
+        clips = bounded != rho
+        surrogate = -bounded.detach() * A * kept(logp)
+    else:
+        surrogate = -A * kept(logp)
+    if weights is not None:
+        surrogate = surrogate * kept(weights)
+    zero = torch.zeros_like(rho)
+    entropy = zero if entropy is None else kept(entropy)
+    kl = zero if ref_logp is None else token_kl.estimate(kept(logp) - kept(ref_logp), kl_estimator)
     stats = PolicyStats(
         surrogate=total(surrogate).detach(),
         entropy=mean(entropy),
         ref_kl=mean(kl),
-        clipfrac=mean((clipped > unclipped).to(dtype)),
+        clipfrac=mean(clips.to(dtype)),
         dual_clipfrac=mean(dual.to(dtype)),
-        ratio_mean=mean(ratio),
-        ratio_var=mean((ratio - mean(ratio)) ** 2),
-        ratio_max=kept(ratio).amax().detach() if mask.numel() else zero.new_zeros(()),
-        old_kl_k1=mean(-log_ratio),
-        old_kl_k2=mean(0.5 * log_ratio**2),
-        old_kl_k3=mean(ratio - 1 - log_ratio),
+        ratio_mean=mean(rho),
+        ratio_var=mean((rho - mean(rho)) ** 2),
+        ratio_max=kept(rho).amax().detach() if mask.numel() else zero.new_zeros(()),
+        old_kl_k1=mean(-token_log_ratio),
+        old_kl_k2=mean(0.5 * token_log_ratio**2),
+        old_kl_k3=mean(token_log_ratio.exp() - 1 - token_log_ratio),
+        clipfrac_low=mean((clips & (rho < 1 - clip_low)).to(dtype)),
+        clipfrac_high=mean((clips & (rho > 1 + clip_high)).to(dtype)),
     )
-    return loss, stats
+    return total(surrogate - entropy_coef * entropy + kl_coef * kl), stats
+
+
+def row_means(x: Tensor, mask: Tensor) -> Tensor:
+    """Each row's mean over its counting tokens, at every token; 0 where none counts."""
+    n = mask.sum(-1, keepdim=True).clamp(min=1)
+    return (x.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / n).expand_as(x)
 
 
 def _forward(
@@ -211,30 +266,42 @@ def _forward(
     kl_coef: float,
     kl_estimator: str,
     aggregation: str,
+    ratio: str,
+    loss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [11], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
-    loss, stats = reference(
+    """(loss, stats [13], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    total, stats = reference(
         logp, old_logp, advantages, mask, clip_low=clip_low, clip_high=clip_high,
-        dual_clip=dual_clip, aggregation=aggregation, normalizer=normalizer, weights=weights,
-        entropy=entropy, entropy_coef=entropy_coef, ref_logp=ref_logp, kl_coef=kl_coef,
-        kl_estimator=kl_estimator,
+        dual_clip=dual_clip, ratio=ratio, loss=loss, aggregation=aggregation,
+        normalizer=normalizer, weights=weights, entropy=entropy, entropy_coef=entropy_coef,
+        ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator,
     )  # fmt: skip
     c = aggregate.coefficients(mask, aggregation, normalizer, logp.dtype).unsqueeze(-1)
     log_ratio = logp - old_logp
-    inside = log_ratio.abs() <= MAX_LOG_RATIO
-    ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    unclipped = -advantages * ratio
-    flows = inside & ~(-advantages * ratio.clamp(1 - clip_low, 1 + clip_high) > unclipped)
-    if dual_clip is not None:
-        flows &= ~((advantages < 0) & (unclipped > -advantages * dual_clip))
-    d_logp = torch.where(flows, unclipped if weights is None else unclipped * weights, 0.0)
+    if ratio == "sequence":
+        log_ratio = row_means(log_ratio, mask)
+    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    bounded = rho.clamp(1 - clip_low, 1 + clip_high)
+    d_logp = -advantages
+    if loss == "ppo":
+        d_logp = -advantages * rho
+        flows = (log_ratio.abs() <= MAX_LOG_RATIO) & ~(-advantages * bounded > d_logp)
+        if dual_clip is not None:
+            flows &= ~((advantages < 0) & (d_logp > -advantages * dual_clip))
+        d_logp = torch.where(flows, d_logp, 0.0)
+    elif loss == "cispo":
+        d_logp = -advantages * bounded
+    if weights is not None:
+        d_logp = d_logp * weights
+    if ratio == "sequence" and loss == "ppo":  # each logp moves the ratio of the whole row
+        d_logp = row_means(d_logp, mask)
     if ref_logp is not None and kl_coef:
         d_logp = d_logp + kl_coef * token_kl.slope(logp - ref_logp, kl_estimator)
     d_logp = (c * d_logp).masked_fill(~mask, 0.0)
     if entropy is None:
-        return loss, torch.stack(stats), d_logp, logp.new_empty(0)
+        return total, torch.stack(stats), d_logp, logp.new_empty(0)
     d_entropy = (-entropy_coef * c).expand_as(logp).masked_fill(~mask, 0.0)
-    return loss, torch.stack(stats), d_logp, d_entropy
+    return total, torch.stack(stats), d_logp, d_entropy
 
 
 def _fake(logp, old_logp, advantages, mask, weights, entropy, *_):
@@ -251,7 +318,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     d_logp, d_entropy = ctx.saved_tensors
-    nothing = (None,) * 9
+    nothing = (None,) * 11
     entropy = grad * d_entropy if ctx.needs_input_grad[5] else None
     return grad * d_logp, None, None, None, None, entropy, *nothing
 
@@ -290,6 +357,25 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("asymmetric, dual clip", draw(4, 64, spread=1.0, **clips), one)
     yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0), one)
     yield Sample("ratio beyond the clamp, dual clip", draw(4, 40, spread=30.0, dual_clip=3.0), one)
+    for loss in LOSSES[1:]:
+        name = "ratio beyond the clamp, " + loss
+        yield Sample(loss, draw(4, 37, loss=loss), one)
+        yield Sample(f"{loss}, everything", draw(6, 21, loss=loss) | extra(6, 21), both)
+        yield Sample(name, draw(4, 40, spread=30.0, loss=loss), one)
+    cispo = {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1}
+    yield Sample("cispo, clipped above only", draw(5, 33, spread=1.0, **cispo), one)
+    yield Sample("cispo, sequence", draw(5, 33, ratio="sequence", **cispo) | extra(5, 33), both)
+    for mode in aggregate.AGGREGATIONS:  # a narrow clip: some rows are cut, some are not
+        narrow = {"clip_low": 0.01, "clip_high": 0.02, "ratio": "sequence", "aggregation": mode}
+        x = draw(6, 21, **narrow) | extra(6, 21)
+        x["mask"][2] = False
+        yield Sample(f"sequence, {mode}, everything", x, both)
+    yield Sample("sequence", draw(5, 37, ratio="sequence"), one)
+    dual = {"ratio": "sequence", "dual_clip": 1.05}
+    yield Sample("sequence, dual clip", draw(7, 25, spread=1.0, **dual), one)
+    x = draw(4, 40, spread=10.0, ratio="sequence")
+    x["logp"] = x["logp"] + torch.tensor([[25.0], [-25.0], [0.0], [1.0]])
+    yield Sample("sequence, ratio beyond the clamp", x, one)
     yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
     yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
     garbage = draw(3, 30) | extra(3, 30)
@@ -326,7 +412,8 @@ def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 KERNEL = define_kernel(
     "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, "
     "Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, float clip_low, float clip_high, "
-    "float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, str aggregation) "
+    "float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, str aggregation, "
+    "str ratio, str loss) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,
