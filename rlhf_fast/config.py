@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -35,7 +36,8 @@ class RunConfig:
     model: str = option(help="model to start from: a Hugging Face folder or hub name")
     data: str = option(help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name")
     output_dir: str = option(help="folder for the trained model, metrics, plot and checkpoint")
-    split: str = option("train", help="split to read when the dataset has several")
+    split: str = option("train", help="split to read, or a part of it: train[:5000]")
+    subset: str | None = option(None, help="configuration to read when a dataset has several")
     max_rows: int | None = option(None, help="use only this many rows of the dataset")
     trainable_layers: int | None = option(
         None, help="train only this many top layers and freeze those below; unset trains all"
@@ -75,13 +77,27 @@ class RewardConfig(RunConfig):
     """
 
     eval_data: str | None = option(None, help="held-out pairs; unset holds out some of data")
+    eval_split: str | None = option(
+        None, help="split of the held-out pairs, in eval_data or in data [unset: as split]"
+    )
     eval_pairs: int | None = option(
         None, help="pairs held out of data [unset: a tenth, at most 200]"
     )
     epochs: int = option(1, help="passes over the pairs")
     batch_size: int = option(16, help="pairs in one optimiser step")
-    learning_rate: float = option(1e-5, help="Adam's step size, falling linearly to zero")
+    learning_rate: float = option(1e-5, help="Adam's step size, at its highest")
+    lr_scheduler_type: str = option(
+        "linear",
+        choices=("constant_with_warmup", "linear", "cosine"),
+        help="the step size over the run, after the warm-up",
+    )
+    warmup_steps: int = option(0, help="steps in which the step size rises from zero")
     max_tokens: int = option(512, help="pairs with a longer text than this are left out")
+    trunk_cache_mib: int = option(
+        1024,
+        help="memory in MiB for what the frozen layers make of the pairs: where it suffices, they "
+        "run once and not in every epoch",
+    )
     center_coef: float = option(
         0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
     )
@@ -89,12 +105,17 @@ class RewardConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
-        at_least(self, 0, "center_coef")
+        at_least(self, 0, "center_coef", "warmup_steps", "trunk_cache_mib")
         above_zero(self, "learning_rate")
-        if self.eval_data is not None and self.eval_pairs is not None:
+        for name in ("eval_data", "eval_split"):
+            if getattr(self, name) is not None and self.eval_pairs is not None:
+                raise InputError(
+                    f"{name} and eval_pairs contradict each other: held-out pairs are either a "
+                    "dataset or split of their own, or drawn from data"
+                )
+        if self.eval_data is None and self.eval_split == self.split:
             raise InputError(
-                "eval_data and eval_pairs contradict each other: held-out pairs come either from "
-                "a dataset of their own or out of data"
+                f"eval_split={self.eval_split} is split: the pairs that are trained on"
             )
 
 
@@ -114,13 +135,16 @@ class PPOConfig(RunConfig):
     """
 
     # What is learnt from
-    reward: str = option(
-        help="what scores an answer: a reward model (folder or hub name), or a Python function "
-        "`module:function` or `file.py:function` with f(prompts, completions, **columns) -> "
-        "list of floats"
+    reward: list[str] = option(
+        help="what scores an answer, one or several: a reward model (folder or hub name), a "
+        "classifier's label (`folder#label`), or a Python function (`module:function` or "
+        "`file.py:function`), f(prompts, completions, **columns) -> list of floats"
+    )
+    reward_weights: list[float] | None = option(
+        None, help="the score is the sum of the rewards, each times its weight [unset: 1 each]"
     )
     judge: str | None = option(
-        None, help="an independent score, written as reward is: measured, never trained on"
+        None, help="an independent score, written as a reward is: measured, never trained on"
     )
     missing_eos_penalty: float | None = option(
         None,
@@ -283,6 +307,7 @@ class PPOConfig(RunConfig):
                     f"batch_size={self.batch_size} cannot be cut into "
                     f"{parts}={getattr(self, parts)} of the same size"
                 )
+        self.check_reward()
         self.refuse_contradictions()
         if self.missing_eos_penalty is None:
             self.missing_eos_penalty = 1.0 if self.missing_eos_score is None else 0.0
@@ -343,6 +368,20 @@ class PPOConfig(RunConfig):
                     " and ".join(f"{name}={getattr(self, name)}" for name in names)
                     + f" contradict each other: {reason}"
                 )
+
+    def check_reward(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = [self.reward]
+        if not self.reward:
+            raise InputError("reward is empty: give at least one model or function")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
+            raise InputError(
+                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
+                f"the {len(self.reward)} of reward={self.reward}: give each reward its weight"
+            )
+        for weight in self.reward_weights or ():
+            if not math.isfinite(weight):
+                raise InputError(f"reward_weights={self.reward_weights}: expected finite numbers")
 
 
 @dataclass(kw_only=True)
@@ -424,7 +463,8 @@ class FlagHelp(ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: Any) -> str:
         flag = action.option_strings[0]
-        return flag if action.nargs in (0, "?") else f"{flag} {action.dest.upper()}"
+        several = " …" if action.nargs == "+" else ""
+        return flag if action.nargs in (0, "?") else f"{flag} {action.dest.upper()}{several}"
 
     def _get_help_string(self, action: Any) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -447,6 +487,7 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         formatter_class=FlagHelp,
         allow_abbrev=False,
     )
+    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
     parser.add_argument("--config", help="YAML file of the flags below, without the dashes")
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
@@ -487,11 +528,14 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
         raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config={path}: expected lines of `key: value`")
-    names = {f.name for f in fields(config_class)}
+    types = {f.name: str(f.type) for f in fields(config_class)}
     flags = []
     for key, value in values.items():
-        if key not in names:
+        if key not in types:
             raise InputError(f"config={path}: unknown key {key}{nearest(str(key), config_class)}")
+        if isinstance(value, list) and types[key].startswith("list"):
+            flags += [f"--{key}", *map(str, value)]
+            continue
         if isinstance(value, dict | list):
             kind = type(value).__name__
             raise InputError(f"config={path}: {key} is a {kind}, expected one value")

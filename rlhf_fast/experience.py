@@ -63,8 +63,13 @@ def score(scorer: Scorer, batch: list[Prompt], texts: list[str]) -> Tensor:
     return scorer([p.prompt for p in batch], texts, columns)
 
 
-def score_all(scorers: list[Scorer], batch: list[Prompt], texts: list[str]) -> list[Tensor]:
-    return [score(scorer, batch, texts) for scorer in scorers]
+def score_all(
+    reward: Scorer, judge: Scorer | None, batch: list[Prompt], texts: list[str]
+) -> dict[str, Tensor]:
+    """{"scores", "scores/<name>" of each of several rewards, "judge"}, each [B]."""
+    columns = {"scores": score(reward, batch, texts)}
+    columns |= {f"scores/{name}": part for name, part in reward.components.items()}
+    return columns if judge is None else columns | {"judge": score(judge, batch, texts)}
 
 
 @torch.no_grad()

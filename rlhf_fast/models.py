@@ -335,7 +335,9 @@ def new_reward_model(
             f"model={name} ({type(model).__name__}) is not a decoder: its score is not a Linear "
             "on the last token"
         )
-    nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    if type(model).__name__ not in (model.config.architectures or ()):  # else it is trained on
+        nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
+    model.config.score_mean, model.config.score_std = 0.0, 1.0  # raw scores, until trained
     model.config.pad_token_id = tokenizer.pad_token_id
     if trainable_layers is not None:
         top = top_slice(model.base_model, trainable_layers, name)
@@ -348,27 +350,54 @@ def new_reward_model(
 def load_reward_model(
     name: str, *, field: str, device: torch.device
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(name, field=field)
-    model = load_model(AutoModelForSequenceClassification, name, field=field, device=device)
-    check_vocabulary(tokenizer, model, field=field, name=name)
-    if model.config.num_labels != 1:
-        raise InputError(f"{field}={name} gives {model.config.num_labels} scores, expected one")
+    """A sequence classifier with its tokenizer. `folder#label` names a label of one with several;
+    its number is put into the model's config as `score_label`."""
+    folder, _, label = name.partition("#")
+    tokenizer = load_tokenizer(folder, field=field)
+    model = load_model(AutoModelForSequenceClassification, folder, field=field, device=device)
+    check_vocabulary(tokenizer, model, field=field, name=folder)
+    labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if label and label not in labels or not label and len(labels) > 1:
+        raise InputError(
+            f"{field}={name} gives {len(labels)} scores, expected one: name it as "
+            + " or ".join(f"{folder}#{each}" for each in labels[:8])
+        )
+    model.config.score_label = labels.index(label) if len(labels) > 1 else None
     return model.requires_grad_(False), tokenizer
 
 
 def score_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """Raw score [B] of ids [B, T], mask [B, T]: the head on the last real token's hidden state.
+    """Raw score [B] of ids [B, T], mask [B, T], padded on the right: the head on the last real
+    token's hidden state.
 
     The position comes from the mask: a model that looks for its pad id instead takes the wrong
-    token when a text ends in it.
+    token when a text ends in it. Of several labels it is the log-odds of the one that
+    load_reward_model was asked for, log p/(1 − p), which a single score is already.
     """
-    if not hasattr(model, "score"):  # encoders have a head of their own on their first token
-        return model(ids, attention_mask=mask.long()).logits.squeeze(-1).float()
-    hidden = model.base_model(
-        ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False
-    ).last_hidden_state
+    if hasattr(model, "score"):
+        hidden = model.base_model(ids, attention_mask=mask.long(), use_cache=False)[0]
+        return score_hidden(model, hidden, mask)
+    # Encoders have a head of their own on their first token.
+    return chosen_score(model, model(ids, attention_mask=mask.long()).logits)
+
+
+def score_hidden(model: PreTrainedModel, hidden: Tensor, mask: Tensor) -> Tensor:
+    """Raw score [B] of final hidden states [B, T, H], mask [B, T]."""
     last = mask.size(1) - 1 - mask.flip(1).long().argmax(1)
-    return model.score(hidden[torch.arange(len(ids), device=ids.device), last]).squeeze(-1).float()
+    return chosen_score(
+        model, model.score(hidden[torch.arange(len(mask), device=mask.device), last])
+    )
+
+
+def chosen_score(model: PreTrainedModel, logits: Tensor) -> Tensor:
+    """[B, labels] -> [B] float32."""
+    logits, label = logits.float(), getattr(model.config, "score_label", None)
+    if label is None:
+        return logits.squeeze(-1)
+    if model.config.problem_type == "multi_label_classification":  # a sigmoid for each label
+        return logits[:, label]
+    others = [i for i in range(logits.size(1)) if i != label]
+    return logits[:, label] - logits[:, others].logsumexp(-1)
 
 
 @torch.no_grad()

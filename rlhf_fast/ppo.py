@@ -71,10 +71,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    reward = load_scorer(config.reward, field="reward", device=device)
+    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
     judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
     engine = load_engine(config) if engine is None else engine
-    scorers = [reward] if judge is None else [reward, judge]
     policy = load_policy(
         config.model,
         device=device,
@@ -133,11 +132,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             # 2. Score the answers.
             texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
             try:
-                scored = workers.attempt(score_all, scorers, batch[mine], texts)
+                scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
                 run.save_checkpoint(step, weights, optimizer, **state)
                 raise
-            raw_scores, *judged = (torch.cat(parts) for parts in zip(*scored, strict=True))
+            # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
+            columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
+            raw_scores = columns["scores"]
             clock.lap("score")
 
             # 3. Log-probs and values of what was sampled, before anything changes.
@@ -161,14 +162,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             row = {
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
-                "objective/scores": raw_scores.mean().item(),
+                **{f"objective/{name}": x.nanmean().item() for name, x in columns.items()},
                 "objective/scores_std": raw_scores.std(correction=0).item(),
                 "objective/kl": kl.mean().item(),
                 "objective/kl_coef": control.beta,
                 "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
                 "objective/non_score_reward": -control.beta * kl.mean().item(),
                 "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
-                **({"objective/judge": judged[0].mean().item()} if judged else {}),
                 **stats,
                 "val/num_eos_tokens": int(rollout.ended.sum()),
                 "val/answer_tokens": mask.sum().item() / len(batch),
@@ -430,7 +430,9 @@ def lora_options(config: PPOConfig) -> LoRA | None:
 
 def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts answered before and after, prompts to train on)."""
-    rows = load_rows(config.data, split=config.split, max_rows=config.max_rows)
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
     prompts = load_prompts(
         rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
     )

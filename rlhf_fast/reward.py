@@ -2,6 +2,7 @@
 
     loss = −log σ(score(chosen) − score(rejected) − margin)
 
+(InstructGPT, arXiv:2203.02155; the same numbers as TRL's RewardTrainer on the same batch.)
 ln 2 = 0.693 is a coin's loss. Scores are defined only up to a shift and (against a given margin of
 victory) a scale, so after training they are normalised to mean 0 and standard deviation 1 on the
 held-out texts; both numbers go into the saved model's config, as score_mean and score_std.
@@ -11,8 +12,13 @@ from __future__ import annotations
 
 import random
 import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_fast import pairwise_loss
 from rlhf_fast.config import InputError, RewardConfig
@@ -24,9 +30,12 @@ from rlhf_fast.models import (
     score_texts,
     score_tokens,
 )
+from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.report import console, progress_bar
 from rlhf_fast.run import Run
+from rlhf_fast.trunk_cache import TrunkCache, fits
 
+Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], with gradient
 WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
 
 
@@ -55,32 +64,36 @@ def train(config: RewardConfig) -> dict:
     lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
     steps = max(1, config.epochs * len(pairs) // config.batch_size)
     micro = config.micro_batch_size or config.batch_size
+    if config.warmup_steps >= steps:
+        raise InputError(
+            f"warmup_steps={config.warmup_steps}, but the {len(pairs)} pairs give {steps} steps"
+        )
+    # A function of the step alone, so a resumed run needs no saved scheduler.
+    (rate,) = get_scheduler(
+        config.lr_scheduler_type, optimizer, config.warmup_steps, steps
+    ).lr_lambdas
     run.begin()
     first = run.restore(weights, optimizer)
     console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+    score = scorer(model, config, pairs)
 
     with progress_bar("reward model", steps, first) as bar:
         for step in range(first, steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * (1 - step / steps)
+                group["lr"] = config.learning_rate * rate(step)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 
-            loss, correct = 0.0, 0
+            sums: dict[str, float] = defaultdict(float)
             for at in range(0, len(batch), micro):
                 part = batch[at : at + micro]
-                texts = [pair.chosen for pair in part] + [pair.rejected for pair in part]
-                ids, mask = pad(texts, side="right")
-                scores = score_tokens(model, ids.to(device), mask.to(device))
-                chosen, rejected = scores.chunk(2)
-                margin = torch.tensor([pair.margin for pair in part], device=device)
-                part_loss, _ = pairwise_loss(
-                    chosen, rejected, margin, center_coef=config.center_coef
-                )
-                part_loss = part_loss * len(part) / len(batch)
-                part_loss.backward()
-                loss += part_loss.item()
-                correct += int((chosen > rejected).sum())
+                loss, stats = batch_loss(score, part, center_coef=config.center_coef)
+                share = len(part) / len(batch)
+                (loss * share).backward()
+                sums["loss"] += loss.item() * share
+                sums["accuracy"] += stats.accuracy.item() * share
+                sums["margin"] += stats.gap.item() * share
+                sums["mean_reward"] += (stats.chosen + stats.rejected).item() / 2 * share
 
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
             finite = bool(torch.isfinite(norm))
@@ -88,18 +101,16 @@ def train(config: RewardConfig) -> dict:
                 optimizer.step()
             optimizer.zero_grad()
 
-            accuracy = correct / len(batch)
             run.log(
                 {
                     "step": step + 1,
-                    "loss": loss,
-                    "accuracy": accuracy,
+                    **sums,
                     "grad_norm": norm.item(),
                     "lr": optimizer.param_groups[0]["lr"],
                     "skipped_updates": int(not finite),
                 }
             )
-            bar.show(f"loss {loss:.3f}  accuracy {accuracy:.2f}")
+            bar.show(f"loss {sums['loss']:.3f}  accuracy {sums['accuracy']:.2f}")
             if (step + 1) % config.save_every == 0:
                 run.save_checkpoint(step + 1, weights, optimizer)
 
@@ -131,16 +142,42 @@ def train(config: RewardConfig) -> dict:
     return summary
 
 
+def scorer(model: PreTrainedModel, config: RewardConfig, pairs: list[Pair]) -> Score:
+    """Token rows -> raw scores, without running frozen layers twice on the same text."""
+    if config.epochs > 1 and config.trainable_layers is not None:
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        if fits(model, config.trainable_layers, texts, config.trunk_cache_mib):
+            return TrunkCache(model, config.trainable_layers, texts).score
+    return partial(score_rows, model)
+
+
+def score_rows(model: PreTrainedModel, texts: list[list[int]]) -> Tensor:
+    ids, mask = pad(texts, side="right")
+    return score_tokens(model, ids.to(model.device), mask.to(model.device))
+
+
+def batch_loss(
+    score: Score, pairs: list[Pair], *, center_coef: float = 0.0
+) -> tuple[Tensor, PairwiseStats]:
+    """pairwise_loss of raw scores: the mean over the pairs, with gradient."""
+    scores = score([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    chosen, rejected = scores.chunk(2)
+    margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
+    return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)
+
+
 def load_pairs(config: RewardConfig, tokenizer) -> tuple[list[Pair], list[Pair]]:
     """(pairs to train on, pairs held out)."""
 
-    def load(source: str, max_rows: int | None) -> list[Pair]:
-        rows = load_rows(source, split=config.split, max_rows=max_rows)
+    def load(source: str, split: str, subset: str | None, max_rows: int | None) -> list[Pair]:
+        rows = load_rows(source, split=split, subset=subset, max_rows=max_rows)
         return preference_pairs(rows, tokenizer, source=source, max_tokens=config.max_tokens)
 
-    pairs = load(config.data, config.max_rows)
+    pairs = load(config.data, config.split, config.subset, config.max_rows)
     if config.eval_data is not None:
-        return pairs, load(config.eval_data, None)
+        return pairs, load(config.eval_data, config.eval_split or config.split, None, None)
+    if config.eval_split is not None:
+        return pairs, load(config.data, config.eval_split, config.subset, None)
     held_out = config.eval_pairs or min(200, max(1, len(pairs) // 10))
     if held_out >= len(pairs):
         raise InputError(

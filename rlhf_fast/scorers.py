@@ -1,16 +1,23 @@
-"""What scores an answer: a reward model with its own tokenizer, or a Python function.
+"""What scores an answer: reward models with their own tokenizers, Python functions, sums of them.
 
-Both become one callable, scorer(prompts, completions, columns) -> scores [B] float32 on the CPU.
+A reward is written as
+    `folder` or a hub name          a reward model: a sequence classifier with one score
+    `folder#label`                  a classifier with several: the log-odds of that label
+    `module:function`, `file.py:function`   f(prompts, completions, **columns) -> list of floats
+Text crosses from the policy to a scorer, never token ids: each model tokenizes for itself, and
+puts conversations into its own chat template.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,69 +28,167 @@ from rlhf_fast.config import InputError
 from rlhf_fast.data import Text, join, tokenize
 from rlhf_fast.models import load_reward_model, score_texts
 
-Scorer = Callable[[list[Text], list[str], dict[str, list[Any]]], Tensor]
+# (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
+Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]
 
 
-def load_scorer(spec: str, *, field: str, device: torch.device) -> Scorer:
-    """`module:function` and `file.py:function` name a function, anything else a model."""
-    named = re.fullmatch(r"(.+):([A-Za-z_]\w*)", spec)
-    if named:
-        return function_scorer(load_function(*named.groups(), spec, field), spec, field)
-    return model_scorer(spec, field, device)
+FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 
 
-def model_scorer(name: str, field: str, device: torch.device) -> Scorer:
-    model, tokenizer = load_reward_model(name, field=field, device=device)
+class Scorer:
+    """The weighted sum of one or several rewards: scorer(prompts, completions, columns) -> [B].
 
-    def score(prompts: list[Text], completions: list[str], columns: dict) -> Tensor:
+    A function may return None for an answer it does not apply to: the sum then goes without it, as
+    in TRL. An answer that none applies to is an error.
+
+    components: {name: unweighted scores [B] of the last call, NaN for None} of several rewards, for
+        the metrics; empty with a single one, whose scores are the sum already.
+    """
+
+    def __init__(self, parts: dict[str, Score], weights: Sequence[float], field: str) -> None:
+        self.parts = list(parts.values())
+        self.names = short_names(list(parts))
+        self.weights = torch.tensor(weights, dtype=torch.float32)
+        self.who = " and ".join(f"{field}={spec}" for spec in parts)
+        self.components: dict[str, Tensor] = {}
+
+    def __call__(
+        self, prompts: list[Text], completions: list[str], columns: dict[str, list[Any]]
+    ) -> Tensor:
+        turns = [as_turn(p, c) for p, c in zip(prompts, completions, strict=True)]
+        prompts, answers = [turn[0] for turn in turns], [turn[1] for turn in turns]
+        scores = torch.stack([part(prompts, answers, columns) for part in self.parts])  # [K, B]
+        nowhere = scores.isnan().all(0)
+        if nowhere.any():
+            row = int(nowhere.long().argmax())
+            raise InputError(
+                f"{self.who} returned None for row {row}, expected a finite number"
+                f"{describe(prompts[row], answers[row])}"
+            )
+        if len(self.parts) > 1:
+            self.components = dict(zip(self.names, scores, strict=True))
+        return (self.weights[:, None] * scores).nansum(0)
+
+
+def load_scorer(
+    specs: str | Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    field: str,
+    device: torch.device,
+) -> Scorer:
+    """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise."""
+    specs = [specs] if isinstance(specs, str) else specs
+    if len(set(specs)) < len(specs):
+        raise InputError(f"{field}={list(specs)} names the same reward twice: give it a weight")
+    parts = {}
+    for spec in specs:
+        named = FUNCTION.fullmatch(spec)
+        parts[spec] = (
+            function_score(load_function(*named.groups(), spec, field), f"{field}={spec}")
+            if named
+            else model_score(spec, field, device)
+        )
+    return Scorer(parts, weights or [1.0] * len(specs), field)
+
+
+def model_score(spec: str, field: str, device: torch.device) -> Score:
+    model, tokenizer = load_reward_model(spec, field=field, device=device)
+    who = f"{field}={spec}"
+    limit = min(
+        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf)
+    )
+
+    def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
         rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            answer = as_message(prompt, completion)
-            rows.append(tokenize(*join(prompt, answer, tokenizer, f"{field}={name}"), tokenizer))
-        scores = score_texts(model, rows)
-        return checked(scores.tolist(), prompts, completions, f"{field}={name}")
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = tokenize(*join(prompt, answer, tokenizer, who), tokenizer)
+            if len(ids) > limit:
+                raise InputError(
+                    f"{who} reads at most {limit} tokens, but prompt and answer have {len(ids)}: "
+                    "lower max_prompt_tokens or max_new_tokens"
+                )
+            rows.append(ids)
+        return checked(score_texts(model, rows).tolist(), prompts, answers, who)
 
     return score
 
 
-def function_scorer(function: Callable, spec: str, field: str) -> Scorer:
-    def score(prompts: list[Text], completions: list[str], columns: dict) -> Tensor:
-        answers = [as_message(p, c) for p, c in zip(prompts, completions, strict=True)]
-        scores = function(prompts=prompts, completions=answers, **columns)
-        return checked(scores, prompts, completions, f"{field}={spec}")
+def function_score(function: Callable, who: str) -> Score:
+    def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
+        arguments = {"prompts": prompts, "completions": answers, **columns}
+        try:
+            inspect.signature(function).bind(**arguments)
+        except TypeError as error:
+            raise InputError(
+                f"{who} cannot be called with {', '.join(arguments)}: {error}; "
+                "expected a function of (prompts, completions, **columns)"
+            ) from None
+        try:
+            scores = function(**arguments)
+        except Exception as error:  # whatever the user's function raises
+            _, *frames = traceback.extract_tb(error.__traceback__)
+            own = [frame for frame in frames if frame.filename == frames[0].filename]
+            at = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise InputError(f"{who} raised {reason}{at}") from error
+        return checked(scores, prompts, answers, who)
 
     return score
 
 
-def as_message(prompt: Text, completion: str) -> Text:
-    """Answers to a conversation are conversations, as in TRL."""
+def as_turn(prompt: Text, completion: str) -> tuple[Text, Text]:
+    """(prompt, answer): the answer to a conversation is a conversation, as in TRL.
+
+    Words that a prompt puts into the assistant's mouth are part of the answer.
+    """
     if isinstance(prompt, str):
-        return completion
-    return [{"role": "assistant", "content": completion}]
+        return prompt, completion
+    *earlier, last = prompt
+    if last["role"] == "assistant":
+        return earlier, [{"role": "assistant", "content": last["content"] + completion}]
+    return prompt, [{"role": "assistant", "content": completion}]
 
 
-def checked(scores: Any, prompts: list, completions: list, who: str) -> Tensor:
-    """One finite number for each answer, or an error that names the row."""
-    scores = scores.tolist() if isinstance(scores, Tensor) else scores
-    if not isinstance(scores, list | tuple) or len(scores) != len(completions):
+def checked(scores: Any, prompts: list[Text], answers: list[Text], who: str) -> Tensor:
+    """[B] of finite numbers, NaN where None came; anything else is an error that names the row."""
+    scores = scores.tolist() if hasattr(scores, "tolist") else scores  # tensors, NumPy arrays
+    if not isinstance(scores, list | tuple) or len(scores) != len(answers):
         came = f"{len(scores)} scores" if isinstance(scores, list | tuple) else repr(scores)[:80]
-        raise InputError(f"{who} returned {came}, expected a list of {len(completions)} numbers")
+        raise InputError(f"{who} returned {came}, expected a list of {len(answers)} numbers")
     for row, score in enumerate(scores):
         try:
-            finite = math.isfinite(score)
+            good = score is None or math.isfinite(score)
         except TypeError:
-            finite = False
-        if not finite:
+            good = False
+        if not good:
             raise InputError(
-                f"{who} returned {score!r} for row {row}, expected a finite number; "
-                f"prompt {short(prompts[row])}, answer {short(completions[row])}"
+                f"{who} returned {score!r} for row {row}, expected a finite number"
+                f"{describe(prompts[row], answers[row])}"
             )
-    return torch.tensor([float(score) for score in scores])
+    return torch.tensor([math.nan if score is None else float(score) for score in scores])
+
+
+def describe(prompt: Text, answer: Text) -> str:
+    return f"; prompt {short(prompt)}, answer {short(answer)}"
 
 
 def short(text: Any) -> str:
     text = repr(text)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """A function's or a folder's own name; the whole spec where two would have the same.
+
+    `rlhf-fast reward` saves to `<output_dir>/model`: there the name is the output_dir's.
+    """
+    names = []
+    for spec in specs:
+        named, path = FUNCTION.fullmatch(spec), Path(spec)
+        folder = path.parent.name if path.name == "model" and path.parent.name else path.name
+        names.append(named[2] if named else folder)
+    return names if len(set(names)) == len(names) else list(specs)
 
 
 def load_function(module: str, name: str, spec: str, field: str) -> Callable:

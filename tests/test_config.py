@@ -22,7 +22,7 @@ def test_yaml_gives_values_and_flags_win(tmp_path):
     file.write_text("learning_rate: 1e-5\nbatch_size: 6\nresume: true\njudge:\nreward: mine\n")
     config = parse_ppo("--config", str(file), "--batch_size", "9")
     assert (config.learning_rate, config.batch_size, config.resume) == (1e-5, 9, True)
-    assert config.judge is None and config.reward == "r"
+    assert config.judge is None and config.reward == ["r"]
 
 
 @pytest.mark.parametrize(
@@ -156,6 +156,46 @@ def test_required_flags_are_named():
 def test_held_out_pairs_come_from_one_place():
     with pytest.raises(InputError, match="eval_data and eval_pairs"):
         RewardConfig(model="m", data="d", output_dir="o", eval_data="e", eval_pairs=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_split": "test", "eval_pairs": 3}, "eval_split and eval_pairs"),
+        ({"eval_split": "train"}, "eval_split=train is split"),
+        ({"lr_scheduler_type": "polynomial"}, "polynomial: expected one of constant_with_warmup"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+    ],
+)
+def test_bad_reward_options(options, message):
+    with pytest.raises(InputError, match=message):
+        RewardConfig(model="m", data="d", output_dir="o", **options)
+
+
+def test_several_rewards_as_flags_and_in_yaml(tmp_path):
+    assert parse_ppo("--reward", "a", "b.py:f", "--reward_weights", "1", "-0.5").reward == [
+        "a", "b.py:f",
+    ]  # fmt: skip
+    file = tmp_path / "c.yaml"
+    file.write_text("reward: [a, b.py:f]\nreward_weights: [1, -5e-1]\nsteps: 3\n")
+    flags = [flag for flag in PPO if flag not in ("--reward", "r")]
+    config = parse(PPOConfig, [*flags, "--config", str(file)], prog="x")
+    assert (config.reward, config.reward_weights) == (["a", "b.py:f"], [1.0, -0.5])
+    assert config.steps == 3
+    assert parse_ppo("--config", str(file), "--reward_weights", "2").reward_weights == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "message"),
+    [
+        (["a", "b"], [1.0], r"reward_weights=\[1.0\] has 1 numbers for the 2 of reward="),
+        (["a"], [float("inf")], "expected finite numbers"),
+        ([], None, "reward is empty"),
+    ],
+)
+def test_bad_rewards(rewards, weights, message):
+    with pytest.raises(InputError, match=message):
+        PPOConfig(model="m", data="d", output_dir="o", reward=rewards, reward_weights=weights)
 
 
 def test_empty_prompt():

@@ -1,10 +1,22 @@
+import logging
 import math
+import random
 
 import datasets
 import pytest
+from trl.data_utils import apply_chat_template
+from trl.data_utils import extract_prompt as trl_extract_prompt
 
 from rlhf_fast.config import InputError
-from rlhf_fast.data import batch_indices, load_rows, pad, preference_pairs, prompts
+from rlhf_fast.data import (
+    batch_indices,
+    extract_prompt,
+    load_rows,
+    pad,
+    preference_pairs,
+    prompts,
+    start,
+)
 
 PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
 
@@ -29,12 +41,21 @@ def prompts_of(tiny_tokenizer, write_jsonl):
     return load
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "folder", "dict folder"])
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json", "csv", "parquet", "folder", "dict folder", "folder of files"]
+)
 def test_sources(kind, tmp_path, write_jsonl):
     made = datasets.Dataset.from_list(PAIRS)
     path = tmp_path / f"d.{kind}"
-    if kind == "jsonl":
-        path = write_jsonl(PAIRS)
+    if kind in ("jsonl", "json"):
+        path = write_jsonl(PAIRS, f"d.{kind}")
+    elif kind == "folder of files":
+        path.mkdir()
+        made.to_parquet(path / "train.parquet")
     elif kind == "csv":
         made.to_csv(path)
     elif kind == "parquet":
@@ -47,8 +68,22 @@ def test_sources(kind, tmp_path, write_jsonl):
     assert len(load_rows(str(path), max_rows=1)) == 1
     if kind == "dict folder":
         assert len(load_rows(str(path), split="other")) == 1
-        with pytest.raises(InputError, match="nosplit"):
+    if kind != "folder":  # one saved Dataset has no splits
+        with pytest.raises(InputError, match="nosplit.*'?train"):
             load_rows(str(path), split="nosplit")
+    if "folder" not in kind:
+        assert load_rows(str(path), split="train[1:]").to_list() == PAIRS[1:]
+
+
+def test_hub_name(monkeypatch):
+    """What is no path is asked of the hub, split and subset with it."""
+
+    def load_dataset(*args, **kwargs):
+        assert (args, kwargs) == (("owner/name", "main"), {"split": "test"})
+        return datasets.Dataset.from_list(PAIRS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows("owner/name", split="test", subset="main")) == 2
 
 
 def test_unreadable_sources(tmp_path, write_jsonl):
@@ -60,8 +95,20 @@ def test_unreadable_sources(tmp_path, write_jsonl):
         load_rows(str(tmp_path / "head.csv"))
     with pytest.raises(InputError, match=r"no\.jsonl: there is no such file"):
         load_rows(str(tmp_path / "no.jsonl"))
-    (tmp_path / "bad.jsonl").write_text('{"chosen": ')
-    with pytest.raises(InputError, match=r"bad\.jsonl .*cannot be read"):
+    with pytest.raises(InputError, match="/no/where: there is no such file or folder"):
+        load_rows("/no/where")
+    (tmp_path / "notes.txt").write_text("good\n")
+    with pytest.raises(InputError, match=r"notes\.txt: expected a file ending in \.jsonl, "):
+        load_rows(str(tmp_path / "notes.txt"))
+
+
+def test_a_broken_line_is_one_error(tmp_path, monkeypatch):
+    """datasets logs the same failure: once is enough."""
+    logged = logging.Handler()
+    monkeypatch.setattr(logged, "emit", lambda record: pytest.fail(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [logged])
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": \n')
+    with pytest.raises(InputError, match=r"bad\.jsonl .*cannot be read: JSON parse error.* row 1"):
         load_rows(str(tmp_path / "bad.jsonl"))
 
 
@@ -72,9 +119,6 @@ def test_pair_formats(pairs_of, tiny_tokenizer):
     (pair,) = pairs_of([{"prompt": "the film is ", "chosen": "good", "rejected": "bad"}])
     assert (text(pair.chosen), text(pair.rejected)) == ("the film is good", "the film is bad")
     assert pairs_of([{"chosen": "good", "rejected": "bad", "margin": 2}])[0].margin == 2.0
-
-    def message(role, content):
-        return {"role": role, "content": content}
 
     (pair,) = pairs_of(
         [
@@ -100,7 +144,13 @@ def test_pair_formats(pairs_of, tiny_tokenizer):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"chosen": "good", "rejected": " "}, "row 2: rejected is empty"),
+        ({"chosen": "good", "rejected": " "}, "row 2: rejected is empty, expected text"),
+        ({"chosen": 5, "rejected": "bad"}, "row 2: chosen is 5, expected text or a list of role"),
+        (
+            {"chosen": [message("user", "film")], "rejected": "bad"},
+            "row 2: chosen and rejected must both be text or both messages",
+        ),
+        ({"chosen": "good", "rejected": "bad", "margin": "x"}, "row 2: margin is 'x', expected a"),
         ({"chosen": "good", "rejected": None}, "row 2: rejected is None"),
         ({"chosen": "good", "rejected": "bad", "margin": math.nan}, "row 2: margin is nan"),
     ],
@@ -114,6 +164,9 @@ def test_pair_of_text_and_messages(pairs_of):
     row = {"prompt": "film", "chosen": [{"role": "assistant", "content": "good"}]}
     with pytest.raises(InputError, match="row 0: prompt and chosen must both be"):
         pairs_of([row | {"rejected": row["chosen"]}])
+    spoken = [{"role": "assistant", "content": ["good"]}]
+    with pytest.raises(InputError, match=r"row 0: chosen has a message with content \['good'\]"):
+        pairs_of([{"chosen": spoken, "rejected": spoken}])
     broken = [{"role": "assistant", "text": "good"}]
     with pytest.raises(InputError, match="row 0: chosen has a message without role and content"):
         pairs_of([{"chosen": broken, "rejected": broken}])
@@ -126,9 +179,10 @@ def test_missing_column_names_what_is_there(pairs_of, prompts_of):
         prompts_of([{"text": "the film"}])
 
 
-def test_long_rows_are_left_out(pairs_of, prompts_of):
+def test_long_rows_are_left_out(pairs_of, prompts_of, capsys):
     long = {"chosen": "good good good", "rejected": "bad"}
     assert len(pairs_of([*PAIRS, long], max_tokens=2)) == 2
+    assert "1 of 3 rows are longer than max_tokens=2" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(InputError, match="no pair is at most max_tokens=2"):
         pairs_of([long], max_tokens=2)
     rows = [{"prompt": "the"}, {"prompt": "the film is"}]
@@ -145,6 +199,56 @@ def test_prompts_keep_their_columns(prompts_of, tiny_tokenizer):
     assert tiny_tokenizer.decode(chat.ids) == "user the film assistant"
     with pytest.raises(InputError, match="row 0: prompt is empty"):
         prompts_of([{"prompt": ""}])
+
+
+def test_a_prompt_in_the_assistants_words_is_continued(tiny_tokenizer):
+    """With and without such words, the text is that of TRL's apply_chat_template."""
+    begun = [message("user", "the film"), message("assistant", "is very")]
+    for prompt in (begun[:1], begun, [message("system", "good"), *begun]):
+        expected = apply_chat_template({"prompt": prompt}, tiny_tokenizer)["prompt"]
+        assert start(prompt, tiny_tokenizer, "d") == (expected, True)
+    assert start(begun, tiny_tokenizer, "d")[0].endswith("is very")
+
+
+def test_extracted_prompt_is_trls():
+    rnd = random.Random(0)
+    for _ in range(500):
+        shared = "x" + "".join(rnd.choices("ab ", k=rnd.randint(0, 5)))
+        texts = [shared + "".join(rnd.choices("ab ", k=rnd.randint(1, 4))) for _ in range(2)]
+        chats = [[message(*pair) for pair in zip(text, text, strict=True)] for text in texts]
+        for chosen, rejected in (texts, chats):
+            expected = trl_extract_prompt({"chosen": chosen, "rejected": rejected})
+            assert extract_prompt(chosen, rejected, "d") == expected
+
+
+def test_prompts_of_preference_pairs(prompts_of, tiny_tokenizer):
+    (plain,) = prompts_of([{"chosen": "the film is good", "rejected": "the film is bad"}])
+    assert plain.prompt == "the film is"
+    assert plain.columns == {"chosen": " good", "rejected": " bad"}
+    asked = [message("user", "film")]
+    (chat,) = prompts_of(
+        [
+            {
+                "chosen": [*asked, message("assistant", "good")],
+                "rejected": [*asked, message("assistant", "bad")],
+            }
+        ]
+    )
+    assert tiny_tokenizer.decode(chat.ids) == "user film assistant"
+    with pytest.raises(InputError, match="row 1: chosen and rejected begin differently"):
+        prompts_of([{"chosen": "a film", "rejected": "a plot"}, *PAIRS])
+
+
+def test_columns_of_reward_functions_own_arguments(prompts_of):
+    with pytest.raises(InputError, match="has a column 'completions'.*: rename it"):
+        prompts_of([{"prompt": "the film", "completions": "good"}])
+
+
+def test_a_template_that_refuses(tiny_tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('no system') }}")
+    rows = load_rows(write_jsonl([{"prompt": [message("system", "film")]}]))
+    with pytest.raises(InputError, match="d, row 0: the chat template refuses .*: no system"):
+        prompts(rows, tiny_tokenizer, source="d", max_tokens=9)
 
 
 def test_conversation_needs_a_template(tiny_tokenizer, write_jsonl, monkeypatch):

@@ -148,6 +148,18 @@ def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, reward
     assert row["objective/scores"] == row["objective/judge"] != 0
 
 
+def test_weighted_sum_of_rewards(configured, reward):
+    config = configured(
+        reward=[reward("share"), reward("three")], reward_weights=[2.0, -0.5], steps=1
+    )
+    ppo.train(config)
+    (row,) = metrics(config)
+    assert row["objective/scores/three"] == 3
+    assert 0 < row["objective/scores/share"] < 1
+    expected = 2 * row["objective/scores/share"] - 1.5
+    assert row["objective/scores"] == pytest.approx(expected, abs=1e-6)
+
+
 def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
     healthy, calls = ppo.linear_policy_loss, 0
 
@@ -174,7 +186,8 @@ def test_killed_command_resumes_to_the_same_numbers(configured, reward, tmp_path
     config = configured(
         "killed", save_every=2, steps=5, reward=reward("killed"), data=unbroken.data, resume=True
     )
-    flags = [f"--{k}={v}" for k, v in vars(config).items() if v is not None]
+    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
+    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
     counter = tmp_path / "calls_left"
     monkeypatch.setenv("KILL_AFTER", str(counter))
     counter.write_text("3")  # scores are asked for before training, then in each step

@@ -1,15 +1,20 @@
 import json
 import math
 import random
+from functools import partial
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import trl
+from transformers import GemmaConfig, GemmaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from rlhf_fast.config import InputError, RewardConfig
-from rlhf_fast.data import batch_indices
-from rlhf_fast.models import load_reward_model, score_texts
-from rlhf_fast.reward import similar_lengths, train
+from rlhf_fast.data import batch_indices, preference_pairs
+from rlhf_fast.models import load_reward_model, load_tokenizer, new_reward_model, score_texts
+from rlhf_fast.reward import batch_loss, score_rows, similar_lengths, train
 from rlhf_fast.run import Run, read_metrics
 
 
@@ -89,9 +94,162 @@ def test_margin_and_centring_enter_the_loss(configured, write_jsonl, pairs):
     assert losses(centred)[0] > losses(plain)[0]
 
 
-@pytest.mark.parametrize("stop_at", [3, 7])
-def test_resumed_run_gives_the_same_numbers(configured, monkeypatch, stop_at):
-    unbroken, broken = configured("unbroken", save_every=3), configured("broken", save_every=3)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing`")
+@pytest.mark.parametrize("center_coef", [0.0, 0.3])
+@pytest.mark.parametrize("margins", [False, True])
+@pytest.mark.parametrize("kind", ["text", "conversation", "conversation with prompt"])
+def test_loss_is_trls(kind, margins, center_coef, tiny_policy_folder, tmp_path):
+    """Same rows, same batch: the same tokens, loss and gradients as trl's RewardTrainer."""
+
+    def row(i: int) -> dict:
+        prompt, good, bad = "the film " * (i + 1), "is good " * (3 - i), "was very bad"
+        found = {"margin": 0.7 * i} if margins else {}
+        if kind == "text":  # trl puts an eos behind text, and none behind one that is there
+            return found | {"chosen": f"{prompt}{good}<eos>", "rejected": f"{prompt}{bad}<eos>"}
+        asked = [{"role": "user", "content": prompt}]
+        sides = {
+            name: [{"role": "assistant", "content": text}]
+            for name, text in (("chosen", good), ("rejected", bad))
+        }
+        if kind == "conversation":
+            return found | {name: asked + answer for name, answer in sides.items()}
+        return found | {"prompt": asked} | sides
+
+    rows = datasets.Dataset.from_list([row(i) for i in range(3)])
+    device = torch.device("cpu")
+    tokenizer = load_tokenizer(tiny_policy_folder, field="model")
+    model = new_reward_model(
+        tiny_policy_folder, tokenizer, trainable_layers=None, seed=0, device=device
+    )
+    trainer = trl.RewardTrainer(
+        model, processing_class=tokenizer, train_dataset=rows,
+        args=trl.RewardConfig(
+            output_dir=str(tmp_path), center_rewards_coefficient=center_coef or None,
+            use_cpu=True, bf16=False, report_to=[],
+        ),
+    )  # fmt: skip
+    examples = list(trainer.train_dataset)
+    pairs = preference_pairs(rows, tokenizer, source="d", max_tokens=64)
+    for pair, example in zip(pairs, examples, strict=True):
+        assert (pair.chosen, pair.rejected) == (example["chosen_ids"], example["rejected_ids"])
+
+    def gradients(loss) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    expected = trainer.compute_loss(model, trainer.data_collator(examples))
+    loss, stats = batch_loss(partial(score_rows, model), pairs, center_coef=center_coef)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    assert stats.accuracy.item() == pytest.approx(trainer._metrics["eval"]["accuracy"][0])
+    theirs, ours = gradients(expected), gradients(loss)
+    scale = max(gradient.abs().max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).abs().max() <= 1e-6 * scale, name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("linear", [0, 0.5, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("constant_with_warmup", [0, 0.5, 1, 1, 1, 1, 1]),
+        ("cosine", [0, 0.5, *((1 + math.cos(math.pi * i / 5)) / 2 for i in range(5))]),
+    ],
+)
+def test_course_of_the_step_size(configured, name, expected):
+    config = configured(
+        max_rows=36, eval_pairs=8, batch_size=4, lr_scheduler_type=name, warmup_steps=2
+    )
+    train(config)
+    rates = [row["lr"] for row in read_metrics(Path(config.output_dir) / "metrics.jsonl")]
+    assert rates == pytest.approx([3e-3 * rate for rate in expected])
+
+
+def test_warm_up_without_end(configured):
+    with pytest.raises(InputError, match="warmup_steps=9, but the 28 pairs give 7 steps"):
+        train(configured(max_rows=36, eval_pairs=8, batch_size=4, warmup_steps=9))
+
+
+def test_split_of_its_own_for_held_out_pairs(configured, pairs, tmp_path):
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()]
+    swapped = [{"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:30]]
+    made = {"train": rows, "test": swapped}
+    datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in made.items()}).save_to_disk(
+        tmp_path / "splits"
+    )
+    config = configured(data=str(tmp_path / "splits"), eval_split="test", eval_pairs=None, epochs=3)
+    assert train(config)["accuracy"] < 0.1  # learnt from train, judged by test
+
+
+def test_a_reward_model_is_trained_further(configured, write_jsonl, pairs):
+    """From its own head and raw scores; the old normalisation is not normalised again."""
+    first = configured("first", epochs=3)
+    train(first)
+    rows = [json.loads(line) for line in Path(pairs).read_text().splitlines()][:40]
+    second = configured(
+        "second", model=str(Path(first.output_dir) / "model"), learning_rate=1e-9,
+        eval_data=write_jsonl(rows, "eval.jsonl"), eval_pairs=None, max_rows=40,
+    )  # fmt: skip
+    assert train(second)["accuracy"] > 0.95
+    model, tokenizer = load_reward_model(
+        str(Path(second.output_dir) / "model"), field="x", device=torch.device("cpu")
+    )
+    texts = [row[side] for row in rows for side in ("chosen", "rejected")]
+    scores = score_texts(model, tokenizer(texts)["input_ids"])
+    assert (scores.mean().item(), scores.std().item()) == pytest.approx((0, 1), abs=1e-4)
+
+
+@pytest.fixture
+def frozen_passes(monkeypatch) -> list[int]:
+    """Grows by the number of texts whenever the frozen layers run."""
+    passes: list[int] = []
+    run = LlamaDecoderLayer.forward
+
+    def counted(self, hidden, *args, **kwargs):
+        if self.self_attn.layer_idx == 0:
+            passes.append(len(hidden))
+        return run(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    return passes
+
+
+def test_frozen_layers_run_once(configured, frozen_passes):
+    options = {"trainable_layers": 1, "epochs": 3, "max_rows": 72}
+    again = configured("again", trunk_cache_mib=0, **options)
+    once = configured("once", **options)
+    train(again)
+    assert sum(frozen_passes) == 3 * 2 * 32 + 2 * 40  # epochs of pairs, and the held-out pairs
+    frozen_passes.clear()
+    train(once)
+    distinct = sum(frozen_passes) - 2 * 40 - 2  # less the two that try whether it works
+    assert 60 <= distinct <= 2 * 32
+    assert losses(once) == pytest.approx(losses(again), rel=1e-4)
+    assert losses(once)[-1] < losses(once)[0] / 2
+
+
+def test_frozen_layers_that_cannot_be_cut_off_run_every_time(configured, tmp_path, tiny_tokenizer):
+    """Gemma scales what it is given in place of embeddings."""
+    config = GemmaConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, head_dim=16,
+        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
+        initializer_range=0.2,
+    )  # fmt: skip
+    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
+    tiny_tokenizer.save_pretrained(tmp_path / "gemma")
+    options = {"model": str(tmp_path / "gemma"), "trainable_layers": 1, "epochs": 2}
+    runs = [configured(f"{mib}", max_rows=56, trunk_cache_mib=mib, **options) for mib in (0, 64)]
+    for config in runs:
+        train(config)
+    assert losses(runs[0]) == losses(runs[1])
+
+
+@pytest.mark.parametrize(("stop_at", "options"), [
+    (3, {}), (7, {}), (7, {"trainable_layers": 1, "epochs": 2}),
+])  # fmt: skip
+def test_resumed_run_gives_the_same_numbers(configured, monkeypatch, stop_at, options):
+    options |= {"save_every": 3}
+    unbroken, broken = configured("unbroken", **options), configured("broken", **options)
     train(unbroken)
 
     log = Run.log

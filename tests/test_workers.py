@@ -21,7 +21,8 @@ COMPARED = (
 
 
 def launch(config: PPOConfig, processes: int) -> subprocess.CompletedProcess:
-    flags = [f"--{k}={v}" for k, v in vars(config).items() if v is not None]
+    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
+    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
         f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no",
