@@ -210,6 +210,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"lora_target_modules: {' '.join(str(error).split())[:300]}") from error
+    model.eval()  # the adapters, too, are without dropout
     if not isinstance(model.get_output_embeddings(), nn.Linear) or any(
         p.requires_grad for p in model.get_output_embeddings().parameters()
     ):

@@ -108,9 +108,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     if before is None:
         before = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
         run.save("before.json", before)
-    first = run.restore(weights, optimizer, **state)
+    first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
     history = read_metrics(run.metrics)
-    workers.wait()
     workers.start_trackers(run.folder.name, asdict(config))
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
@@ -447,7 +446,8 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
 def evaluate(
     policy: Policy, prompts: list[Prompt], reward: Scorer, judge: Scorer | None, config: PPOConfig
 ) -> dict[str, list]:
-    """Answers to held-out prompts with score, judge's score and KL; the same draws each time."""
+    """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
+    our own decoding, so that they can be compared whatever the rollout engine is."""
     result: dict[str, list] = defaultdict(list)
     set_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)

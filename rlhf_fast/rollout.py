@@ -201,6 +201,8 @@ class GrowingLayer(DynamicLayer):
     """A layer of the KV cache with room for all tokens from the start.
 
     DynamicLayer copies all keys and values for each new token, which is quadratic in the length.
+    (SmolLM2-135M on 2 CPU cores, 16 rows of 64 + 64 tokens: 7.7 s against 9.1 s, means of two runs
+    of 7.6, 7.8 and 8.4, 9.7; at 8 + 16 tokens no difference.)
     """
 
     def __init__(self, room: int) -> None:

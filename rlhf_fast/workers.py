@@ -77,6 +77,15 @@ class Workers:
             for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 handle.wait()
 
+    def agreed(self, number: int, what: str) -> int:
+        """number, if all processes have the same: they must see the same folder."""
+        numbers = [number] if self.size == 1 else gather_object([number])
+        if len(set(numbers)) > 1:
+            raise InputError(
+                f"processes differ in the {what} ({numbers}): output_dir must be shared"
+            )
+        return number
+
     def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What action returns in each process; if it fails in one, all raise its error.
 
@@ -101,7 +110,8 @@ class Workers:
     # ---------------------------------------------------------------------------- trackers
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
-        plain = {k: "" if v is None else v for k, v in config.items()}  # TensorBoard has no None
+        # TensorBoard takes numbers and text only.
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
         self.accelerator.init_trackers(name, config=plain)
 
     def log(self, row: dict[str, float]) -> None:

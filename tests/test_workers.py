@@ -92,3 +92,15 @@ def test_a_device_of_each_process_its_own(configured, monkeypatch):
     config.device = "cuda:1"
     with pytest.raises(InputError, match="device=cuda:1: each of several processes"):
         Workers(config)
+
+
+def test_processes_see_one_folder(monkeypatch):
+    from types import SimpleNamespace
+
+    from rlhf_fast.workers import Workers
+
+    monkeypatch.setattr("rlhf_fast.workers.gather_object", lambda numbers: [*numbers, 0])
+    two = SimpleNamespace(size=2)
+    with pytest.raises(InputError, match=r"differ in the step .*\(\[3, 0\]\)"):
+        Workers.agreed(two, 3, "step")
+    assert Workers.agreed(two, 0, "step") == 0
