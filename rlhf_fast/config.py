@@ -241,7 +241,7 @@ class PPOConfig(RunConfig):
     lr_scheduler_type: str = option(
         "constant_with_warmup",
         choices=("constant_with_warmup", "linear", "cosine"),
-        help="both step sizes over the run, after the warm-up",
+        help="both step sizes over the run's optimiser steps, after the warm-up",
     )
     warmup_steps: int = option(0, help="optimiser steps in which the step sizes rise from 0")
     adam_beta1: float = option(0.9, help="Adam's β₁")

@@ -262,6 +262,14 @@ def estimate(
     return advantages, returns
 
 
+# Sums over a minibatch's parts, of all processes: each has all of them, whatever its share.
+AVERAGED = (
+    "loss", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
+    "val/ratio", "val/ratio_var",
+)  # fmt: skip
+OF_VALUES = ("loss/value_avg", "val/clipfrac_avg")
+
+
 def learn(
     policy: Policy,
     rollout: Rollout,
@@ -285,7 +293,7 @@ def learn(
     skipped = 0
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
         for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
             m = mask[part]
             with policy.precision():
@@ -321,8 +329,9 @@ def learn(
             sums["policy/entropy_avg"] += policy_stats.entropy * share
             sums["val/ratio"] += policy_stats.ratio_mean * share
             sums["val/ratio_var"] += policy_stats.ratio_var * share
-        workers.sum(sums.values())
-        workers.sum(gradients(weights))
+        totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
+        workers.sum([totals, *gradients(weights)])
+        sums = dict(zip(sums, totals, strict=True))
 
         too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
         if too_far:
