@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import linear_token_logprobs
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Prompt, pad
-from rlhf_fast.models import Policy, softcap
+from rlhf_fast.models import Policy, logit_divisor, softcap
 from rlhf_fast.rollout import (
     Rollout,
     RolloutEngine,
@@ -100,8 +100,8 @@ def logprobs(
     """(log-prob, entropy) [b, T] of the answers' tokens; no [b, T, V] tensor is ever held."""
     labels = rollout.labels[rows].masked_fill(~rollout.mask[rows], -100)
     return linear_token_logprobs(
-        hidden, head.weight, labels, bias=head.bias, temperature=config.temperature,
-        softcap=softcap(policy.model), entropy=True,
+        hidden, head.weight, labels, bias=head.bias, softcap=softcap(policy.model),
+        temperature=config.temperature * logit_divisor(policy.model), entropy=True,
     )  # fmt: skip
 
 

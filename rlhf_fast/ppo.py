@@ -42,7 +42,7 @@ from rlhf_fast.experience import (
     score_all,
     slices,
 )
-from rlhf_fast.models import LoRA, Policy, load_policy, pick_attention, softcap
+from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, pick_attention, softcap
 from rlhf_fast.report import (
     Stopwatch,
     answers_table,
@@ -305,7 +305,8 @@ def learn(
                     entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[part],
                     kl_coef=control.beta if config.kl_in == "loss" else 0.0,
                     kl_estimator=config.kl_estimator, aggregation=config.aggregation,
-                    normalizer=normalizer, temperature=config.temperature,
+                    normalizer=normalizer,
+                    temperature=config.temperature * logit_divisor(policy.model),
                     weights=None if correction is None else correction[part],
                     softcap=softcap(policy.model), bias=policy.head.bias,
                 )  # fmt: skip

@@ -97,13 +97,14 @@ def test_unsupported_architectures_say_so(save_model, tiny_tokenizer):
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                logits_scaling=8.0,
+                embedding_multiplier=3.0,
                 initializer_range=0.5,
             )
         )
     )
-    with pytest.raises(InputError, match="GraniteForCausalLM.*not supported"):
-        load_policy(granite, trainable_layers=None, device=CPU)
+    with pytest.raises(InputError, match="GraniteForCausalLM.*not supported with trainable_layers"):
+        load_policy(granite, trainable_layers=1, device=CPU)
+    assert load_policy(granite, trainable_layers=None, device=CPU).trunk_layers == 0
     gpt2 = save_model(GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2)))
     with pytest.raises(InputError, match="trainable_layers=1: .*GPT2Model"):
         load_policy(gpt2, trainable_layers=1, device=CPU)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
 import rlhf_fast.ppo as ppo
 from rlhf_fast.config import InputError, PPOConfig
@@ -202,6 +202,23 @@ def test_bf16(configured):
     assert a["val/rollout_logp_gap"] < 0.05
     saved = load_file(Path(rounded.output_dir) / "model" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in saved.values())
+
+
+def test_a_model_that_scales_its_logits(configured, tiny_tokenizer, tmp_path):
+    """Log-probs of rollout and trainer agree, and so does the loss's ratio at the first update."""
+    config = GraniteConfig(
+        vocab_size=len(tiny_tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5, logits_scaling=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    GraniteForCausalLM(config).save_pretrained(tmp_path / "granite")
+    tiny_tokenizer.save_pretrained(tmp_path / "granite")
+    options = {"epochs": 1, "minibatches": 1, "steps": 1, "temperature": 0.7}
+    run = configured(model=str(tmp_path / "granite"), **options)
+    ppo.train(run)
+    (row,) = metrics(run)
+    assert row["val/rollout_logp_gap"] < 1e-4
+    assert row["val/ratio"] == pytest.approx(1, abs=1e-5) and row["val/ratio_var"] < 1e-8
 
 
 # ------------------------------------------------------------------------------------ engines

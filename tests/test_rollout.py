@@ -1,9 +1,15 @@
 import pytest
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from rlhf_fast.data import pad
-from rlhf_fast.models import load_policy
+from rlhf_fast.models import load_policy, logit_divisor
 from rlhf_fast.rollout import (
     Completions,
     Sampling,
@@ -28,17 +34,26 @@ def roll(
     return roll_out(policy, ids, mask, sampling, draws, engine)
 
 
-@pytest.fixture(params=["all layers", "top 2", "gpt2"])
+@pytest.fixture(params=["all layers", "top 2", "gpt2", "granite"])
 def policy(request, tiny_policy_folder, tiny_tokenizer, tmp_path):
-    """Llama, whole or with a shared trunk; GPT-2, whose positions are absolute."""
-    if request.param != "gpt2":
+    """Llama, whole or with a shared trunk; GPT-2, whose positions are absolute; Granite, which
+    scales its logits."""
+    if request.param not in ("gpt2", "granite"):
         layers = None if request.param == "all layers" else 2
         return load_policy(tiny_policy_folder, trainable_layers=layers, device=CPU)
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tiny_tokenizer), n_embd=16, n_layer=2, n_head=2, initializer_range=0.3
-    )
-    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    vocab = len(tiny_tokenizer)
+    if request.param == "gpt2":
+        config = GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2, initializer_range=0.3)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = GraniteConfig(
+            vocab_size=vocab, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, initializer_range=0.5,
+            logits_scaling=0.5, embedding_multiplier=2.0,
+        )  # fmt: skip
+        model = GraniteForCausalLM(config)
+    model.save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     return load_policy(str(tmp_path), trainable_layers=None, device=CPU)
 
@@ -64,7 +79,7 @@ def test_hidden_states_predict_the_answers(policy):
     rollout = roll(policy)
     with torch.no_grad():
         hidden = answer_hidden(policy.body, rollout, slice(None))
-        logp = torch.log_softmax(policy.head(hidden), -1)
+        logp = torch.log_softmax(policy.head(hidden) / logit_divisor(policy.model), -1)
     logp = logp.gather(2, rollout.labels[..., None]).squeeze(2)
     torch.testing.assert_close(logp[rollout.mask], rollout.logp[rollout.mask], atol=1e-4, rtol=1e-4)
     assert (rollout.trunk is None) == (policy.trunk_layers == 0)
