@@ -92,12 +92,12 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
 def workload(
     shape: dict[str, int], generator: torch.Generator, device: str, dtype: torch.dtype
 ) -> Sample:
-    scores = torch.randn(shape["B"], generator=generator, device=device)
-    return Sample("bench", {"scores": scores, "group_size": 8})
+    scores = torch.randn(shape["B"] * shape["G"], generator=generator, device=device)
+    return Sample("bench", {"scores": scores, "group_size": shape["G"]})
 
 
 def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
-    return shape["B"] * 2 * 4, 0
+    return shape["B"] * shape["G"] * 2 * 4, 0
 
 
 OP = register(
@@ -108,7 +108,7 @@ OP = register(
         (),
         samples,
         workload,
-        ({"B": 1024},),
+        ({"B": 128, "G": 8},),
         bytes_moved,
     )
 )
