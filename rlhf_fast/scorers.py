@@ -31,7 +31,6 @@ from rlhf_fast.models import load_reward_model, score_texts
 # (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
 Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]
 
-
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 
 

@@ -8,8 +8,7 @@ import datasets
 import pytest
 import torch
 import trl
-from transformers import GemmaConfig, GemmaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 from rlhf_fast.config import InputError, RewardConfig
 from rlhf_fast.data import batch_indices, preference_pairs
@@ -228,17 +227,17 @@ def test_frozen_layers_run_once(configured, frozen_passes):
     assert losses(once)[-1] < losses(once)[0] / 2
 
 
-def test_frozen_layers_that_cannot_be_cut_off_run_every_time(configured, tmp_path, tiny_tokenizer):
-    """Gemma scales what it is given in place of embeddings."""
-    config = GemmaConfig(
-        vocab_size=len(tiny_tokenizer), hidden_size=32, intermediate_size=64, head_dim=16,
-        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
-        initializer_range=0.2,
-    )  # fmt: skip
-    GemmaForCausalLM(config).save_pretrained(tmp_path / "gemma")
-    tiny_tokenizer.save_pretrained(tmp_path / "gemma")
-    options = {"model": str(tmp_path / "gemma"), "trainable_layers": 1, "epochs": 2}
-    runs = [configured(f"{mib}", max_rows=56, trunk_cache_mib=mib, **options) for mib in (0, 64)]
+def test_frozen_layers_that_cannot_be_cut_off_run_every_time(configured, monkeypatch):
+    """Models that scale what they embed would scale cached states as well."""
+    run = LlamaModel.forward
+
+    def scaled(self, input_ids=None, inputs_embeds=None, **kwargs):
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        return run(self, inputs_embeds=2 * embeds, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", scaled)
+    options = {"trainable_layers": 1, "epochs": 2, "max_rows": 56}
+    runs = [configured(f"{mib}", trunk_cache_mib=mib, **options) for mib in (0, 64)]
     for config in runs:
         train(config)
     assert losses(runs[0]) == losses(runs[1])
