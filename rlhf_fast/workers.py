@@ -43,7 +43,7 @@ class Workers:
         if self.accelerator.distributed_type not in DATA_PARALLEL:
             raise InputError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
-                "supported: launch with plain data parallelism (--multi_gpu, or --cpu)"
+                "supported: launch with plain data parallelism (--multi_gpu)"
             )
         self.device = self.device or self.accelerator.device
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
