@@ -111,6 +111,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main and workers.size > 1:
+        console.print(f"{workers.size} processes share each batch of {config.batch_size} answers")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
         for step in range(first, config.steps):

@@ -28,7 +28,7 @@ def launch(config: PPOConfig, processes: int) -> subprocess.CompletedProcess:
         f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no",
         "--main_process_port=0", "-m", "rlhf_fast.cli", "ppo", *flags,
     ]  # fmt: skip
-    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
@@ -49,6 +49,7 @@ def test_two_processes_give_the_numbers_of_one(configured, options):
     ppo.train(alone)
     done = launch(together, 2)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout  # without --multi_gpu a launch on a CPU starts one
     one, two = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (alone, together))
     assert len(one) == len(two) == 3
     for a, b in zip(one, two, strict=True):
