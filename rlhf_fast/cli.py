@@ -36,6 +36,8 @@ def generate(argv: Sequence[str]) -> None:
 
 def plot(argv: Sequence[str]) -> None:
     """draw the plot of a PPO run from its metrics"""
+    if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
+        argv = ["--run", *argv]
     config = parse(PlotConfig, argv, prog="rlhf-fast plot")
     from pathlib import Path
 

@@ -241,7 +241,7 @@ class PPOConfig(RunConfig):
     lr_scheduler_type: str = option(
         "constant_with_warmup",
         choices=("constant_with_warmup", "linear", "cosine"),
-        help="both step sizes over the run, after the warm-up",
+        help="both step sizes over the run's optimiser steps, after the warm-up",
     )
     warmup_steps: int = option(0, help="optimiser steps in which the step sizes rise from 0")
     adam_beta1: float = option(0.9, help="Adam's β₁")
@@ -314,20 +314,6 @@ class PPOConfig(RunConfig):
         if self.whiten_advantages is None:
             self.whiten_advantages = self.estimator not in GROUPED
 
-    def check_reward(self) -> None:
-        if isinstance(self.reward, str):
-            self.reward = [self.reward]
-        if not self.reward:
-            raise InputError("reward is empty: give at least one model or function")
-        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
-            raise InputError(
-                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
-                f"the {len(self.reward)} of reward={self.reward}: give each reward its weight"
-            )
-        for weight in self.reward_weights or ():
-            if not math.isfinite(weight):
-                raise InputError(f"reward_weights={self.reward_weights}: expected finite numbers")
-
     def refuse_contradictions(self) -> None:
         grouped = self.estimator in GROUPED
         for contradict, names, reason in (
@@ -382,6 +368,20 @@ class PPOConfig(RunConfig):
                     " and ".join(f"{name}={getattr(self, name)}" for name in names)
                     + f" contradict each other: {reason}"
                 )
+
+    def check_reward(self) -> None:
+        if isinstance(self.reward, str):
+            self.reward = [self.reward]
+        if not self.reward:
+            raise InputError("reward is empty: give at least one model or function")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
+            raise InputError(
+                f"reward_weights={self.reward_weights} has {len(self.reward_weights)} numbers for "
+                f"the {len(self.reward)} of reward={self.reward}: give each reward its weight"
+            )
+        for weight in self.reward_weights or ():
+            if not math.isfinite(weight):
+                raise InputError(f"reward_weights={self.reward_weights}: expected finite numbers")
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_fast import linear_token_logprobs
 from rlhf_fast.config import PPOConfig
 from rlhf_fast.data import Prompt, pad
-from rlhf_fast.models import Policy, softcap
+from rlhf_fast.models import Policy, logit_divisor, softcap
 from rlhf_fast.rollout import (
     Rollout,
     RolloutEngine,
@@ -63,8 +63,13 @@ def score(scorer: Scorer, batch: list[Prompt], texts: list[str]) -> Tensor:
     return scorer([p.prompt for p in batch], texts, columns)
 
 
-def score_all(scorers: list[Scorer], batch: list[Prompt], texts: list[str]) -> list[Tensor]:
-    return [score(scorer, batch, texts) for scorer in scorers]
+def score_all(
+    reward: Scorer, judge: Scorer | None, batch: list[Prompt], texts: list[str]
+) -> dict[str, Tensor]:
+    """{"scores", "scores/<name>" of each of several rewards, "judge"}, each [B]."""
+    columns = {"scores": score(reward, batch, texts)}
+    columns |= {f"scores/{name}": part for name, part in reward.components.items()}
+    return columns if judge is None else columns | {"judge": score(judge, batch, texts)}
 
 
 @torch.no_grad()
@@ -95,8 +100,8 @@ def logprobs(
     """(log-prob, entropy) [b, T] of the answers' tokens; no [b, T, V] tensor is ever held."""
     labels = rollout.labels[rows].masked_fill(~rollout.mask[rows], -100)
     return linear_token_logprobs(
-        hidden, head.weight, labels, bias=head.bias, temperature=config.temperature,
-        softcap=softcap(policy.model), entropy=True,
+        hidden, head.weight, labels, bias=head.bias, softcap=softcap(policy.model),
+        temperature=config.temperature * logit_divisor(policy.model), entropy=True,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from .ops import registry
 from .version import __version__
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
 
 
 def devices() -> dict[str, bool]:

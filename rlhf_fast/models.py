@@ -210,6 +210,7 @@ def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise InputError(f"lora_target_modules: {' '.join(str(error).split())[:300]}") from error
+    model.eval()  # the adapters, too, are without dropout
     if not isinstance(model.get_output_embeddings(), nn.Linear) or any(
         p.requires_grad for p in model.get_output_embeddings().parameters()
     ):
@@ -291,11 +292,17 @@ def softcap(model: PreTrainedModel) -> float | None:
     return getattr(model.config, "final_logit_softcapping", None)
 
 
+def logit_divisor(model: PreTrainedModel) -> float:
+    """Granite divides its logits and Cohere multiplies them: a temperature of the model's own."""
+    config = model.config.get_text_config()
+    return getattr(config, "logits_scaling", 1.0) / getattr(config, "logit_scale", 1.0)
+
+
 @torch.no_grad()
 def check_architecture(policy: Policy, name: str) -> None:
     """Layers cut off and a head applied by hand must give the model's own logits.
 
-    They do not where a model scales its embeddings or logits; better to know now than to train
+    They do not where a model does something of its own to either; better to know now than to train
     on log-probs of another distribution.
     """
     device = policy.model.device
@@ -306,6 +313,7 @@ def check_architecture(policy: Policy, name: str) -> None:
     logits = policy.head(policy.body(**given, use_cache=False).last_hidden_state)
     if (cap := softcap(policy.model)) is not None:
         logits = cap * torch.tanh(logits / cap)
+    logits = logits / logit_divisor(policy.model)
     if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
         raise InputError(
             f"model={name} ({type(policy.model).__name__}) computes its logits in a way that "

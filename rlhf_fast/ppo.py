@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import get_scheduler, set_seed
 
-import rlhf_fast
 from rlhf_fast import (
     gae,
+    group_advantages,
     kl_penalized_rewards,
     linear_policy_loss,
     masked_mean,
@@ -42,7 +42,7 @@ from rlhf_fast.experience import (
     score_all,
     slices,
 )
-from rlhf_fast.models import LoRA, Policy, load_policy, pick_attention, softcap
+from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, pick_attention, softcap
 from rlhf_fast.report import (
     Stopwatch,
     answers_table,
@@ -74,7 +74,6 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
     judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
     engine = load_engine(config) if engine is None else engine
-    scorers = [reward] if judge is None else [reward, judge]
     policy = load_policy(
         config.model,
         device=device,
@@ -109,10 +108,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     if before is None:
         before = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
         run.save("before.json", before)
-    first = run.restore(weights, optimizer, **state)
+    first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
     history = read_metrics(run.metrics)
-    workers.wait()
     workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main and workers.size > 1:
+        console.print(f"{workers.size} processes share each batch of {config.batch_size} answers")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
         for step in range(first, config.steps):
@@ -133,11 +133,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             # 2. Score the answers.
             texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
             try:
-                scored = workers.attempt(score_all, scorers, batch[mine], texts)
+                scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
                 run.save_checkpoint(step, weights, optimizer, **state)
                 raise
-            raw_scores, *judged = (torch.cat(parts) for parts in zip(*scored, strict=True))
+            # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
+            columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
+            raw_scores = columns["scores"]
             clock.lap("score")
 
             # 3. Log-probs and values of what was sampled, before anything changes.
@@ -161,18 +163,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             row = {
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
-                "objective/scores": raw_scores.mean().item(),
+                **{f"objective/{name}": x.nanmean().item() for name, x in columns.items()},
                 "objective/scores_std": raw_scores.std(correction=0).item(),
-                **{
-                    f"objective/scores/{name}": workers.gather(part.to(device)).nanmean().item()
-                    for name, part in reward.components.items()
-                },
                 "objective/kl": kl.mean().item(),
                 "objective/kl_coef": control.beta,
                 "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
                 "objective/non_score_reward": -control.beta * kl.mean().item(),
                 "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
-                **({"objective/judge": judged[0].mean().item()} if judged else {}),
                 **stats,
                 "val/num_eos_tokens": int(rollout.ended.sum()),
                 "val/answer_tokens": mask.sum().item() / len(batch),
@@ -246,7 +243,7 @@ def estimate(
     returns = None
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
-        advantages = rlhf_fast.group_advantages(
+        advantages = group_advantages(
             scores - beta * kl, config.samples_per_prompt, method=config.estimator
         )
         advantages = advantages[:, None].expand(mask.shape)
@@ -265,6 +262,14 @@ def estimate(
     if config.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     return advantages, returns
+
+
+# Sums over a minibatch's parts, of all processes: each has all of them, whatever its share.
+AVERAGED = (
+    "loss", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
+    "val/ratio", "val/ratio_var",
+)  # fmt: skip
+OF_VALUES = ("loss/value_avg", "val/clipfrac_avg")
 
 
 def learn(
@@ -290,7 +295,7 @@ def learn(
     skipped = 0
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+        sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
         for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
             m = mask[part]
             with policy.precision():
@@ -302,7 +307,8 @@ def learn(
                     entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[part],
                     kl_coef=control.beta if config.kl_in == "loss" else 0.0,
                     kl_estimator=config.kl_estimator, aggregation=config.aggregation,
-                    normalizer=normalizer, temperature=config.temperature,
+                    normalizer=normalizer,
+                    temperature=config.temperature * logit_divisor(policy.model),
                     weights=None if correction is None else correction[part],
                     softcap=softcap(policy.model), bias=policy.head.bias,
                 )  # fmt: skip
@@ -326,8 +332,9 @@ def learn(
             sums["policy/entropy_avg"] += policy_stats.entropy * share
             sums["val/ratio"] += policy_stats.ratio_mean * share
             sums["val/ratio_var"] += policy_stats.ratio_var * share
-        workers.sum(sums.values())
-        workers.sum(gradients(weights))
+        totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
+        workers.sum([totals, *gradients(weights)])
+        sums = dict(zip(sums, totals, strict=True))
 
         too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
         if too_far:
@@ -451,7 +458,8 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
 def evaluate(
     policy: Policy, prompts: list[Prompt], reward: Scorer, judge: Scorer | None, config: PPOConfig
 ) -> dict[str, list]:
-    """Answers to held-out prompts with score, judge's score and KL; the same draws each time."""
+    """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
+    our own decoding, so that they can be compared whatever the rollout engine is."""
     result: dict[str, list] = defaultdict(list)
     set_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)

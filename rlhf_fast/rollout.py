@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.models import Policy, positions, softcap, trunk_recorder
+from rlhf_fast.models import Policy, logit_divisor, positions, softcap, trunk_recorder
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def sample(
     A draw picks the token at which the cumulated probability passes it, so a row's answer depends
     on its own draws alone: neither the rows beside it nor their number change it.
     """
-    base, head, cap = model.base_model, model.get_output_embeddings(), softcap(model)
+    base, head = model.base_model, model.get_output_embeddings()
+    cap, divisor = softcap(model), logit_divisor(model)
     batch, prompt_length = ids.shape
     steps = sampling.max_new_tokens
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
@@ -157,6 +158,7 @@ def sample(
             logits = head(out.last_hidden_state[:, -1]).float()  # [B, V]: this token's only
             if cap is not None:
                 logits = cap * torch.tanh(logits / cap)
+            logits = logits / divisor
             token, logp = choose(logits, draws[live, t], sampling)
             tokens[live, t], logps[live, t] = token, logp
             answered[live, t] = attention[live, end] = True
@@ -201,6 +203,8 @@ class GrowingLayer(DynamicLayer):
     """A layer of the KV cache with room for all tokens from the start.
 
     DynamicLayer copies all keys and values for each new token, which is quadratic in the length.
+    (SmolLM2-135M on 2 CPU cores, 16 rows of 64 + 64 tokens: 7.7 s against 9.1 s, means of two runs
+    of 7.6, 7.8 and 8.4, 9.7; at 8 + 16 tokens no difference.)
     """
 
     def __init__(self, room: int) -> None:

@@ -132,7 +132,8 @@ class Run:
         """The state after `step` steps. Data order and sampling are functions of (seed, step)."""
         if not self.writes:
             return
-        state = {"step": step, "weights": weights, "optimizer": optimizer.state_dict()}
+        plain = {name: tensor.detach() for name, tensor in weights.items()}
+        state = {"step": step, "weights": plain, "optimizer": optimizer.state_dict()}
         state |= {name: part.state_dict() for name, part in parts.items()}
         if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
             with self.disk_errors_explained("metrics.jsonl"):

@@ -38,12 +38,12 @@ class Workers:
         self.device = pick_device(config.device) if alone else None
         cpu = (self.device.type if alone else config.device) == "cpu"
         self.accelerator = Accelerator(
-            cpu=cpu, log_with=tracker_names(config), project_dir=config.output_dir
+            cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
         )
         if self.accelerator.distributed_type not in DATA_PARALLEL:
             raise InputError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
-                "supported: launch with plain data parallelism (--multi_gpu, or --cpu)"
+                "supported: launch with plain data parallelism (--multi_gpu)"
             )
         self.device = self.device or self.accelerator.device
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
@@ -77,6 +77,15 @@ class Workers:
             for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
                 handle.wait()
 
+    def agreed(self, number: int, what: str) -> int:
+        """number, if all processes have the same: they must see the same folder."""
+        numbers = [number] if self.size == 1 else gather_object([number])
+        if len(set(numbers)) > 1:
+            raise InputError(
+                f"processes differ in the {what} ({numbers}): output_dir must be shared"
+            )
+        return number
+
     def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What action returns in each process; if it fails in one, all raise its error.
 
@@ -101,8 +110,8 @@ class Workers:
     # ---------------------------------------------------------------------------- trackers
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
-        known = (bool, int, float, str)  # what TensorBoard takes: no None, no lists
-        plain = {k: v if isinstance(v, known) else str(v or "") for k, v in config.items()}
+        # TensorBoard takes numbers and text only.
+        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
         self.accelerator.init_trackers(name, config=plain)
 
     def log(self, row: dict[str, float]) -> None:

@@ -8,6 +8,63 @@ from pathlib import Path
 import pytest
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", "and", "actor"]
+STARTS = ["the film", "a plot is", "the actor was", "film", "is the plot"]
+
+# Share of "good" among the answer's words: real, and learnable in seconds.
+REWARD = """
+import os, signal
+from pathlib import Path
+
+def share(prompts, completions, **columns):
+    return [c.split().count("good") / max(1, len(c.split())) for c in completions]
+
+def negative(prompts, completions, **columns):
+    return [-x for x in share(prompts, completions)]
+
+def three(prompts, completions, **columns):
+    return [3.0] * len(prompts)
+
+def number(prompts, completions, number, **columns):
+    return number
+
+def conversation(prompts, completions, **columns):
+    assert all(p[-1]["role"] == "user" for p in prompts)
+    assert all(c[0]["role"] == "assistant" for c in completions)
+    return share(prompts, [c[0]["content"] for c in completions])
+
+calls = 0
+
+def fails_later(prompts, completions, **columns):
+    global calls
+    calls += 1
+    scores = share(prompts, completions)
+    if calls == 6:
+        scores[2] = float("nan")
+    return scores
+
+def killed(prompts, completions, **columns):
+    file = Path(os.environ["KILL_AFTER"])
+    left = int(file.read_text())
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    file.write_text(str(left - 1))
+    return share(prompts, completions)
+
+def nan(prompts, completions, **columns):
+    return [0.0, 1.0, float("nan")] + [0.0] * (len(prompts) - 3)
+
+def none(prompts, completions, **columns):
+    return [None] * len(prompts)
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def wrong(prompts, completions, **columns):
+    return 3.0
+
+not_a_function = 3
+"""
+
 CHAT = (
     "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
@@ -96,3 +153,34 @@ def inside():
             return func(*args, **(kwargs or {}))
 
     return Inside()
+
+
+@pytest.fixture
+def starts() -> list[str]:
+    return STARTS
+
+
+@pytest.fixture
+def reward(tmp_path):
+    """reward("name") -> the spec of a function of REWARD."""
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    return lambda name: f"{tmp_path / 'my_reward.py'}:{name}"
+
+
+@pytest.fixture
+def configured(write_jsonl, tiny_policy_folder, tmp_path, reward):
+    """configured("folder", **options) -> a PPOConfig that trains a tiny model in seconds."""
+    from rlhf_fast.config import PPOConfig
+
+    def make(output: str = "out", prompts: list | None = None, **options):
+        rows = [{"prompt": p, "number": float(i)} for i, p in enumerate(STARTS * 8)]
+        data = write_jsonl(rows if prompts is None else prompts, f"{output}.jsonl")
+        defaults = {
+            "model": tiny_policy_folder, "data": data, "reward": reward("share"), "steps": 4,
+            "batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 6,
+            "eval_prompts": 8, "learning_rate": 3e-3, "value_learning_rate": 1e-2,
+            "missing_eos_penalty": 0.0, "device": "cpu", "output_dir": str(tmp_path / output),
+        }  # fmt: skip
+        return PPOConfig(**(defaults | options))
+
+    return make

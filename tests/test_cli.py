@@ -63,7 +63,7 @@ def test_plot(tmp_path, capsys):
     rows = [{"step": s, "objective/scores": s / 3, "objective/kl": 0.1 * s} for s in range(5)]
     rows.append({"step": 5, "objective/scores": None})  # not finite, and missing
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert main(["plot", "--run", str(tmp_path)]) == 0
+    assert main(["plot", str(tmp_path)]) == 0
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     target = tmp_path / "other.png"
     assert main(["plot", "--run", str(tmp_path), "--output", str(target)]) == 0

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils._pytree import tree_map
 
 from rlhf_fast import ppo
 from rlhf_fast.config import PPOConfig
@@ -54,8 +56,9 @@ def outcome(config: PPOConfig) -> tuple:
         for row in read_metrics(folder / "metrics.jsonl")
     ]
     files = ("before.json", "after.json", "model/model.safetensors", "model/value_head.safetensors")
-    last = folder / "checkpoints" / f"step_{config.steps}.pt"
-    return rows, [(folder / name).read_bytes() for name in files], last.read_bytes()
+    last = torch.load(folder / "checkpoints" / f"step_{config.steps}.pt", weights_only=True)
+    state = tree_map(lambda x: x.numpy().tobytes() if isinstance(x, torch.Tensor) else x, last)
+    return rows, [(folder / name).read_bytes() for name in files], state
 
 
 def test_killed_at_random_moments(config, monkeypatch):

@@ -15,12 +15,15 @@ from transformers import (
 
 from rlhf_fast.config import InputError
 from rlhf_fast.models import (
+    LoRA,
     check_vocabulary,
     choose_pad,
+    load_critic,
     load_policy,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
+    pick_attention,
     pick_device,
     score_texts,
     score_tokens,
@@ -94,13 +97,14 @@ def test_unsupported_architectures_say_so(save_model, tiny_tokenizer):
                 num_hidden_layers=2,
                 num_attention_heads=2,
                 num_key_value_heads=1,
-                logits_scaling=8.0,
+                embedding_multiplier=3.0,
                 initializer_range=0.5,
             )
         )
     )
-    with pytest.raises(InputError, match="GraniteForCausalLM.*not supported"):
-        load_policy(granite, trainable_layers=None, device=CPU)
+    with pytest.raises(InputError, match="GraniteForCausalLM.*not supported with trainable_layers"):
+        load_policy(granite, trainable_layers=1, device=CPU)
+    assert load_policy(granite, trainable_layers=None, device=CPU).trunk_layers == 0
     gpt2 = save_model(GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=16, n_layer=2, n_head=2)))
     with pytest.raises(InputError, match="trainable_layers=1: .*GPT2Model"):
         load_policy(gpt2, trainable_layers=1, device=CPU)
@@ -211,3 +215,75 @@ def test_device():
     assert pick_device("cpu").type == "cpu"
     with pytest.raises(InputError, match="device=toaster cannot be used"):
         pick_device("toaster")
+
+
+# ------------------------------------------------------------------- critics, adapters, attention
+
+
+def test_a_critic_from_a_reward_model_gives_its_scores(tiny_reward_folder, tmp_path):
+    """Normalised ones: the scale in which the policy is rewarded."""
+    model, tokenizer = load_reward_model(tiny_reward_folder, field="reward", device=CPU)
+    model.config.score_mean, model.config.score_std = 2.0, 4.0
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    body, head = load_critic(str(tmp_path), tokenizer, CPU, None)
+    rows = [[3, 4, 5], [6, 7, 8]]
+    with torch.no_grad():
+        values = head(body(torch.tensor(rows)).last_hidden_state[:, -1]).squeeze(-1)
+    torch.testing.assert_close(values, score_texts(model, rows))
+
+
+def test_a_critic_from_a_language_model_begins_at_zero(tiny_policy_folder):
+    tokenizer = load_tokenizer(tiny_policy_folder, field="model")
+    body, head = load_critic(tiny_policy_folder, tokenizer, CPU, None)
+    assert all((p == 0).all() for p in head.parameters())
+    assert all(p.requires_grad for p in body.parameters())
+
+
+def test_a_critic_reads_the_policys_tokens(tiny_policy_folder, tmp_path):
+    tokenizer = load_tokenizer(tiny_policy_folder, field="model")
+    shutil.copytree(tiny_policy_folder, tmp_path / "m")
+    tokenizer.add_tokens(["more"])
+    with pytest.raises(InputError, match=r"value_model=.* has another tokenizer than the policy"):
+        load_critic(str(tmp_path / "m"), tokenizer, CPU, None)
+
+
+def test_adapters(tiny_policy_folder):
+    lora = LoRA(r=2, alpha=4, target_modules=["q_proj"], seed=0)
+    policy = load_policy(tiny_policy_folder, trainable_layers=None, device=CPU, lora=lora)
+    names = policy.trained().keys() - policy.critic().keys()
+    assert len(names) == 6 and all(".q_proj.lora_" in name for name in names)  # A, B in 3 layers
+    assert not any(m.training for m in policy.model.modules())
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        before = policy.body(ids).last_hidden_state
+        for name in names:
+            policy.trained()[name].add_(0.5)
+        moved = policy.body(ids).last_hidden_state
+        with policy.reference() as body:
+            torch.testing.assert_close(body(ids).last_hidden_state, before)
+        torch.testing.assert_close(policy.body(ids).last_hidden_state, moved)  # switched on again
+    assert (moved - before).abs().max() > 0.1
+
+
+def test_attention(monkeypatch):
+    gpu = torch.device("cuda")
+    assert pick_attention(None, CPU, bf16=True) is None
+    assert pick_attention("eager", CPU, bf16=False) == "eager"
+    with pytest.raises(InputError, match="flash_attention_2: not on device=cpu"):
+        pick_attention("flash_attention_2", CPU, bf16=True)
+    monkeypatch.setattr("rlhf_fast.models.is_flash_attn_2_available", lambda: False)
+    assert pick_attention(None, gpu, bf16=True) is None
+    with pytest.raises(InputError, match="flash-attn is not installed"):
+        pick_attention("flash_attention_2", gpu, bf16=True)
+    monkeypatch.setattr("rlhf_fast.models.is_flash_attn_2_available", lambda: True)
+    assert pick_attention(None, gpu, bf16=True) == "flash_attention_2"
+    assert pick_attention(None, gpu, bf16=False) is None  # it has no float32
+    assert pick_attention("sdpa", gpu, bf16=True) == "sdpa"
+
+
+def test_attention_implementation_is_the_models(tiny_policy_folder):
+    policy = load_policy(
+        tiny_policy_folder, trainable_layers=None, device=CPU, attn_implementation="eager"
+    )
+    assert policy.model.config._attn_implementation == "eager"

@@ -13,86 +13,6 @@ import rlhf_fast.ppo as ppo
 from rlhf_fast.config import InputError, PPOConfig
 from rlhf_fast.run import Run, read_metrics
 
-STARTS = ["the film", "a plot is", "the actor was", "film", "is the plot"]
-
-# Share of "good" among the answer's words: real, and learnable in seconds.
-REWARD = """
-import os, signal
-from pathlib import Path
-
-def share(prompts, completions, **columns):
-    return [c.split().count("good") / max(1, len(c.split())) for c in completions]
-
-def negative(prompts, completions, **columns):
-    return [-x for x in share(prompts, completions)]
-
-def three(prompts, completions, **columns):
-    return [3.0] * len(prompts)
-
-def number(prompts, completions, number, **columns):
-    return number
-
-def conversation(prompts, completions, **columns):
-    assert all(p[-1]["role"] == "user" for p in prompts)
-    assert all(c[0]["role"] == "assistant" for c in completions)
-    return share(prompts, [c[0]["content"] for c in completions])
-
-calls = 0
-
-def fails_later(prompts, completions, **columns):
-    global calls
-    calls += 1
-    scores = share(prompts, completions)
-    if calls == 6:
-        scores[2] = float("nan")
-    return scores
-
-def killed(prompts, completions, **columns):
-    file = Path(os.environ["KILL_AFTER"])
-    left = int(file.read_text())
-    if left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    file.write_text(str(left - 1))
-    return share(prompts, completions)
-
-def nan(prompts, completions, **columns):
-    return [0.0, 1.0, float("nan")] + [0.0] * (len(prompts) - 3)
-
-def none(prompts, completions, **columns):
-    return [None] * len(prompts)
-
-def short(prompts, completions, **columns):
-    return [1.0]
-
-def wrong(prompts, completions, **columns):
-    return 3.0
-
-not_a_function = 3
-"""
-
-
-@pytest.fixture
-def reward(tmp_path):
-    """reward("name") -> the spec of a function of REWARD."""
-    (tmp_path / "my_reward.py").write_text(REWARD)
-    return lambda name: f"{tmp_path / 'my_reward.py'}:{name}"
-
-
-@pytest.fixture
-def configured(write_jsonl, tiny_policy_folder, tmp_path, reward):
-    def make(output: str = "out", prompts: list | None = None, **options) -> PPOConfig:
-        rows = [{"prompt": p, "number": float(i)} for i, p in enumerate(STARTS * 8)]
-        data = write_jsonl(rows if prompts is None else prompts, f"{output}.jsonl")
-        defaults = {
-            "model": tiny_policy_folder, "data": data, "reward": reward("share"), "steps": 4,
-            "batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 6,
-            "eval_prompts": 8, "learning_rate": 3e-3, "value_learning_rate": 1e-2,
-            "missing_eos_penalty": 0.0, "device": "cpu", "output_dir": str(tmp_path / output),
-        }  # fmt: skip
-        return PPOConfig(**(defaults | options))
-
-    return make
-
 
 def metrics(config: PPOConfig) -> list[dict[str, float]]:
     """Rows without what depends on the clock."""
@@ -215,8 +135,8 @@ def test_entropy_bonus_keeps_entropy(configured):
     assert metrics(bonus)[-1]["policy/entropy_avg"] > 1.1 * metrics(plain)[-1]["policy/entropy_avg"]
 
 
-def test_conversations(configured, reward):
-    rows = [{"prompt": [{"role": "user", "content": p}]} for p in STARTS * 8]
+def test_conversations(configured, reward, starts):
+    rows = [{"prompt": [{"role": "user", "content": p}]} for p in starts * 8]
     summary = ppo.train(configured(prompts=rows, reward=reward("conversation"), steps=2))
     assert 0 <= summary["score_before"] <= 1
 
@@ -259,12 +179,8 @@ def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
 # ------------------------------------------------------------------------------- interruption
 
 
-@pytest.mark.parametrize(
-    "kill_after", [0, 3, 6], ids=["answering before", "in step 3", "answering after"]
-)
-def test_killed_run_resumes_to_the_same_numbers(
-    configured, reward, tmp_path, monkeypatch, kill_after
-):
+def test_killed_command_resumes_to_the_same_numbers(configured, reward, tmp_path, monkeypatch):
+    """From the command line; test_kill.py kills at many moments."""
     unbroken = configured("unbroken", save_every=2, steps=5)
     ppo.train(unbroken)
     config = configured(
@@ -274,7 +190,7 @@ def test_killed_run_resumes_to_the_same_numbers(
     flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
     counter = tmp_path / "calls_left"
     monkeypatch.setenv("KILL_AFTER", str(counter))
-    counter.write_text(str(kill_after))
+    counter.write_text("3")  # scores are asked for before training, then in each step
     killed = subprocess.run(
         [sys.executable, "-m", "rlhf_fast.cli", "ppo", *flags], capture_output=True, text=True
     )

@@ -122,7 +122,7 @@ def test_killed_before_every_single_operation_on_the_disk(make, monkeypatch, ove
 
 
 def test_a_folder_is_never_missing_without_a_copy(make, monkeypatch):
-    """Between the two renames that replace a folder, the old one lies aside and the new is whole."""
+    """Between the two renames that replace a folder the old one lies aside, the new is whole."""
     run = Run(make())
     run.begin()
     run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("old")))

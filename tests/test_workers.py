@@ -1,0 +1,110 @@
+"""Two processes on the same global batch give the numbers of one, to rounding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast import ppo
+from rlhf_fast.config import InputError, PPOConfig
+from rlhf_fast.run import read_metrics
+
+COMPARED = (
+    "objective/scores", "objective/kl", "objective/entropy", "loss/policy_avg", "loss/value_avg",
+    "grad_norm", "policy/entropy_avg", "policy/approxkl_avg", "val/clipfrac_avg", "val/ratio",
+    "val/explained_var", "val/num_eos_tokens", "val/answer_tokens", "objective/kl_coef", "lr",
+)  # fmt: skip
+
+
+def launch(config: PPOConfig, processes: int) -> subprocess.CompletedProcess:
+    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
+    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
+        f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no",
+        "--main_process_port=0", "-m", "rlhf_fast.cli", "ppo", *flags,
+    ]  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # 3 rows a minibatch: the two processes never have the same share of it
+        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True},
+        # 1 row a minibatch: one process has nothing to learn from
+        {"minibatches": 12, "estimator": "rloo", "samples_per_prompt": 2, "trainable_layers": 2},
+    ],
+    ids=["uneven shares", "empty shares"],
+)
+def test_two_processes_give_the_numbers_of_one(configured, options):
+    options = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2} | options
+    alone, together = configured("alone", **options), configured("together", **options)
+    together.data = alone.data
+    ppo.train(alone)
+    done = launch(together, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout  # without --multi_gpu a launch on a CPU starts one
+    one, two = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (alone, together))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() & set(COMPARED):
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (a["step"], name)
+    assert (Path(together.output_dir) / "model" / "model.safetensors").is_file()
+    assert [p.name for p in (Path(together.output_dir) / "checkpoints").iterdir()] == ["step_2.pt"]
+
+
+def test_a_reward_that_fails_in_one_process_ends_all(configured, tmp_path):
+    (tmp_path / "fails.py").write_text(
+        "import os\n"
+        "calls = 0\n"
+        "def second(prompts, completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    bad = os.environ['RANK'] == '1' and calls == 2\n"
+        "    return [float('nan') if bad else 1.0] * len(prompts)\n"
+    )
+    done = launch(configured(reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9), 2)
+    assert done.returncode != 0
+    assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
+
+
+def test_batch_that_cannot_be_shared(configured, monkeypatch):
+    from rlhf_fast.workers import Workers
+
+    class Three:
+        distributed_type, process_index, num_processes = "NO", 0, 3
+
+        def __init__(self, **_):
+            pass
+
+    monkeypatch.setattr("rlhf_fast.workers.Accelerator", Three)
+    with pytest.raises(InputError, match="batch_size=16 cannot be shared by 3 processes"):
+        Workers(configured())
+
+
+def test_a_device_of_each_process_its_own(configured, monkeypatch):
+    from rlhf_fast.workers import Workers
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = configured()
+    config.device = "cuda:1"
+    with pytest.raises(InputError, match="device=cuda:1: each of several processes"):
+        Workers(config)
+
+
+def test_processes_see_one_folder(monkeypatch):
+    from types import SimpleNamespace
+
+    from rlhf_fast.workers import Workers
+
+    monkeypatch.setattr("rlhf_fast.workers.gather_object", lambda numbers: [*numbers, 0])
+    two = SimpleNamespace(size=2)
+    with pytest.raises(InputError, match=r"differ in the step .*\(\[3, 0\]\)"):
+        Workers.agreed(two, 3, "step")
+    assert Workers.agreed(two, 0, "step") == 0
