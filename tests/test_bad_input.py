@@ -148,6 +148,20 @@ CASES = [
 ]
 
 
+DOWN, UP = torch.zeros(2, 4), torch.zeros(5, 2)
+CASES += [
+    ("linear_token_logprobs", (hidden, weight, labels), {"lora": lora}, kind, message)
+    for lora, kind, message in [
+        ((DOWN, UP), TypeError, r"lora must be \(A \[r, H\], B \[V, r\], scale\)"),
+        ((DOWN.t(), UP, 1.0), ValueError, r"lora's A must be \[r, H\] = \[4, 4\]"),
+        ((DOWN, UP[:4], 1.0), ValueError, r"lora's B must be \[V, r\] = \[5, 2\]"),
+        ((DOWN, UP.half(), 1.0), TypeError, "lora's B must have the dtype of hidden"),
+        ((DOWN, UP, float("nan")), ValueError, "lora's scale must be finite"),
+        ((DOWN.long(), UP, 1.0), TypeError, "lora's A must be float32"),
+    ]
+]
+
+
 @pytest.mark.parametrize(
     ("name", "args", "options", "kind", "message"), CASES,
     ids=[f"{c[0]}: {c[4][:24]}" for c in CASES],

@@ -1,0 +1,203 @@
+"""The linear ops' options: adapter, no host sync, batch invariance, gradient accumulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import rlhf_fast as rf
+from rlhf_fast.ops import aggregate, linear
+
+N, H, R, V = 96, 16, 3, 500
+GEMM, LOW = 2 * N * H * V, 2 * N * R * V
+
+
+def draw(dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator, dtype=dtype)
+    weight = torch.randn(V, H, generator=generator, dtype=dtype)
+    return hidden, weight, torch.randint(V, (N,), generator=generator)
+
+
+def adapter(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    down = torch.randn(R, H, generator=generator, dtype=dtype)
+    return down.requires_grad_(), torch.randn(
+        V, R, generator=generator, dtype=dtype
+    ).requires_grad_()
+
+
+def test_an_adapter_equals_the_merged_head() -> None:
+    hidden, weight, labels = draw(torch.float64)
+    hidden.requires_grad_()
+    down, up = adapter(torch.float64)
+    ours = rf.linear_token_logprobs(hidden, weight, labels, lora=(down, up, 0.5), entropy=True)
+    merged = rf.linear_token_logprobs(hidden, weight + 0.5 * up @ down, labels, entropy=True)
+    leaves = (hidden, down, up)
+    got = torch.autograd.grad(ours[0].sum() + ours[1].sum(), leaves)
+    want = torch.autograd.grad(merged[0].sum() + merged[1].sum(), leaves)
+    for a, b in zip((*ours, *got), (*merged, *want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_an_adapter_on_a_frozen_head_costs_no_weight_gradient(inside) -> None:
+    """Backward: the logits again and dX, 4NHV, with the adapter's own small products."""
+    hidden, weight, labels = draw()
+    counter = FlopCounterMode(display=False)
+    lora = (*adapter(), 0.5)
+    logp = rf.linear_token_logprobs(hidden.requires_grad_(), weight, labels, lora=lora)
+    with counter, inside:
+        logp.sum().backward()
+    down, hidden_and_down = 2 * N * H * R, 2
+    assert counter.get_total_flops() == 2 * GEMM + 3 * LOW + hidden_and_down * down
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses shapes that depend on values, and counts the numbers that are read back."""
+
+    read = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name != "nonzero", name
+        self.read += name == "_local_scalar_dense"
+        return func(*args, **(kwargs or {}))
+
+
+def policy_inputs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> dict:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        "hidden": hidden.view(4, -1, H),
+        "weight": weight,
+        "labels": labels.view(4, -1),
+        "old_logp": -6 + torch.randn(4, N // 4, generator=generator, dtype=hidden.dtype),
+        "advantages": torch.randn(4, N // 4, generator=generator, dtype=hidden.dtype),
+        "mask": torch.rand(4, N // 4, generator=generator) > 0.4,
+    }
+
+
+def test_compact_off_reads_nothing_back(inside) -> None:
+    """What CUDA graphs need; and masked rows, garbage or not, still give exactly nothing."""
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden, weight, labels)
+    arguments["hidden"] = arguments["hidden"].masked_fill(~arguments["mask"][..., None], torch.nan)
+    arguments["hidden"].requires_grad_()
+    arguments["weight"].requires_grad_()
+    leaves = (arguments["hidden"], arguments["weight"])
+
+    def losses(compact: bool) -> list[torch.Tensor]:
+        loss, _ = rf.linear_policy_loss(**arguments, compact=compact)
+        kept = arguments["labels"].masked_fill(~arguments["mask"], -100)
+        logp = rf.linear_token_logprobs(*leaves, kept, compact=compact)
+        total = loss + logp.sum()
+        return [loss, logp, *torch.autograd.grad(total, leaves, torch.full((), 0.5))]
+
+    plain = losses(compact=True)
+    with pytest.raises(AssertionError, match="nonzero"), NoSync(), inside:
+        losses(compact=True)
+    check_label_values = rf.ops.check.label_range
+    rf.ops.check.label_range = lambda *_: None  # on a GPU only debug() reads the labels
+    sync = NoSync()
+    try:
+        with sync, inside:
+            graphed = losses(compact=False)
+    finally:
+        rf.ops.check.label_range = check_label_values
+    assert sync.read == 1  # whether the incoming gradient is 1: linear_policy_loss asks on CPU only
+    for got, want in zip(graphed, plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert not graphed[2][~arguments["mask"]].any()
+
+
+def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(700, 64, generator=generator)
+    weight = torch.randn(3000, 64, generator=generator) / 8
+    labels = torch.randint(3000, (700,), generator=generator)
+
+    def rows(some: slice, deterministic: bool) -> list[torch.Tensor]:
+        x = hidden[some].clone().requires_grad_()
+        logp, entropy = rf.linear_token_logprobs(
+            x, weight, labels[some], entropy=True, deterministic=deterministic
+        )
+        return [logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), x)]
+
+    def differences(deterministic: bool) -> int:
+        whole = rows(slice(0, 700), deterministic)
+        parts = [slice(0, 1), slice(5, 6), slice(3, 100), slice(127, 129), slice(130, 691)]
+        return sum(
+            not torch.equal(part, full[some])
+            for some in parts
+            for part, full in zip(rows(some, deterministic), whole, strict=True)
+        )
+
+    assert differences(deterministic=True) == 0
+    assert differences(deterministic=False) > 0  # else this test would show nothing
+
+
+def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
+    hidden, weight, labels = draw()
+    head = linear.Head(hidden, weight, None)
+    keep = torch.arange(N) < 5
+    (chunk,) = linear.chunks(head, keep, deterministic=True)
+    assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)
+
+
+@pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
+def test_micro_batches_add_up_to_the_batch(aggregation: str) -> None:
+    hidden, weight, labels = draw(torch.float64)
+    arguments = policy_inputs(hidden, weight.requires_grad_(), labels)
+    mask = arguments["mask"]
+    count = {"token-mean": mask.sum(), "token-sum": 17.0}.get(aggregation, mask.any(-1).sum())
+    options = {"aggregation": aggregation, "entropy_coef": 0.1, "normalizer": float(count)}
+    whole, _ = rf.linear_policy_loss(**arguments, **options)
+    (want,) = torch.autograd.grad(whole, weight)
+    parts, got = 0.0, torch.zeros_like(weight)
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 4)):
+        micro = {k: v if k == "weight" else v[rows] for k, v in arguments.items()}
+        loss, _ = rf.linear_policy_loss(**micro, **options)
+        parts += loss.detach()
+        got += torch.autograd.grad(loss, weight)[0]
+    torch.testing.assert_close(parts, whole.detach(), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+def test_a_scaled_loss_has_a_scaled_gradient() -> None:
+    hidden, weight, labels = draw(torch.float64)
+    arguments = policy_inputs(hidden, weight.requires_grad_(), labels)
+    (one,) = torch.autograd.grad(rf.linear_policy_loss(**arguments)[0], weight)
+    (third,) = torch.autograd.grad(rf.linear_policy_loss(**arguments)[0] / 3, weight)
+    torch.testing.assert_close(third, one / 3)
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_logits() -> None:
+    """Offsets are 64-bit: 16-bit logits of 4.3 GB, of which the last row is looked at."""
+    rows, vocab = 16400, 131072
+    assert rows * vocab > 2**31
+    logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
+    logits[-1, -1] = 5.0
+    labels = torch.full((rows,), vocab - 1)
+    logp, entropy = rf.token_logprobs(logits, labels, entropy=True)
+    exact = torch.log_softmax(logits[-1].double(), -1)
+    torch.testing.assert_close(logp[-1].double(), exact[-1], rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        entropy[-1].double(), -(exact.exp() * exact).sum(), rtol=1e-6, atol=0
+    )
+    torch.testing.assert_close(logp[0].double(), -torch.tensor(vocab).double().log())
+
+
+@pytest.mark.slow
+def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
+    rows, vocab = 16400, 131072
+    hidden = torch.zeros(rows, 1, dtype=torch.bfloat16)
+    hidden[-1] = 5.0
+    weight = torch.zeros(vocab, 1, dtype=torch.bfloat16)
+    weight[-1] = 1.0
+    labels = torch.full((rows,), vocab - 1)
+    with rf.chunk_budget(2 * rows * vocab):
+        logp = rf.linear_token_logprobs(hidden, weight, labels)
+    exact = torch.log_softmax((hidden[-1:] @ weight.t()).double(), -1)[0, -1]
+    torch.testing.assert_close(logp[-1].double(), exact, rtol=1e-6, atol=0)
