@@ -183,9 +183,9 @@ def kl_inputs() -> dict[str, torch.Tensor]:
 REF_GEMM = GEMM // 2
 
 
-def test_kl_holds_two_chunks_that_share_the_budget() -> None:
+def test_kl_holds_two_chunks_that_share_the_budget(inside) -> None:
     x, largest = kl_inputs(), Largest()
-    with rf.chunk_budget(32 * V * 4), largest, Inside():
+    with rf.chunk_budget(32 * V * 4), largest, inside:
         logp, _, kl = rf.linear_token_kl(**x)
         (logp.sum() + kl.sum()).backward()
     assert 16 * V <= largest.numel < 17 * V
@@ -212,26 +212,26 @@ def test_chunks_of_two_heads_change_nothing_but_rounding(rows: int, direction: s
     ("logp_share", "kl_share", "backward"),
     [(1.0, 1.0, 3 * GEMM + REF_GEMM), (0.0, 1.0, 3 * GEMM + REF_GEMM), (1.0, 0.0, 3 * GEMM)],
 )
-def test_kl_flops_are_those_the_docstring_states(logp_share, kl_share, backward) -> None:
+def test_kl_flops_are_those_the_docstring_states(inside, logp_share, kl_share, backward) -> None:
     """The reference is not computed again for a gradient that it has no part in."""
     x = kl_inputs()
     counted, again = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with counted, Inside():
+    with counted, inside:
         logp, _, kl = rf.linear_token_kl(**x)
-    with again, Inside():
+    with again, inside:
         parts = [share * out for share, out in ((logp_share, logp), (kl_share, kl)) if share]
         sum(parts).sum().backward()
     assert counted.get_total_flops() == GEMM + REF_GEMM
     assert again.get_total_flops() == backward
 
 
-def test_kl_rows_that_cannot_matter_leave_both_heads() -> None:
+def test_kl_rows_that_cannot_matter_leave_both_heads(inside) -> None:
     x = kl_inputs()
     x["labels"][::2] = -100
     counted, again = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with counted, Inside():
+    with counted, inside:
         logp, _, kl = rf.linear_token_kl(**x)
-    with again, Inside():
+    with again, inside:
         quarter = torch.arange(N) % 4 == 1
         (kl * quarter + logp * quarter).sum().backward()
     assert counted.get_total_flops() == (GEMM + REF_GEMM) // 2
