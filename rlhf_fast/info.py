@@ -60,7 +60,7 @@ def markdown() -> str:
     """The README's op table."""
     lines = ["| op | what it does | reference | CPU | GPU |", "|---|---|---|---|---|"]
     for name, op in registry.OPS.items():
-        engine = all(kernel.triton is None for kernel in op.kernels)
+        engine = any(kernel.triton is None for kernel in op.kernels)
         cpu, gpu = ("C++ rows", "Triton rows") if engine else ("C++", "Triton")
         if not op.kernels:
             cpu = gpu = "PyTorch"

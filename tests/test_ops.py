@@ -76,7 +76,8 @@ class Fallbacks(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "rlhf_fast":
-            return KERNELS[func._schema.name.split("::")[1]].fallback(*args)
+            with self:
+                return KERNELS[func._schema.name.split("::")[1]].fallback(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -427,6 +427,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield sample("one row", 1, 8, 17, ref_h=5)
     yield sample("no rows", 0, 8, 17)
     yield sample("vocab 1", 5, 4, 1, ref_h=3)
+    yield sample("vocab 5000", 3, 4, 5000, ref_h=3)
     yield sample("temperature", 21, 8, 65, temperature=0.7, ref_h=8)
     scale = {"temperature": 0.5 + torch.rand(20, generator=generator), "softcap": 2.0}
     for direction in DIRECTIONS:
