@@ -142,7 +142,10 @@ def inside():
     """Runs the engine's Python under the active modes, instead of as one opaque op."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    from rlhf_fast.ops import linear
     from rlhf_fast.ops.registry import KERNELS
+
+    linear._free.clear()  # memory that an earlier, larger call left
 
     class Inside(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -151,16 +151,30 @@ def test_16_bit_weight_gradients_accumulate_in_float32() -> None:
     assert many <= 1.5 * one
 
 
-@pytest.mark.parametrize("total", [1, 5, 16, 17, 384, 385, 512, 4096, 5000])
+@pytest.mark.parametrize("total", [1, 5, 16, 17, 511, 512, 513, 1024, 4096, 5000])
 def test_chunks_are_of_like_size_and_within_the_budget(total: int) -> None:
     rows = linear.chunk_rows(total, 49152, 4, "cpu")
     chunks = -(-total // rows)
-    assert rows <= linear.CPU_ROWS and chunks == -(-total // linear.CPU_ROWS)
-    assert rows * chunks - total < 16 * chunks
+    assert rows <= linear.CPU_ROWS and rows * chunks - total < 16 * chunks
+    assert chunks == (1 if total <= 512 else total // 512 + 1)
     with rf.chunk_budget(2**20):
         assert linear.chunk_rows(total, 49152, 4, "cpu") <= 5
     gpu = linear.chunk_rows(total, 131072, 4, "cuda")
     assert gpu * 131072 * 4 <= linear.GPU_BYTES
+
+
+def test_the_chunks_memory_is_used_again_and_never_by_two_at_once() -> None:
+    linear._free.clear()
+    hidden, weight, _ = inputs(requires_grad=False)
+    head, keep = linear.Head(hidden, weight, None), torch.ones(N, dtype=torch.bool)
+    (chunk,) = linear.chunks(head, keep)
+    (memory,) = linear._free.values()
+    again = linear.chunks(head, keep)
+    beside = linear.chunks(head, keep)
+    first, second = next(again), next(beside)
+    assert first.logits.data_ptr() == chunk.logits.data_ptr() == memory.data_ptr()
+    assert second.logits.data_ptr() != memory.data_ptr()
+    assert torch.equal(first.logits, hidden @ weight.t())
 
 
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:

@@ -58,7 +58,8 @@ def linear_token_logprobs(
         compact: rows that need no work leave, of which a GPU must tell the host how many there
             are. False: no host sync, every row is computed; for CUDA graphs.
         deterministic: a row's logp, entropy and hidden gradient have the same bits whatever rows
-            are around it, and however many. Every chunk then has 128 rows, a lone row's too.
+            are around it, and however many. Every chunk then has 128 rows, a lone row's too: on
+            2 CPU cores, H=576, V=49152, 512 rows take 1.1 times as long, a lone row 3.6 times.
 
     Returns:
         logp [...] in nats, or (logp, entropy); float32 (float64 for float64 inputs).
