@@ -1,9 +1,5 @@
-// What Python asks of the extension besides its kernels, which loading it registers.
+// How this extension was built, for `rlhf-fast info`. Loading it registers the kernels.
 #include <pybind11/pybind11.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #ifndef RLHF_FAST_CUDA_ARCHITECTURES
 #define RLHF_FAST_CUDA_ARCHITECTURES ""
@@ -32,15 +28,6 @@ const char* openmp() {
 #endif
 }
 
-// Ask for 2 MiB pages for memory that has not been written yet; a hint, so errors do not matter.
-void advise_huge_pages(uintptr_t address, size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -54,5 +41,4 @@ PYBIND11_MODULE(_C, m) {
     facts["CUDA architectures"] = RLHF_FAST_CUDA_ARCHITECTURES;
     return facts;
   });
-  m.def("advise_huge_pages", &advise_huge_pages, pybind11::arg("address"), pybind11::arg("bytes"));
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import pad
 
 from . import check
-from .registry import extension
 
 # Without a budget. CPU (H=576, V=49152, one pass with gradients, in bare products' time): at N=512
 # one chunk 1.02, two 1.08, four 1.16; at N=4096 chunks of 496 rows 1.02, 384 1.03, 256 1.08.
@@ -241,27 +240,17 @@ def chunk_buffer(
 ) -> tuple[Tensor, Tensor]:
     """(memory, the same as [rows, vocab]). On CPU the rows lie side by side
     (csrc/token_logprobs_columns.h says why), and the last call's memory is used again: torch keeps
-    none there, and fresh pages cost a tenth of the three products at N=512, H=576, V=49152.
+    none there, and fresh pages cost 5 % of the three products at N=512, H=576, V=49152. (Fresh
+    pages of 2 MiB were no way out: 2 % in a good round, 20 % in every other one on a virtual
+    machine that hands free ones back to its host.)
     """
     if device.type != "cpu":
         whole = torch.empty((rows, vocab), dtype=dtype, device=device)
         return whole, whole
     whole = _free.pop(dtype, None)  # nobody else can have it until it is put back
     if whole is None or whole.numel() < rows * vocab:
-        whole = large_empty((rows * vocab,), dtype, device)
+        whole = torch.empty(rows * vocab, dtype=dtype)
     return whole, whole[: rows * vocab].view(vocab, rows).t()
-
-
-def large_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """torch.empty; on CPU in pages of 2 MiB where the system has them.
-
-    Writing to 113 MiB for the first time takes 24 ms in pages of 4 KiB and 7 ms in these, of the
-    485 ms that the three products take at N=512, H=576, V=49152.
-    """
-    x = torch.empty(shape, dtype=dtype, device=device)
-    if extension is not None and device.type == "cpu":
-        extension.advise_huge_pages(x.data_ptr(), x.nbytes)
-    return x
 
 
 class Needs(NamedTuple):
@@ -287,7 +276,7 @@ class Gradients:
             for (x, _), needed in zip(head.products, (needs.hidden, needs.low), strict=False)
         ]
         self.weights = [
-            large_empty(w.shape, self.accumulator, w.device) if needed else None
+            torch.empty_like(w, dtype=self.accumulator) if needed else None
             for (_, w), needed in zip(head.products, (needs.weight, needs.up), strict=False)
         ]
         self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
