@@ -36,20 +36,21 @@ RLHF_INLINE Doubles shifted(Doubles v, Doubles fill) {
   return __builtin_shufflevector(v, fill, by, by + 1, by + 2, by + 3);
 }
 
-// p X + q, where p = 0 drops even a NaN: an episode does not see the one after it.
-template <class V>
+// p X + q; where `drops`, p = 0 drops even a NaN: an episode does not see the one after it. Without
+// episodes' ends no p is 0, and the scan takes three quarters of the time.
+template <bool drops, class V>
 RLHF_INLINE V applied(V p, V X, V q) {
-  return q + select(p, p * X, V{});
+  return q + (drops ? select(p, p * X, V{}) : p * X);
 }
 
 // Lane i of (p, q) takes in the maps of lanes i + 1 to the end.
-template <int by, class V>
+template <int by, bool drops, class V>
 RLHF_INLINE void compose(V& p, V& q) {
-  q = applied(p, shifted<by>(q, V{}), q);
+  q = applied<drops>(p, shifted<by>(q, V{}), q);
   p = p * shifted<by>(p, V{} + 1);
 }
 
-template <class S>
+template <bool drops, class S>
 RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
@@ -69,21 +70,29 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S boot
       p[lane] = 1;
       q[lane] = 0;
     }
-    compose<1>(p, q);
-    compose<2>(p, q);
-    if constexpr (width == 8) compose<4>(p, q);
-    const V X = applied(p, next, q);
-    const V advantage = select(counts, applied(alive, shifted<1>(X, next), delta), zero);
+    compose<1, drops>(p, q);
+    compose<2, drops>(p, q);
+    if constexpr (width == 8) compose<4, drops>(p, q);
+    const V X = applied<drops>(p, next, q);
+    const V advantage = select(counts, applied<drops>(alive, shifted<1>(X, next), delta), zero);
     store_some(s.advantages + i, advantage, n);
     store_some(s.returns + i, advantage + value, n);
     next = zero + X[0];
   }
 }
+template <class S>
+RLHF_INLINE void scan(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
+  if (s.dones || s.gamma_lambda == 0) {
+    scan_row<true>(s, first, steps, bootstrap);
+  } else {
+    scan_row<false>(s, first, steps, bootstrap);
+  }
+}
 RLHF_CLONES void run(const Scan<float>* s, int64_t first, int64_t steps, float bootstrap) {
-  scan_row(*s, first, steps, bootstrap);
+  scan(*s, first, steps, bootstrap);
 }
 RLHF_CLONES void run(const Scan<double>* s, int64_t first, int64_t steps, double bootstrap) {
-  scan_row(*s, first, steps, bootstrap);
+  scan(*s, first, steps, bootstrap);
 }
 
 // The rows' steps lie one row after the other; row b begins at first(b) and ends where b + 1 begins.
