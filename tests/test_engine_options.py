@@ -137,6 +137,39 @@ def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
     assert differences(deterministic=False) > 0  # else this test would show nothing
 
 
+@pytest.mark.parametrize("op", ["linear_policy_loss", "linear_token_kl"])
+def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
+    """The gradient of one row alone, and among 95 others."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, 64, generator=generator)
+    other = torch.randn(N, 64, generator=generator)
+    weight = torch.randn(3000, 64, generator=generator) / 8
+    labels = torch.randint(3000, (N,), generator=generator)
+
+    def gradient(rows: slice, deterministic: bool) -> torch.Tensor:
+        x = hidden[rows].clone().requires_grad_()
+        y, how = labels[rows], {"deterministic": deterministic}
+        if op == "linear_policy_loss":
+            constants = (other[rows, 0] - 8, other[rows, 1], torch.ones_like(y, dtype=torch.bool))
+            total, _ = rf.linear_policy_loss(
+                x[None], weight, y[None], *(c[None] for c in constants), entropy_coef=0.1,
+                aggregation="token-sum", **how,
+            )  # fmt: skip
+        else:
+            total = rf.linear_token_kl(x, weight, y, other[rows], **how)[2].sum()
+        return torch.autograd.grad(total, x)[0]
+
+    def same(deterministic: bool) -> bool:
+        whole = gradient(slice(0, N), deterministic)
+        return all(
+            torch.equal(gradient(slice(i, i + 1), deterministic)[0], whole[i])
+            for i in range(0, N, 7)
+        )
+
+    assert same(deterministic=True)
+    assert not same(deterministic=False)  # else this test would show nothing
+
+
 def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     hidden, weight, labels = draw()
     head = linear.Head(hidden, weight, None)

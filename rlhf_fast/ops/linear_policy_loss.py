@@ -189,9 +189,9 @@ def _forward(
     options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     head = linear.Head(hidden, weight, bias)
     grads = linear.Gradients(head, linear.Needs(*needs))
-    counts = matters.view(-1)
+    keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    for chunk in linear.chunks(head, counts, compact=compact, deterministic=deterministic):
+    for chunk in linear.chunks(head, keep, compact=compact, deterministic=deterministic):
         logits = chunk.logits[None]
 
         def part(full: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
