@@ -60,10 +60,10 @@ def markdown() -> str:
     """The README's op table."""
     lines = ["| op | what it does | reference | CPU | GPU |", "|---|---|---|---|---|"]
     for name, op in registry.OPS.items():
-        engine = any(kernel.triton is None for kernel in op.kernels)
-        cpu, gpu = ("C++ rows", "Triton rows") if engine else ("C++", "Triton")
-        if not op.kernels:
-            cpu = gpu = "PyTorch"
+        cpu = "C++" if op.kernels else "PyTorch"
+        gpu = "Triton" if any(k.triton for k in op.kernels) else "PyTorch"
+        if any(kernel.engine for kernel in op.kernels):
+            cpu, gpu = "C++ rows", "Triton rows"
         lines.append(f"| `{name}` | {op.summary.rstrip('.')} | PyTorch | {cpu} | {gpu} |")
     return "\n".join(lines)
 

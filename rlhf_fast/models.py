@@ -53,6 +53,7 @@ class Policy:
     trunk_layers: int
     stop_ids: list[int]
     bf16: bool = False  # forward passes in bfloat16, by autocast
+    exact_decoding: bool = False  # see rollout.decodes_exactly
 
     @property
     def head(self) -> nn.Module:

@@ -59,7 +59,7 @@ def train(config: RewardConfig) -> dict:
     )
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0
+        weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
     )
     lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
     steps = max(1, config.epochs * len(pairs) // config.batch_size)

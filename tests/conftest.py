@@ -150,7 +150,7 @@ def inside():
     class Inside(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             name = func._schema.name.split("::")[1]
-            if func.namespace == "rlhf_fast" and KERNELS[name].triton is None:
+            if func.namespace == "rlhf_fast" and KERNELS[name].engine:
                 with self:
                     return KERNELS[name].fallback(*args)
             return func(*args, **(kwargs or {}))

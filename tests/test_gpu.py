@@ -101,7 +101,7 @@ def test_bench_shapes(name: str) -> None:
 
 def test_every_kernel_is_triton_on_cuda() -> None:
     for kernel in KERNELS.values():
-        expected = "engine" if kernel.triton is None else "Triton"
+        expected = "engine" if kernel.engine else "Triton" if kernel.triton else "PyTorch"
         assert kernel.implementation("cuda") == expected, kernel.name
 
 

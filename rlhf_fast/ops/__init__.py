@@ -14,4 +14,5 @@ from . import (  # noqa: F401, I001
     kl_penalized_rewards,
     pairwise_loss,
     masked,
+    thin_linear,
 )

@@ -341,7 +341,7 @@ KERNEL = define_kernel(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,
-    triton=None,
+    engine=True,
     backward=_autograd,
     setup_context=_setup_context,
 )

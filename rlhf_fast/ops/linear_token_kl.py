@@ -500,7 +500,7 @@ FORWARD = define_kernel(
     "bool compact, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
-    triton=None,
+    engine=True,
     backward=_autograd,
     setup_context=_setup_context,
 )
@@ -510,7 +510,7 @@ BACKWARD = define_kernel(
     "bool reverse, bool compact, bool deterministic, bool[] needs) -> (Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
-    triton=None,
+    engine=True,
 )
 OP = register(
     Op(

@@ -297,7 +297,7 @@ FORWARD = define_kernel(
     "bool entropy, bool compact, bool deterministic) -> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
-    triton=None,
+    engine=True,
     backward=_autograd,
     setup_context=_setup_context,
 )
@@ -307,7 +307,7 @@ BACKWARD = define_kernel(
     "bool deterministic, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
-    triton=None,
+    engine=True,
 )
 OP = register(
     Op(

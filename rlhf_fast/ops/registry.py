@@ -37,14 +37,16 @@ except ImportError as error:  # built against another torch, say: everything sti
 class Kernel:
     """One operator of ``torch.ops.rlhf_fast``.
 
-    ``triton`` is ``"module:launcher"`` inside ``rlhf_fast.kernels``; None for kernels that are
-    themselves loops over other kernels (the linear engine) and so run on every device as they are.
+    ``triton`` is ``"module:launcher"`` inside ``rlhf_fast.kernels``; None where torch's own kernels
+    are right on a GPU. An ``engine`` is itself a loop over other kernels (the linear ops) and runs
+    on every device as it is.
     """
 
     name: str
     schema: str
     fallback: Callable[..., Any]
     triton: str | None
+    engine: bool = False
 
     @property
     def launcher(self) -> Callable[..., Any]:
@@ -59,7 +61,7 @@ class Kernel:
         key = {"cpu": "CPU", "cuda": "CUDA", "xpu": "XPU"}.get(device_type)
         if key and torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_fast::{self.name}", key):
             return "C++" if key == "CPU" else "Triton"
-        return "engine" if self.triton is None else "PyTorch"
+        return "engine" if self.engine else "PyTorch"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def define_kernel(
     *,
     fallback: Callable[..., Any],
     fake: Callable[..., Any],
-    triton: str | None,
+    triton: str | None = None,
+    engine: bool = False,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
 ) -> Kernel:
@@ -116,7 +119,7 @@ def define_kernel(
     ``Library.define`` costs about 5 us a call where the ``custom_op`` decorator costs 15-21.
     """
     name = schema[: schema.index("(")]
-    kernel = Kernel(name, schema, fallback, triton)
+    kernel = Kernel(name, schema, fallback, triton, engine)
     LIBRARY.define(schema)
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
     if triton is not None and HAS_TRITON:
