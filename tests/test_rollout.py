@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -9,6 +11,7 @@ from transformers import (
 )
 
 from rlhf_fast.data import pad
+from rlhf_fast.experience import measure
 from rlhf_fast.models import load_policy, logit_divisor
 from rlhf_fast.rollout import (
     Completions,
@@ -16,6 +19,7 @@ from rlhf_fast.rollout import (
     answer_hidden,
     choose,
     decode,
+    decodes_exactly,
     roll_out,
     widen,
 )
@@ -72,6 +76,48 @@ def test_logp_is_that_of_one_unpadded_pass(policy, temperature):
             rollout.logp[row][rollout.mask[row]], expected, atol=1e-4, rtol=1e-4
         )
     assert (rollout.logp[~rollout.mask] == 0).all()
+
+
+def test_hidden_states_of_decoding_are_those_of_one_pass(policy):
+    """Prompts of unequal lengths, and answers that end early."""
+    assert not policy.exact_decoding and roll(policy).hidden is None
+    assert decodes_exactly(policy)
+    rollout = roll(policy, stop=(1, 4, 6))
+    whole = answer_hidden(policy.body, rollout, slice(None))
+    assert rollout.mask.any(1).all() and not rollout.mask.all()
+    torch.testing.assert_close(
+        rollout.hidden[rollout.mask], whole[rollout.mask], atol=1e-4, rtol=1e-4
+    )
+    assert widen(rollout, 9).hidden.shape == (3, 9, rollout.hidden.size(-1))
+
+
+def test_log_probs_are_measured_on_the_hidden_states_of_decoding(policy, configured):
+    policy.exact_decoding = True
+    rollout, config = roll(policy), configured()
+    reused = measure(policy, rollout, config)
+    rollout.hidden = None
+    passed = measure(policy, rollout, config)
+    torch.testing.assert_close(reused.logp[rollout.mask], passed.logp[rollout.mask])
+    rollout.hidden = torch.zeros_like(answer_hidden(policy.body, rollout, slice(None)))
+    logp = measure(policy, rollout, config).logp[rollout.mask]
+    torch.testing.assert_close(logp, torch.full_like(logp, -math.log(policy.head.out_features)))
+
+
+def test_what_does_not_decode_exactly(policy, monkeypatch):
+    """bfloat16, and a model that makes something else of a token over the cache."""
+    policy.bf16 = True
+    assert not decodes_exactly(policy)
+    policy.bf16 = False
+    forward = type(policy.model.base_model).forward
+
+    def other(self, input_ids=None, **kwargs):
+        out = forward(self, input_ids, **kwargs)
+        if kwargs.get("use_cache"):
+            out.last_hidden_state = out.last_hidden_state * 1.001
+        return out
+
+    monkeypatch.setattr(type(policy.model.base_model), "forward", other)
+    assert not decodes_exactly(policy)
 
 
 def test_hidden_states_predict_the_answers(policy):
