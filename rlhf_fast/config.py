@@ -176,9 +176,9 @@ class PPOConfig(RunConfig):
     )
     packing: bool | None = option(
         None,
-        help="forward passes over whole answers without padding, all sequences in one row [unset: "
-        "with flash_attention_2, which pays for nothing between them; others pay for the square "
-        "of all tokens]",
+        help="forward passes over whole answers without padding, all of a micro-batch in one row "
+        "[unset: with flash_attention_2. Others attend to the square of all its tokens, so that "
+        "only small micro-batches gain]",
     )
     bf16: bool = option(False, help="forward passes in bfloat16 (autocast); weights stay float32")
 

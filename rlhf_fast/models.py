@@ -543,7 +543,7 @@ def pick_attention(asked: str | None, device: torch.device, *, bf16: bool) -> st
 
 
 def pick_packing(asked: bool | None, attention: str | None, bodies: dict[str, nn.Module]) -> bool:
-    """Packed where flash attention runs, if all the bodies can be; see packing.py."""
+    """Whether to pack (see packing.py): where flash attention runs, if all the bodies allow it."""
     if asked is False or (asked is None and attention != "flash_attention_2"):
         return False
     for name, body in bodies.items():

@@ -4,7 +4,9 @@ In a batch of prompts padded left and answers padded right, padding is computed 
 Packed, one row [1, n] holds the n real tokens alone, and each sequence's positions begin at 0.
 Flash attention is told where sequences begin and does no work between them. Without it,
 transformers makes of the positions a mask [n, n] that keeps them apart: the same numbers, but
-attention then costs the square of *all* tokens.
+attention then costs the square of *all* tokens. (A forward pass of SmolLM2-135M with SDPA on a CPU,
+16 prompt and 64 answer positions a row, a third of them padding: packed is 1.33 times faster at 16
+rows and 0.72 times as fast at 64.)
 """
 
 from __future__ import annotations
@@ -19,9 +21,7 @@ class Packing:
 
     def __init__(self, mask: Tensor) -> None:
         self.shape = mask.shape
-        self.rows, self.columns = mask.nonzero(
-            as_tuple=True
-        )  # [n] each, one sequence after another
+        self.rows, self.columns = mask.nonzero(as_tuple=True)  # [n] each, row after row
         lengths = mask.sum(1)
         starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # [b+1], the end of all included
         longest = int(lengths.max())
@@ -69,14 +69,14 @@ def can_pack(body: nn.Module) -> bool:
     """Whether sequences in one row come out as they do in rows of their own.
 
     They do not where a model carries a state along the row (Mamba), or counts positions or
-    distances by itself (OPT, BLOOM). Of 37 architectures of transformers, tiny and random, those
-    that pack are 1e-6 or less from their padded hidden states, and the others 0.08 or more.
+    distances by itself (OPT, BLOOM). Of 36 architectures of transformers, tiny and random, those
+    that pack are within 1e-6 of their padded hidden states, the others 0.07 or more away (relative
+    to their norm; bfloat16 alone makes 0.005 in SmolLM2-135M).
     """
     mask = torch.ones(2, 16, dtype=torch.bool, device=next(body.parameters()).device)
     mask[1, :6] = False  # padded left
-    ids = torch.arange(32, device=mask.device).view(
-        2, 16
-    ) % body.get_input_embeddings().weight.size(0)
+    vocab = body.get_input_embeddings().weight.size(0)
+    ids = torch.arange(32, device=mask.device).view(2, 16) % vocab
     try:
         packed = final_hidden(body, mask, packed=True, input_ids=ids)[mask]
     except (TypeError, ValueError):  # it does not take these arguments, or refuses them

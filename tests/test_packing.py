@@ -14,7 +14,7 @@ import transformers
 from rlhf_fast import ppo
 from rlhf_fast.config import InputError
 from rlhf_fast.models import load_policy
-from rlhf_fast.packing import Packing, final_hidden
+from rlhf_fast.packing import Packing, can_pack, final_hidden
 from rlhf_fast.rollout import Completions, Rollout, Sampling, answer_hidden, roll_out, sample
 from rlhf_fast.run import read_metrics
 
@@ -191,6 +191,16 @@ def test_models_that_cannot_be_packed(load, flash):
     assert not load("Llama", **critic, attn_implementation=flash).packed
     with pytest.raises(InputError, match=r"packing=True: value_model=.*Lfm2 \(Lfm2Model\)"):
         load("Llama", **critic, packing=True)
+
+
+def test_a_forward_that_takes_no_more_arguments():
+    class Closed(transformers.LlamaModel):
+        def forward(self, input_ids, attention_mask=None, position_ids=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+    base = tiny("Llama", vocab=20).base_model
+    assert can_pack(base)
+    assert not can_pack(Closed(base.config))
 
 
 def test_loading_with_flash_attention(load, flash):
