@@ -174,6 +174,12 @@ class PPOConfig(RunConfig):
         choices=("eager", "sdpa", "flash_attention_2"),
         help="unset: flash_attention_2 where it is installed and bf16 runs on a GPU, else sdpa",
     )
+    packing: bool | None = option(
+        None,
+        help="forward passes over whole answers without padding, all of a micro-batch in one row "
+        "[unset: with flash_attention_2. Others attend to the square of all its tokens, so that "
+        "only small micro-batches gain]",
+    )
     bf16: bool = option(False, help="forward passes in bfloat16 (autocast); weights stay float32")
 
     # Sampling

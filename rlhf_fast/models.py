@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.config import InputError
 from rlhf_fast.data import pad
+from rlhf_fast.packing import can_pack
 
 transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
 
@@ -53,6 +54,7 @@ class Policy:
     trunk_layers: int
     stop_ids: list[int]
     bf16: bool = False  # forward passes in bfloat16, by autocast
+    packed: bool = False  # forward passes over whole answers go without padding (packing.py)
     exact_decoding: bool = False  # see rollout.decodes_exactly
 
     @property
@@ -108,6 +110,8 @@ def load_policy(
     value_model: str | None = None,
     lora: LoRA | None = None,
     attn_implementation: str | None = None,
+    bf16: bool = False,
+    packing: bool | None = None,
 ) -> Policy:
     tokenizer = load_tokenizer(name, field="model")
     model = load_causal_lm(name, device, attn_implementation=attn_implementation)
@@ -144,8 +148,14 @@ def load_policy(
         reference_head,
         trunk_layers,
         stop_tokens(model, tokenizer),
+        bf16,
     )
-    check_architecture(policy, name)
+    with policy.precision():  # flash attention has no float32
+        check_architecture(policy, name)
+        bodies = {f"model={name}": base}
+        if value_body is not None:
+            bodies[f"value_model={value_model}"] = value_body
+        policy.packed = pick_packing(packing, attn_implementation, bodies)
     return policy
 
 
@@ -427,11 +437,6 @@ def score_texts(model: PreTrainedModel, rows: list[list[int]], *, batch_size: in
 # ------------------------------------------------------------------------------------ shared
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Position of each token among the real ones [B, T]; padding counts as position 0."""
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
 def load_config(name: str, *, field: str):
     source = resolve(name, field)
     if Path(source).is_dir() and not Path(source, "config.json").exists():
@@ -536,6 +541,21 @@ def pick_attention(asked: str | None, device: torch.device, *, bf16: bool) -> st
             )
         )
     return asked or ("flash_attention_2" if flash and bf16 else None)
+
+
+def pick_packing(asked: bool | None, attention: str | None, bodies: dict[str, nn.Module]) -> bool:
+    """Whether to pack (see packing.py): where flash attention runs, if all the bodies allow it."""
+    if asked is False or (asked is None and attention != "flash_attention_2"):
+        return False
+    for name, body in bodies.items():
+        if not can_pack(body):
+            if asked is None:
+                return False
+            raise InputError(
+                f"packing={asked}: {name} ({type(body).__name__}) does not keep sequences apart "
+                "that lie in one row; leave packing unset"
+            )
+    return True
 
 
 def pick_device(name: str) -> torch.device:

@@ -82,8 +82,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         value_model=config.value_model,
         lora=lora_options(config),
         attn_implementation=pick_attention(config.attn_implementation, device, bf16=config.bf16),
+        bf16=config.bf16,
+        packing=config.packing,
     )
-    policy.bf16 = config.bf16
     policy.exact_decoding = decodes_exactly(policy)
     held_out, prompts = split_prompts(config, policy)
     weights, critic = policy.trained(), policy.critic()
@@ -301,7 +302,7 @@ def learn(
         for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
             m = mask[part]
             with policy.precision():
-                hidden = answer_hidden(policy.body, rollout, part)  # [b, T, H]
+                hidden = answer_hidden(policy.body, rollout, part, packed=policy.packed)
                 policy_part, policy_stats = linear_policy_loss(
                     hidden, policy.head.weight, rollout.labels[part], old.logp[part],
                     advantages[part], m, clip_low=config.clip,

@@ -21,8 +21,9 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from rlhf_fast import token_logprobs
-from rlhf_fast.models import Policy, logit_divisor, positions, softcap, trunk_recorder
+from rlhf_fast.models import Policy, logit_divisor, softcap, trunk_recorder
 from rlhf_fast.ops.thin_linear import thin_linear
+from rlhf_fast.packing import Packing, final_hidden, positions
 
 
 @dataclass(frozen=True)
@@ -292,21 +293,16 @@ def decodes_exactly(policy: Policy) -> bool:
     policy.exact_decoding = True
     rollout = roll_out(policy, ids, mask, Sampling(6, 0.0, []), torch.zeros(2, 6, device=device))
     with torch.no_grad():
-        whole = answer_hidden(policy.body, rollout, slice(None))
+        whole = answer_hidden(policy.body, rollout, slice(None), packed=policy.packed)
     return torch.allclose(rollout.hidden, whole, rtol=1e-4, atol=1e-4)
 
 
 def run_trunk(policy: Policy, rollout: Rollout) -> Tensor:
     """[B, P+T-1, H], for an engine that does not record it."""
-    attention = rollout.attention[:, :-1]
+    attention, ids = rollout.attention[:, :-1], rollout.ids[:, :-1]
     with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
-        policy.model.base_model(
-            rollout.ids[:, :-1],
-            attention_mask=attention.long(),
-            position_ids=positions(attention),
-            use_cache=False,
-        )
-    return recorded[0]
+        final_hidden(policy.model.base_model, attention, packed=policy.packed, input_ids=ids)
+    return Packing(attention).unpack(recorded[0]) if policy.packed else recorded[0]
 
 
 def widen(rollout: Rollout, length: int) -> Rollout:
@@ -324,25 +320,24 @@ def widen(rollout: Rollout, length: int) -> Rollout:
 
 
 def answer_hidden(
-    body: torch.nn.Module, rollout: Rollout, rows: slice | Tensor, *, from_ids: bool = False
+    body: torch.nn.Module,
+    rollout: Rollout,
+    rows: slice | Tensor,
+    *,
+    packed: bool = False,
+    from_ids: bool = False,
 ) -> Tensor:
     """Final hidden states [b, T, H] at the positions that *predict* the answers' tokens.
 
     Token t of an answer is predicted at P-1+t, so the last token itself is never an input. A body
     that does not stand on the shared trunk reads the tokens (`from_ids`).
     """
-    attention = rollout.attention[rows, :-1]
     given = (
         {"input_ids": rollout.ids[rows, :-1]}
         if from_ids or rollout.trunk is None
         else {"inputs_embeds": rollout.trunk[rows]}
     )
-    hidden = body(
-        **given,
-        attention_mask=attention.long(),
-        position_ids=positions(attention),
-        use_cache=False,
-    ).last_hidden_state
+    hidden = final_hidden(body, rollout.attention[rows, :-1], packed=packed, **given)
     return hidden[:, rollout.prompt_length - 1 :]
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.utils import is_flash_attn_2_available
 
 from rlhf_fast import token_logprobs
+from rlhf_fast.data import pad
+from rlhf_fast.models import load_policy
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+from rlhf_fast.rollout import Sampling, answer_hidden, roll_out, run_trunk
 
 pytestmark = [
     pytest.mark.gpu,
@@ -167,3 +171,42 @@ def test_more_than_2_to_31_logits() -> None:
     logp.sum().backward()
     exact.sum().backward()
     close(logits.detach()[checked], small.grad, torch.bfloat16)
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_flash_attention(tiny_policy_folder: str, layers: int | None) -> None:
+    """Sampled with it, and learnt from without padding, against SDPA on padded rows in float32."""
+    if not is_flash_attn_2_available():
+        pytest.skip("NO FLASH-ATTN: sampling and packed forward passes are not run with it here")
+    options = {"trainable_layers": layers, "device": torch.device("cuda")}
+    flash = load_policy(
+        tiny_policy_folder, attn_implementation="flash_attention_2", bf16=True, **options
+    )
+    exact = load_policy(tiny_policy_folder, attn_implementation="sdpa", **options)
+    assert flash.packed and not exact.packed
+    ids, mask = pad([[7, 5], [3, 4, 5, 6, 8], [9], [10, 3, 4]], side="left")
+    draws = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    with flash.precision():
+        rollout = roll_out(
+            flash, ids.cuda(), mask.cuda(), Sampling(16, 1.0, stop_ids=[1, 4]), draws.cuda()
+        )
+    assert not rollout.mask.all()  # some answers are shorter
+
+    def hidden_and_gradient(policy):
+        with policy.precision():
+            rollout.trunk = run_trunk(policy, rollout) if policy.trunk_layers else None
+            hidden = answer_hidden(policy.body, rollout, slice(None), packed=policy.packed)
+        hidden = hidden[rollout.mask].float()
+        weights = torch.cos(torch.arange(hidden.numel(), device="cuda")).view(hidden.shape)
+        return hidden, *torch.autograd.grad(
+            (hidden * weights).sum(), policy.body.layers[-1].self_attn.q_proj.weight
+        )
+
+    hidden, gradient = hidden_and_gradient(flash)
+    exact_hidden, exact_gradient = hidden_and_gradient(exact)
+    assert (hidden - exact_hidden).norm() < 0.02 * exact_hidden.norm()
+    assert (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
+    with torch.no_grad():
+        logp = torch.log_softmax(exact.head(exact_hidden), -1)
+    logp = logp.gather(1, rollout.labels[rollout.mask][:, None]).squeeze(1)
+    torch.testing.assert_close(rollout.logp[rollout.mask], logp, rtol=0, atol=0.1)
