@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -38,7 +39,6 @@ from rlhf_fast.experience import (
     measure,
     predict_values,
     sample_answers,
-    score,
     score_all,
     slices,
 )
@@ -56,6 +56,7 @@ from rlhf_fast.report import (
 from rlhf_fast.rollout import Rollout, RolloutEngine, answer_hidden, decode
 from rlhf_fast.run import Run, read_metrics, save_tensors
 from rlhf_fast.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.sharding import gathered
 from rlhf_fast.watch import warnings
 from rlhf_fast.workers import Workers
 
@@ -84,6 +85,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         attn_implementation=pick_attention(config.attn_implementation, device, bf16=config.bf16),
     )
     policy.bf16 = config.bf16
+    workers.shard(policy)
     held_out, prompts = split_prompts(config, policy)
     weights, critic = policy.trained(), policy.critic()
     optimizer = torch.optim.AdamW(
@@ -106,7 +108,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     # Answering held-out prompts first also shows whether reward and judge work at all.
     before = run.load("before.json") if run.exists else None
     if before is None:
-        before = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
+        before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
     first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
     history = read_metrics(run.metrics)
@@ -203,12 +205,18 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 run.save_checkpoint(step + 1, weights, optimizer, **state)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
-    run.write("model", policy.save)
+    state = gathered(policy.state(), keep=workers.is_main)
+    run.write("model", lambda folder: policy.save(folder, state))
     if policy.value_body is not None:
-        run.write("value_model", policy.value_body.save_pretrained)
+        run.write(
+            "value_model",
+            lambda folder: policy.value_body.save_pretrained(
+                folder, state_dict=state["value_model"]
+            ),
+        )
     if config.lora_r is not None:
         run.write("adapter", policy.model.save_pretrained)
-    after = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
+    after = evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
@@ -296,8 +304,9 @@ def learn(
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
         sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
-        for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
-            m = mask[part]
+        mine = parts(minibatch[workers.rank :: workers.size], config.micro_batch_size)
+        for part, counted in workers.in_step(mine, idle=minibatch[:1]):
+            m = mask[part] & counted
             with policy.precision():
                 hidden = answer_hidden(policy.body, rollout, part)  # [b, T, H]
                 policy_part, policy_stats = linear_policy_loss(
@@ -340,7 +349,7 @@ def learn(
         if too_far:
             optimizer.zero_grad()
             break
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm))
         finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         if finite:
             optimizer.step()
@@ -456,10 +465,19 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
 
 
 def evaluate(
-    policy: Policy, prompts: list[Prompt], reward: Scorer, judge: Scorer | None, config: PPOConfig
+    policy: Policy,
+    prompts: list[Prompt],
+    reward: Scorer,
+    judge: Scorer | None,
+    config: PPOConfig,
+    workers: Workers,
 ) -> dict[str, list]:
     """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
-    our own decoding, so that they can be compared whatever the rollout engine is."""
+    our own decoding, so that they can be compared whatever the rollout engine is.
+
+    Every process does the same, since the model may be sharded over all; the main one's scores
+    count.
+    """
     result: dict[str, list] = defaultdict(list)
     set_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -470,9 +488,10 @@ def evaluate(
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
         result["answer"] += texts
-        result["score"] += score(reward, batch, texts).tolist()
+        scored = workers.main_only(partial(score_all, reward, judge, batch, texts))
+        result["score"] += scored["scores"].tolist()
         if judge is not None:
-            result["judge"] += score(judge, batch, texts).tolist()
+            result["judge"] += scored["judge"].tolist()
         kl = token_kl(measured.logp, measured.ref_logp, "k1")
         result["kl"] += masked_sum(kl, rollout.mask).tolist()
     return dict(result)
