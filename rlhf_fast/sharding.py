@@ -7,6 +7,7 @@ trainer goes on to see bodies that map tokens to hidden states, a head with a we
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +36,8 @@ class Sharder:
         self.plugin = plugin
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.precision = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+        # A Linear returns a view; it matters to FSDP if that is written to, which nothing here does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
     def body_with_head(self, body: nn.Module, head: nn.Module) -> Sharded:
         """One group for what the head and the body's embedding may share."""
@@ -104,19 +107,23 @@ class Sharded(nn.Module):
         have ended would have to go on as long as the others. So they are gathered once a rollout,
         and each process stops when it likes; the price is the memory of one whole policy.
         """
-        units = [unit for unit in self.modules() if isinstance(unit, FSDPModule)]
-        for unit in units:
-            unit.reshard()  # what a forward pass left whole may be older than the shards
+        self.drop_whole()  # what a forward pass left whole may be older than the shards
+        for unit in self.units():
             unit.unshard()
-            unit.set_reshard_after_forward(False, recurse=False)
+        self.set_reshard_after_forward(False)
         try:
             yield
         finally:
-            for unit in units:
-                unit.reshard()
-                unit.set_reshard_after_forward(
-                    self.reshard_layers and unit is not self, recurse=False
-                )
+            self.drop_whole()
+            self.set_reshard_after_forward(self.reshard_layers)
+            self.set_reshard_after_forward(False, recurse=False)
+
+    def drop_whole(self) -> None:
+        for unit in self.units():
+            unit.reshard()
+
+    def units(self) -> list[FSDPModule]:
+        return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
 
 def check(plugin: FullyShardedDataParallelPlugin, config: PPOConfig) -> None:

@@ -111,7 +111,7 @@ class Workers:
         # FSDP learns what its root is from the first call, and decoding calls what is inside it.
         with torch.no_grad():
             policy.body(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
-        policy.body.reshard()
+        policy.body.drop_whole()
 
     def in_step(self, passes: Sequence[Tensor], *, idle: Tensor) -> list[tuple[Tensor, bool]]:
         """(rows, whether they count) of each of this process's passes over a minibatch.

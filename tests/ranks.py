@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,18 @@ def sharded_head(rank: int, folder: str) -> None:
         [logp, own["hidden"].grad, *(g.full_tensor() for g in sharded)], f"{folder}/{rank}.pt"
     )
     dist.destroy_process_group()
+
+
+def train_each(file: str) -> None:
+    """PPO runs one after the other, by the configs in a JSON file."""
+    from rlhf_fast import ppo
+    from rlhf_fast.config import PPOConfig
+
+    ppo.Workers.end = lambda self: None  # the process group is for all runs
+    with open(file) as configs:
+        for config in json.load(configs):
+            ppo.train(PPOConfig(**config))
+
+
+if __name__ == "__main__":
+    train_each(sys.argv[1])
