@@ -205,15 +205,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 run.save_checkpoint(step + 1, weights, optimizer, **state)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
-    state = gathered(policy.state(), keep=workers.is_main)
-    run.write("model", lambda folder: policy.save(folder, state))
+    whole = gathered(policy.state(), keep=workers.is_main)
+    run.write("model", lambda folder: policy.save(folder, whole))
     if policy.value_body is not None:
-        run.write(
-            "value_model",
-            lambda folder: policy.value_body.save_pretrained(
-                folder, state_dict=state["value_model"]
-            ),
-        )
+        save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
+        run.write("value_model", save_critic)
     if config.lora_r is not None:
         run.write("adapter", policy.model.save_pretrained)
     after = evaluate(policy, held_out, reward, judge, config, workers)

@@ -1,8 +1,9 @@
 """FSDP2: each process holds a shard of every weight, and gathers a layer just before it runs.
 
-Asked for by accelerate's config (`distributed_type: FSDP`, `fsdp_version: 2`), whose layers to wrap,
-precision and `reshard_after_forward` are followed. Policy, critic and reference are all sharded; the
-trainer goes on to see bodies that map tokens to hidden states, a head with a weight, and gradients.
+Asked for by accelerate's config (`distributed_type: FSDP`, `fsdp_version: 2`), whose wrap policy,
+precision and `fsdp_reshard_after_forward` are followed. Policy, critic and reference are sharded,
+after each process has read them whole. The trainer still sees bodies that map tokens to hidden
+states, a head with a weight, and gradients that are sums over the processes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Sharder:
         self.plugin = plugin
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self.precision = plugin.mixed_precision_policy or MixedPrecisionPolicy()
-        # A Linear returns a view; it matters to FSDP if that is written to, which nothing here does.
+        # A Linear returns a view, which must not be written to; nothing here does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
     def body_with_head(self, body: nn.Module, head: nn.Module) -> Sharded:
@@ -68,8 +69,9 @@ class Sharder:
                 )
             return lambda module: type(module).__name__ in names
         if policy is size_based_auto_wrap_policy:
-            return lambda module: not isinstance(module, nn.ModuleList) and (
-                sum(p.numel() for p in module.parameters()) > self.plugin.min_num_params
+            return lambda module: (
+                not isinstance(module, nn.ModuleList)
+                and (sum(p.numel() for p in module.parameters()) > self.plugin.min_num_params)
             )
         return lambda module: False
 
@@ -103,9 +105,9 @@ class Sharded(nn.Module):
     def whole(self) -> Iterator[None]:
         """All weights gathered, for as long as answers are sampled.
 
-        Gathered layer by layer, they would be sent once for every token, and a process whose answers
-        have ended would have to go on as long as the others. So they are gathered once a rollout,
-        and each process stops when it likes; the price is the memory of one whole policy.
+        Gathered layer by layer, they would be sent once for every token, and a process whose
+        answers have ended would have to go on as long as the others. So they are gathered once a
+        rollout, and each process stops when it likes; the price is one whole policy in memory.
         """
         self.drop_whole()  # what a forward pass left whole may be older than the shards
         for unit in self.units():

@@ -1,5 +1,13 @@
 """Several processes, each with a share of every batch: data parallelism through accelerate.
 
+    accelerate launch --multi_gpu --num_processes 2 -m rlhf_fast.cli ppo …  # whole models
+    accelerate launch --config_file fsdp.yaml -m rlhf_fast.cli ppo …        # shards: sharding.py
+
+`--multi_gpu` makes accelerate start torch's launcher, and is right on a machine of CPUs, too: with
+`--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts a single process unless
+it is given an MPI hostfile. (`torchrun --nproc_per_node 2 -m rlhf_fast.cli ppo …` does the same.)
+Where there is no GPU the processes take CPUs and gloo; where there is, `--device cpu` does that.
+
 Each process samples, scores and measures its share of a batch. Then all gather it, so that every
 process knows the whole batch and computes the same advantages, normalizers and minibatches; of a
 minibatch each takes an equal share, and the gradients are *summed*, since every loss is divided by
@@ -50,8 +58,9 @@ class Workers:
         for asked, name in REFUSED.items():
             if switched_on(asked):
                 raise InputError(
-                    f"accelerate's config asks for {name}, which is not supported: leave it out, or "
-                    "shard with FSDP (distributed_type: FSDP, fsdp_version: 2)"
+                    f"accelerate's config asks for {name}, which is not supported. To shard, use "
+                    "distributed_type: FSDP with fsdp_version: 2 (fsdp_reshard_after_forward false "
+                    "is like ZeRO-2, true like ZeRO-3)"
                 )
         # Each process reads the models by itself: a reward model is not sharded, and must be whole.
         disable_fsdp_ram_efficient_loading()

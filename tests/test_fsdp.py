@@ -110,7 +110,12 @@ def test_two_processes_give_the_numbers_of_one(
     assert_same_run(alone, together)
 
     # A critic of its own, and a head of its own; 1 row a minibatch: one process has idle ones only.
-    options |= {"batch_size": 6, "minibatches": 6, "model": untied_folder, "value_model": tiny_reward_folder}
+    options |= {
+        "batch_size": 6,
+        "minibatches": 6,
+        "model": untied_folder,
+        "value_model": tiny_reward_folder,
+    }
     critic = configured("critic", **options)
     ppo.train(critic)
     several = [
