@@ -114,7 +114,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main and workers.size > 1:
-        console.print(f"{workers.size} processes share each batch of {config.batch_size} answers")
+        shared = f"each batch of {config.batch_size} answers"
+        shared += "" if workers.sharder is None else " and all weights (FSDP2)"
+        console.print(f"{workers.size} processes share {shared}")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
         for step in range(first, config.steps):

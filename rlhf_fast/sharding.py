@@ -131,7 +131,7 @@ class Sharded(nn.Module):
 def check(plugin: FullyShardedDataParallelPlugin, config: PPOConfig) -> None:
     """Refuses what is not built, or was never tried."""
     if getattr(plugin, "fsdp_version", 1) != 2:
-        raise InputError("accelerate's config asks for FSDP of version 1: set fsdp_version: 2")
+        raise InputError("accelerate's config asks for FSDP 1: set fsdp_version: 2")
     for name in ("trainable_layers", "lora_r"):
         if (value := getattr(config, name)) is not None:
             raise InputError(

@@ -4,7 +4,7 @@
     accelerate launch --config_file fsdp.yaml -m rlhf_fast.cli ppo …        # shards: sharding.py
 
 `--multi_gpu` makes accelerate start torch's launcher, and is right on a machine of CPUs, too: with
-`--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts a single process unless
+`--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts one process unless
 it is given an MPI hostfile. (`torchrun --nproc_per_node 2 -m rlhf_fast.cli ppo …` does the same.)
 Where there is no GPU the processes take CPUs and gloo; where there is, `--device cpu` does that.
 

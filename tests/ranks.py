@@ -127,6 +127,15 @@ def train_each(file: str) -> None:
     from rlhf_fast import ppo
     from rlhf_fast.config import PPOConfig
 
+    shard = ppo.Workers.shard
+
+    def shard_and_look(self: ppo.Workers, policy: ppo.Policy) -> None:
+        shard(self, policy)
+        weights = [*policy.trained().values(), *policy.reference_model.parameters()]
+        held = sum(p.to_local().numel() for p in weights)
+        assert held < 0.51 * sum(p.numel() for p in weights)
+
+    ppo.Workers.shard = shard_and_look
     ppo.Workers.end = lambda self: None  # the process group is for all runs
     with open(file) as configs:
         for config in json.load(configs):

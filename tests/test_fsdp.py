@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from test_workers import COMPARED
 from rlhf_fast import ppo
 from rlhf_fast.config import InputError, PPOConfig
 from rlhf_fast.run import read_metrics
-from rlhf_fast.sharding import check
+from rlhf_fast.sharding import Sharder, check
 
 RANKS = str(Path(__file__).with_name("ranks.py"))
 
@@ -106,7 +107,7 @@ def test_two_processes_give_the_numbers_of_one(
         fsdp_reshard_after_forward=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 processes" in done.stdout
+    assert "2 processes share each batch of 12 answers and all weights (FSDP2)" in done.stdout
     assert_same_run(alone, together)
 
     # A critic of its own, and a head of its own; 1 row a minibatch: one process has idle ones only.
@@ -154,6 +155,17 @@ def test_what_is_not_supported_is_refused(configured, plugin, options, message):
     plugin = FullyShardedDataParallelPlugin(**({"fsdp_version": 2} | plugin))
     with pytest.raises(InputError, match=message):
         check(plugin, configured(**options))
+
+
+def test_a_layer_that_the_model_has_not(tiny_config):
+    from transformers import LlamaModel
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="GPT2Block: LlamaModel has no such layer"):
+        Sharder.wrapped(SimpleNamespace(plugin=plugin), LlamaModel(tiny_config))
 
 
 @pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
