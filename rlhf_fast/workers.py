@@ -36,7 +36,7 @@ from rlhf_fast.config import InputError, PPOConfig
 from rlhf_fast.models import Policy, pick_device
 from rlhf_fast.sharding import Sharder, check
 
-DATA_PARALLEL = {
+SUPPORTED = {
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU,
     DistributedType.MULTI_XPU, DistributedType.FSDP,
 }  # fmt: skip
@@ -77,7 +77,7 @@ class Workers:
         self.accelerator = Accelerator(
             cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
         )
-        if self.accelerator.distributed_type not in DATA_PARALLEL:
+        if self.accelerator.distributed_type not in SUPPORTED:
             raise InputError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
                 "supported: launch with plain data parallelism or FSDP"
@@ -108,6 +108,7 @@ class Workers:
         """Policy, critic and reference, in place, if accelerate's config asks for FSDP."""
         if self.sharder is None:
             return
+        # What is computed outside FSDP's modules, the losses, has their precision.
         policy.bf16 |= self.sharder.precision.param_dtype == torch.bfloat16
         policy.body = self.sharder.body_with_head(policy.body, policy.head)
         policy.reference_model = self.sharder.body_with_head(
