@@ -27,7 +27,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rlhf_fast.config import InputError, PPOConfig
+from rlhf_fast.config import InputError, PPOConfig, RunConfig
 
 
 class Sharder:
@@ -128,8 +128,10 @@ class Sharded(nn.Module):
         return [module for module in self.modules() if isinstance(module, FSDPModule)]
 
 
-def check(plugin: FullyShardedDataParallelPlugin, config: PPOConfig) -> None:
+def check(plugin: FullyShardedDataParallelPlugin, config: RunConfig) -> None:
     """Refuses what is not built, or was never tried."""
+    if not isinstance(config, PPOConfig):
+        raise InputError("accelerate's FSDP is for `rlhf-fast ppo`: use plain data parallelism")
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise InputError("accelerate's config asks for FSDP 1: set fsdp_version: 2")
     for name in ("trainable_layers", "lora_r"):
