@@ -54,7 +54,7 @@ def sample_answers(
         config.max_new_tokens, config.temperature, policy.stop_ids, config.top_k, config.top_p
     )
     ids, mask, draws = (x[share].to(policy.model.device) for x in (ids, mask, draws))
-    with policy.precision():
+    with policy.whole(), policy.precision():
         return roll_out(policy, ids, mask, sampling, draws, engine)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_fast.config import InputError
 from rlhf_fast.data import pad
 from rlhf_fast.packing import can_pack
+from rlhf_fast.sharding import Sharded
 
 transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
 
@@ -92,13 +93,28 @@ class Policy:
             for k, p in part.named_parameters()
         }
 
-    def save(self, folder: Path) -> None:
+    def whole(self) -> AbstractContextManager:
+        """Where the model can be called in any way: a sharded one has all its weights there."""
+        return self.body.whole() if isinstance(self.body, Sharded) else nullcontext()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What `save` writes; under FSDP still in shards."""
+        parts = {"model": self.model, "value_model": self.value_body, "value_head": self.value_head}
+        return {
+            name: part.state_dict(keep_vars=True)
+            for name, part in parts.items()
+            if part is not None
+        }
+
+    def save(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
         """The policy as transformers reads it, adapters merged; the value head beside it."""
-        model = self.model if self.reference_model is not None else merged(self.model)
-        model.save_pretrained(folder)
+        if self.reference_model is not None:
+            self.model.save_pretrained(folder, state_dict=state["model"])
+        else:
+            merged(self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
-            save_file(self.value_head.state_dict(), folder / "value_head.safetensors")
+            save_file(state["value_head"], folder / "value_head.safetensors")
 
 
 def load_policy(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from dataclasses import asdict
+from functools import partial
 from statistics import fmean
 
 import torch
@@ -38,7 +39,6 @@ from rlhf_fast.experience import (
     measure,
     predict_values,
     sample_answers,
-    score,
     score_all,
     slices,
 )
@@ -56,6 +56,7 @@ from rlhf_fast.report import (
 from rlhf_fast.rollout import Rollout, RolloutEngine, answer_hidden, decode, decodes_exactly
 from rlhf_fast.run import Run, read_metrics, save_tensors
 from rlhf_fast.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.sharding import gathered
 from rlhf_fast.watch import warnings
 from rlhf_fast.workers import Workers
 
@@ -86,6 +87,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         packing=config.packing,
     )
     policy.exact_decoding = decodes_exactly(policy)
+    workers.shard(policy)
     held_out, prompts = split_prompts(config, policy)
     weights, critic = policy.trained(), policy.critic()
     optimizer = torch.optim.AdamW(
@@ -109,13 +111,15 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     # Answering held-out prompts first also shows whether reward and judge work at all.
     before = run.load("before.json") if run.exists else None
     if before is None:
-        before = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
+        before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
     first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main and workers.size > 1:
-        console.print(f"{workers.size} processes share each batch of {config.batch_size} answers")
+        shared = f"each batch of {config.batch_size} answers"
+        shared += "" if workers.sharder is None else " and all weights (FSDP2)"
+        console.print(f"{workers.size} processes share {shared}")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
         for step in range(first, config.steps):
@@ -206,12 +210,14 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 run.save_checkpoint(step + 1, weights, optimizer, **state)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
-    run.write("model", policy.save)
+    whole = gathered(policy.state(), keep=workers.is_main)
+    run.write("model", lambda folder: policy.save(folder, whole))
     if policy.value_body is not None:
-        run.write("value_model", policy.value_body.save_pretrained)
+        save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
+        run.write("value_model", save_critic)
     if config.lora_r is not None:
         run.write("adapter", policy.model.save_pretrained)
-    after = workers.main_only(lambda: evaluate(policy, held_out, reward, judge, config))
+    after = evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
@@ -299,8 +305,9 @@ def learn(
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
         sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
-        for part in parts(minibatch[workers.rank :: workers.size], config.micro_batch_size):
-            m = mask[part]
+        mine = parts(minibatch[workers.rank :: workers.size], config.micro_batch_size)
+        for part, counted in workers.in_step(mine, idle=minibatch[:1]):
+            m = mask[part] & counted
             with policy.precision():
                 hidden = answer_hidden(policy.body, rollout, part, packed=policy.packed)
                 policy_part, policy_stats = linear_policy_loss(
@@ -343,7 +350,7 @@ def learn(
         if too_far:
             optimizer.zero_grad()
             break
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm))
         finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
         if finite:
             optimizer.step()
@@ -459,10 +466,19 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
 
 
 def evaluate(
-    policy: Policy, prompts: list[Prompt], reward: Scorer, judge: Scorer | None, config: PPOConfig
+    policy: Policy,
+    prompts: list[Prompt],
+    reward: Scorer,
+    judge: Scorer | None,
+    config: PPOConfig,
+    workers: Workers,
 ) -> dict[str, list]:
     """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
-    our own decoding, so that they can be compared whatever the rollout engine is."""
+    our own decoding, so that they can be compared whatever the rollout engine is.
+
+    Every process does the same, since the model may be sharded over all; the main one's scores
+    count.
+    """
     result: dict[str, list] = defaultdict(list)
     set_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
@@ -473,9 +489,10 @@ def evaluate(
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
         result["answer"] += texts
-        result["score"] += score(reward, batch, texts).tolist()
+        scored = workers.main_only(partial(score_all, reward, judge, batch, texts))
+        result["score"] += scored["scores"].tolist()
         if judge is not None:
-            result["judge"] += score(judge, batch, texts).tolist()
+            result["judge"] += scored["judge"].tolist()
         kl = token_kl(measured.logp, measured.ref_logp, "k1")
         result["kl"] += masked_sum(kl, rollout.mask).tolist()
     return dict(result)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_fast.config import InputError, RunConfig
+from rlhf_fast.sharding import gathered, placed_like
 
 # Options that may differ when a run is continued: they change no number.
 FREE = {
@@ -130,10 +131,11 @@ class Run:
         **parts: Stateful,
     ) -> None:
         """The state after `step` steps. Data order and sampling are functions of (seed, step)."""
+        tensors = {"weights": weights, "optimizer": optimizer.state_dict()}
+        tensors = gathered(tensors, keep=self.writes)  # shards are put together by all processes
         if not self.writes:
             return
-        plain = {name: tensor.detach() for name, tensor in weights.items()}
-        state = {"step": step, "weights": plain, "optimizer": optimizer.state_dict()}
+        state = {"step": step, **tensors}
         state |= {name: part.state_dict() for name, part in parts.items()}
         if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
             with self.disk_errors_explained("metrics.jsonl"):
@@ -152,11 +154,14 @@ class Run:
         step = 0
         if self.exists and (found := self.checkpoints()):
             step, path = found.popitem()
-            device = next(iter(weights.values())).device
-            state = torch.load(path, map_location=device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             with torch.no_grad():
                 for name, tensor in weights.items():
-                    tensor.copy_(state["weights"][name])
+                    tensor.copy_(placed_like(state["weights"][name], tensor))
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+            for i, moments in state["optimizer"]["state"].items():
+                for name, moment in moments.items():
+                    moments[name] = placed_like(moment, trained[i])
             optimizer.load_state_dict(state["optimizer"])
             for name, part in parts.items():
                 part.load_state_dict(state[name])

@@ -1,5 +1,13 @@
 """Several processes, each with a share of every batch: data parallelism through accelerate.
 
+    accelerate launch --multi_gpu --num_processes 2 -m rlhf_fast.cli ppo …  # whole models
+    accelerate launch --config_file fsdp.yaml -m rlhf_fast.cli ppo …        # shards: sharding.py
+
+`--multi_gpu` makes accelerate start torch's launcher, and is right on a machine of CPUs, too: with
+`--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts one process unless
+it is given an MPI hostfile. (`torchrun --nproc_per_node 2 -m rlhf_fast.cli ppo …` does the same.)
+Where there is no GPU the processes take CPUs and gloo; where there is, `--device cpu` does that.
+
 Each process samples, scores and measures its share of a batch. Then all gather it, so that every
 process knows the whole batch and computes the same advantages, normalizers and minibatches; of a
 minibatch each takes an equal share, and the gradients are *summed*, since every loss is divided by
@@ -9,26 +17,53 @@ the count of the whole minibatch already. So the numbers are those of one proces
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import (
+    DistributedType,
+    disable_fsdp_ram_efficient_loading,
+    gather_object,
+)
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf_fast.config import InputError, PPOConfig
-from rlhf_fast.models import pick_device
+from rlhf_fast.models import Policy, pick_device
+from rlhf_fast.sharding import Sharder, check
 
-DATA_PARALLEL = {
+SUPPORTED = {
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU,
-    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_XPU, DistributedType.FSDP,
 }  # fmt: skip
+
+# What `accelerate launch` sets for a config. On CPUs accelerate would ignore them in silence.
+REFUSED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "").lower() == "true"
 
 
 class Workers:
     def __init__(self, config: PPOConfig) -> None:
+        for asked, name in REFUSED.items():
+            if switched_on(asked):
+                raise InputError(
+                    f"accelerate's config asks for {name}, which is not supported. To shard, use "
+                    "distributed_type: FSDP with fsdp_version: 2 (fsdp_reshard_after_forward false "
+                    "is like ZeRO-2, true like ZeRO-3)"
+                )
+        # Each process reads the models by itself: a reward model is not sharded, and must be whole.
+        disable_fsdp_ram_efficient_loading()
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         if not alone and config.device not in ("auto", "cpu"):
             raise InputError(
@@ -36,14 +71,16 @@ class Workers:
                 "leave device=auto, or set cpu"
             )
         self.device = pick_device(config.device) if alone else None
+        # accelerate takes CPUs only when told to, even where there is nothing else.
         cpu = (self.device.type if alone else config.device) == "cpu"
+        cpu = cpu or not torch.accelerator.is_available()
         self.accelerator = Accelerator(
             cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
         )
-        if self.accelerator.distributed_type not in DATA_PARALLEL:
+        if self.accelerator.distributed_type not in SUPPORTED:
             raise InputError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
-                "supported: launch with plain data parallelism (--multi_gpu)"
+                "supported: launch with plain data parallelism or FSDP"
             )
         self.device = self.device or self.accelerator.device
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
@@ -51,6 +88,14 @@ class Workers:
             raise InputError(
                 f"batch_size={config.batch_size} cannot be shared by {self.size} processes"
             )
+        self.sharder = None
+        if switched_on("ACCELERATE_USE_FSDP") and self.size > 1:
+            # From the same environment as the Accelerator's, which keeps none for CPUs.
+            plugin = FullyShardedDataParallelPlugin()
+            if self.accelerator.mixed_precision != "no":
+                plugin.set_mixed_precision(self.accelerator.mixed_precision)
+            check(plugin, config)
+            self.sharder = Sharder(plugin, self.device)
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +103,35 @@ class Workers:
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def shard(self, policy: Policy) -> None:
+        """Policy, critic and reference, in place, if accelerate's config asks for FSDP."""
+        if self.sharder is None:
+            return
+        # What is computed outside FSDP's modules, the losses, has their precision.
+        policy.bf16 |= self.sharder.precision.param_dtype == torch.bfloat16
+        policy.exact_decoding = False  # the head's weight is whole only after a pass of the body
+        policy.body = self.sharder.body_with_head(policy.body, policy.head)
+        policy.reference_model = self.sharder.body_with_head(
+            policy.reference_model, policy.reference_head
+        )
+        if policy.value_body is not None:
+            self.sharder.body(policy.value_body)
+        if policy.value_head is not None:
+            self.sharder.unit(policy.value_head, reshard_after_forward=True)
+        # FSDP learns what its root is from the first call, and decoding calls what is inside it.
+        with torch.no_grad():
+            policy.body(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+        policy.body.drop_whole()
+
+    def in_step(self, passes: Sequence[Tensor], *, idle: Tensor) -> list[tuple[Tensor, bool]]:
+        """(rows, whether they count) of each of this process's passes over a minibatch.
+
+        Sharded weights are gathered by all processes together, so one that has fewer passes than
+        another makes up for them with `idle` rows that do not count.
+        """
+        missing = 0 if self.sharder is None else self.largest(len(passes)) - len(passes)
+        return [(rows, True) for rows in passes] + [(idle, False)] * missing
 
     def share(self, size: int) -> slice:
         """This process's rows of a batch."""
@@ -72,9 +146,10 @@ class Workers:
         return number if self.size == 1 else max(gather_object([number]))
 
     def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Sums over the processes, in place."""
+        """Sums over the processes, in place; a shard is of a sum already."""
         if self.size > 1:
-            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            plain = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+            for handle in [dist.all_reduce(tensor, async_op=True) for tensor in plain]:
                 handle.wait()
 
     def agreed(self, number: int, what: str) -> int:

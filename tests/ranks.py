@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 
 import pytest
 import torch
@@ -118,3 +120,27 @@ def sharded_head(rank: int, folder: str) -> None:
         [logp, own["hidden"].grad, *(g.full_tensor() for g in sharded)], f"{folder}/{rank}.pt"
     )
     dist.destroy_process_group()
+
+
+def train_each(file: str) -> None:
+    """PPO runs one after the other, by the configs in a JSON file."""
+    from rlhf_fast import ppo
+    from rlhf_fast.config import PPOConfig
+
+    shard = ppo.Workers.shard
+
+    def shard_and_look(self: ppo.Workers, policy: ppo.Policy) -> None:
+        shard(self, policy)
+        weights = [*policy.trained().values(), *policy.reference_model.parameters()]
+        held = sum(p.to_local().numel() for p in weights)
+        assert held < 0.51 * sum(p.numel() for p in weights)
+
+    ppo.Workers.shard = shard_and_look
+    ppo.Workers.end = lambda self: None  # the process group is for all runs
+    with open(file) as configs:
+        for config in json.load(configs):
+            ppo.train(PPOConfig(**config))
+
+
+if __name__ == "__main__":
+    train_each(sys.argv[1])

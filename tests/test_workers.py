@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_fast import ppo
 from rlhf_fast.config import InputError, PPOConfig
@@ -44,7 +45,9 @@ def launch(config: PPOConfig, processes: int) -> subprocess.CompletedProcess:
 )
 def test_two_processes_give_the_numbers_of_one(configured, options):
     options = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2} | options
-    alone, together = configured("alone", **options), configured("together", **options)
+    alone = configured("alone", **options)
+    device = "cpu" if torch.accelerator.is_available() else "auto"  # auto finds CPUs by itself
+    together = configured("together", **options | {"device": device})
     together.data = alone.data
     ppo.train(alone)
     done = launch(together, 2)
