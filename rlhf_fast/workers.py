@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
-from rlhf_fast.config import InputError, PPOConfig
+from rlhf_fast.config import InputError, RunConfig
 from rlhf_fast.models import pick_device
 
 DATA_PARALLEL = {
@@ -28,7 +28,7 @@ DATA_PARALLEL = {
 
 
 class Workers:
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
         if not alone and config.device not in ("auto", "cpu"):
             raise InputError(
@@ -121,7 +121,7 @@ class Workers:
         self.accelerator.end_training()
 
 
-def tracker_names(config: PPOConfig) -> list[str]:
+def tracker_names(config: RunConfig) -> list[str]:
     names = [name.strip() for name in (config.report_to or "").split(",") if name.strip()]
     installed = {tracker.value for tracker in get_available_trackers()}
     for name in names:
