@@ -110,9 +110,21 @@ class Workers:
     # ---------------------------------------------------------------------------- trackers
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
-        # TensorBoard takes numbers and text only.
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
-        self.accelerator.init_trackers(name, config=plain)
+        """name: the run's, in the project $WANDB_PROJECT, or rlhf_fast."""
+        # TensorBoard takes numbers and text only. What is unset stays out: as the text "None" it
+        # would make text of what is a number in the run beside it.
+        plain = {
+            k: v if isinstance(v, int | float | str) else str(v)
+            for k, v in config.items()
+            if v is not None
+        }
+        project = os.environ.get("WANDB_PROJECT", "rlhf_fast")
+        names = {"wandb": {"name": name}}
+        try:
+            self.accelerator.init_trackers(project, config=plain, init_kwargs=names)
+        except Exception as error:  # whatever a tracker raises: no key, no server, …
+            reason = " ".join(str(error).split())
+            raise InputError(f"report_to={config['report_to']} cannot start: {reason}") from error
 
     def log(self, row: dict[str, float]) -> None:
         self.accelerator.log(row, step=row["step"])

@@ -333,7 +333,7 @@ def test_trackers(configured):
 
     config = configured(max_rows=56, report_to="tensorboard")
     train(config)
-    events = EventAccumulator(str(Path(config.output_dir) / "out"))
+    events = EventAccumulator(str(Path(config.output_dir) / "rlhf_fast"))
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(config), rel=1e-6)
 
