@@ -79,9 +79,11 @@ class RunConfig:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
+        not_empty(self)
         one_of(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
+        seed_in_range(self)
         above_zero(self, "max_grad_norm")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: set only one of them")
@@ -326,8 +328,7 @@ class PPOConfig(RunConfig):
         above_zero(self, "clip", "clip_high", "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise InputError(f"dual_clip={self.dual_clip}: expected a number above 1")
+        above_one(self, "dual_clip")
         for parts in ("minibatches", "samples_per_prompt"):
             if self.batch_size % getattr(self, parts):
                 raise InputError(
@@ -414,7 +415,7 @@ class PPOConfig(RunConfig):
     def check_reward(self) -> None:
         if isinstance(self.reward, str):
             self.reward = [self.reward]
-        if not self.reward:
+        if not all(self.reward or [""]):
             raise InputError("reward is empty: give at least one model or function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
             raise InputError(
@@ -442,12 +443,12 @@ class GenerateConfig:
     device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
 
     def __post_init__(self) -> None:
+        not_empty(self)
+        seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "top_k")
         above_zero(self, "top_p")
         at_most(self, 1, "top_p")
-        if not self.prompt:
-            raise InputError("prompt is empty: give the text to continue")
 
 
 @dataclass(kw_only=True)
@@ -466,6 +467,10 @@ def at_most(config: Any, high: float, *names: str) -> None:
     check(config, lambda value: value <= high, f"at most {high}", names)
 
 
+def above_one(config: Any, *names: str) -> None:
+    check(config, lambda value: value > 1, "above 1", names)
+
+
 def above_zero(config: Any, *names: str) -> None:
     check(config, lambda value: value > 0, "above 0", names)
 
@@ -476,6 +481,18 @@ def below_one(config: Any, *names: str) -> None:
 
 def finite(config: Any, *names: str) -> None:
     check(config, lambda value: True, "or unset", names)
+
+
+def seed_in_range(config: Any) -> None:
+    at_least(config, 0, "seed")
+    at_most(config, 2**32 - 1, "seed")
+
+
+def not_empty(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{f.name} is empty: expected text")
 
 
 def one_of(config: Any) -> None:

@@ -9,6 +9,7 @@ Several processes share every batch (see workers.py); read the loop as if there 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -119,8 +120,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         for step in range(first, config.steps):
             # Everything random is a function of (seed, step): a resumed run repeats every draw,
             # those of a reward function from the global generators included.
-            set_seed(config.seed * 1_000_003 + step)
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            seed = config.seed * 1_000_003 + step
+            set_seed(seed % 2**32)  # NumPy takes no larger one
+            generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
@@ -437,7 +439,15 @@ def load_engine(config: PPOConfig) -> RolloutEngine | None:
         raise InputError(
             f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
         )
-    return load_function(module, name, config.rollout_engine, "rollout_engine")
+    engine = load_function(module, name, config.rollout_engine, "rollout_engine")
+    try:
+        inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
+    except TypeError as error:
+        raise InputError(
+            f"rollout_engine={config.rollout_engine}: {error}; expected a function of "
+            "(model, ids, mask, sampling, draws)"
+        ) from None
+    return engine
 
 
 def lora_options(config: PPOConfig) -> LoRA | None:
@@ -459,6 +469,14 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
         raise InputError(
             f"data={config.data} has {len(prompts)} prompts: too few to keep "
             f"eval_prompts={config.eval_prompts} of them from training"
+        )
+    room = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if room is not None and longest + config.max_new_tokens > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the longest prompt has "
+            f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
+            f"max_prompt_tokens={config.max_prompt_tokens}"
         )
     return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -315,6 +316,10 @@ def test_bad_reward_function_stops_before_training(configured, reward, name, mes
         ({"prompts": []}, "is empty"),
         ({"prompts": [{"text": "x"}]}, "no column 'prompt'"),
         ({"trainable_layers": 9}, "trainable_layers=9"),
+        ({"reward": "my_reward.py"}, "reward=my_reward.py: expected file.py:function"),
+        ({"subset": "main"}, "subset=main, but data=.* is a file"),
+        ({"max_new_tokens": 126}, "at most 128 tokens, .* has 3 and max_new_tokens=126"),
+        ({"prompts": [{"prompt": "film"}, {"prompt": " \n"}]}, "row 1: prompt is empty"),
     ],
 )
 def test_bad_input_writes_nothing(configured, options, message):
@@ -322,6 +327,19 @@ def test_bad_input_writes_nothing(configured, options, message):
     with pytest.raises(InputError, match=message):
         ppo.train(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("weights", [b"", b"\0" * 500], ids=["empty", "cut"])
+def test_weights_that_cannot_be_read(configured, tiny_policy_folder, tmp_path, weights):
+    folder = shutil.copytree(tiny_policy_folder, tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="model=.*broken cannot be loaded as a model: .*header"):
+        ppo.train(configured(model=str(folder)))
+
+
+def test_a_large_seed(configured):
+    """Times a million it is more than NumPy takes."""
+    assert ppo.train(configured(seed=12345, steps=1))["seconds"] > 0
 
 
 def test_reward_from_an_importable_module(configured, reward, tmp_path, monkeypatch):

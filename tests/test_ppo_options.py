@@ -247,6 +247,9 @@ def test_an_engine_in_one_file(configured, tmp_path, layers):
     assert row["val/rollout_logp_gap"] > 0.5  # the engine's log-probs are made up
     with pytest.raises(InputError, match="rollout_engine=x: expected module:function"):
         ppo.train(configured("bad", rollout_engine="x"))
+    (tmp_path / "two.py").write_text("def two(prompts, completions): ...")
+    with pytest.raises(InputError, match="two.py:two: too many .*expected a function of .model, i"):
+        ppo.train(configured("bad", rollout_engine=f"{tmp_path / 'two.py'}:two"))
 
 
 def test_an_engine_with_other_numerics_is_corrected(configured, seen):
