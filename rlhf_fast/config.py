@@ -13,11 +13,14 @@ from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
+
+from rlhf_fast.ops.aggregate import AGGREGATIONS
+from rlhf_fast.ops.policy_loss import LOSSES, RATIOS
 
 
 class InputError(ValueError):
@@ -56,14 +59,31 @@ class RunConfig:
         "left alone. `--resume` and `--resume auto` are the same",
     )
     overwrite: bool = option(False, help="delete the run in output_dir and begin again")
+    max_skipped_updates: int = option(
+        10,
+        help="updates with a loss or gradient that is not finite are skipped; after this many in "
+        "a row the run stops and keeps the batch in bad_batch.pt",
+    )
+    report_to: str | None = option(
+        None, help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …"
+    )
+
+    # What may differ when a run is continued: the course of learning from there on, what changes
+    # no number but by rounding, and what is kept and shown. Anything else makes it another run.
+    changeable: ClassVar[set[str]] = {
+        "learning_rate", "max_grad_norm", "micro_batch_size", "device", "max_skipped_updates",
+        "save_every", "save_total_limit", "report_to", "output_dir", "resume", "overwrite",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
+        not_empty(self)
         one_of(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
-        at_least(self, 1, "save_total_limit")
+        at_least(self, 1, "save_total_limit", "max_skipped_updates")
+        seed_in_range(self)
         above_zero(self, "max_grad_norm")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: set only one of them")
@@ -102,6 +122,8 @@ class RewardConfig(RunConfig):
         0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
     )
 
+    changeable: ClassVar[set[str]] = RunConfig.changeable | {"epochs", "trunk_cache_mib"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
@@ -121,7 +143,6 @@ class RewardConfig(RunConfig):
 
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
 GROUPED = ("grpo", "dr_grpo", "rloo")  # an answer is compared with the others to its prompt
-AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "token-sum")
 
 
 @dataclass(kw_only=True)
@@ -254,6 +275,18 @@ class PPOConfig(RunConfig):
     adam_beta2: float = option(0.999, help="Adam's β₂ (OpenRLHF: 0.95)")
     adam_epsilon: float = option(1e-5, help="Adam's ε")
     weight_decay: float = option(0.0, help="AdamW's weight decay")
+    policy_loss: str = option(
+        "ppo",
+        choices=LOSSES,
+        help="ppo: the clipped surrogate. cispo: log-probs weighted by the clipped ratio, no token "
+        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip",
+    )
+    ratio: str = option(
+        "token",
+        choices=RATIOS,
+        help="π/π_old of each token, or of the whole answer, its geometric mean over the tokens: "
+        "GSPO (TRL's importance_sampling_level), with clip 3e-4 and clip_high 4e-4",
+    )
     clip: float = option(0.2, help="the ratio π/π_old counts within 1 ± clip")
     clip_high: float | None = option(
         None, help="upper side of the clip, if it is another (0.28 is usual) [unset: clip]"
@@ -275,11 +308,6 @@ class PPOConfig(RunConfig):
         help="a step's passes end before an update whose minibatch is further than this from the "
         "policy that sampled it (mean of ½(log ratio)²; 0.02 is usual)",
     )
-    max_skipped_updates: int = option(
-        10,
-        help="updates with a loss or gradient that is not finite are skipped; after this many in "
-        "a row the run stops and keeps the batch in bad_batch.pt",
-    )
 
     # What is shown
     eval_prompts: int = option(
@@ -287,26 +315,26 @@ class PPOConfig(RunConfig):
     )
     log_every: int = option(10, help="steps between printed lines; every step is in metrics.jsonl")
     sample_every: int | None = option(None, help="steps between printed tables of answers")
-    report_to: str | None = option(
-        None, help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …"
-    )
+
+    changeable: ClassVar[set[str]] = RunConfig.changeable | {
+        "steps", "value_learning_rate", "log_every", "sample_every",
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
-        at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon", "max_skipped_updates")
+        at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon")
         at_least(self, 0, "beta", "value_coef", "entropy_coef", "missing_eos_penalty")
         at_least(self, 0, "gamma", "lam", "top_k", "warmup_steps", "weight_decay")
         at_least(self, 0, "adam_beta1", "adam_beta2")
-        at_most(self, 1, "gamma", "lam", "top_p")
+        at_most(self, 1, "gamma", "lam", "top_p", "clip")
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "clip", "clip_high", "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
-        if self.dual_clip is not None and not self.dual_clip > 1:
-            raise InputError(f"dual_clip={self.dual_clip}: expected a number above 1")
+        above_one(self, "dual_clip")
         for parts in ("minibatches", "samples_per_prompt"):
             if self.batch_size % getattr(self, parts):
                 raise InputError(
@@ -359,6 +387,21 @@ class PPOConfig(RunConfig):
                 "k1's gradient is zero on average: choose k2 or k3",
             ),
             (
+                self.ratio == "sequence" and self.policy_loss == "reinforce",
+                ("ratio", "policy_loss"),
+                "this loss has no ratio",
+            ),
+            (
+                self.dual_clip is not None and self.policy_loss != "ppo",
+                ("dual_clip", "policy_loss"),
+                "only ppo has a dual clip",
+            ),
+            (
+                self.clip_high is not None and self.policy_loss == "reinforce",
+                ("clip_high", "policy_loss"),
+                "this loss has no clip",
+            ),
+            (
                 self.adaptive_kl_target is not None and self.beta == 0,
                 ("adaptive_kl_target", "beta"),
                 "multiplying 0 leaves 0",
@@ -378,7 +421,7 @@ class PPOConfig(RunConfig):
     def check_reward(self) -> None:
         if isinstance(self.reward, str):
             self.reward = [self.reward]
-        if not self.reward:
+        if not all(self.reward or [""]):
             raise InputError("reward is empty: give at least one model or function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
             raise InputError(
@@ -406,12 +449,12 @@ class GenerateConfig:
     device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
 
     def __post_init__(self) -> None:
+        not_empty(self)
+        seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "top_k")
         above_zero(self, "top_p")
         at_most(self, 1, "top_p")
-        if not self.prompt:
-            raise InputError("prompt is empty: give the text to continue")
 
 
 @dataclass(kw_only=True)
@@ -430,6 +473,10 @@ def at_most(config: Any, high: float, *names: str) -> None:
     check(config, lambda value: value <= high, f"at most {high}", names)
 
 
+def above_one(config: Any, *names: str) -> None:
+    check(config, lambda value: value > 1, "above 1", names)
+
+
 def above_zero(config: Any, *names: str) -> None:
     check(config, lambda value: value > 0, "above 0", names)
 
@@ -440,6 +487,18 @@ def below_one(config: Any, *names: str) -> None:
 
 def finite(config: Any, *names: str) -> None:
     check(config, lambda value: True, "or unset", names)
+
+
+def seed_in_range(config: Any) -> None:
+    at_least(config, 0, "seed")
+    at_most(config, 2**32 - 1, "seed")
+
+
+def not_empty(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{f.name} is empty: expected text")
 
 
 def one_of(config: Any) -> None:

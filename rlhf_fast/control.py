@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlhf_fast.config import PPOConfig
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from rlhf_fast.config import PPOConfig, RunConfig
 
 
-class Control:
-    """The KL coefficient, and how many updates in a row could not be made."""
+class Updates:
+    """How many updates in a row could not be made."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.skipped_in_a_row = 0
+
+    def made(self, update: bool) -> bool:
+        """Count an update made or skipped; whether the run may go on."""
+        self.skipped_in_a_row = 0 if update else self.skipped_in_a_row + 1
+        return self.skipped_in_a_row < self.config.max_skipped_updates
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped_in_a_row": self.skipped_in_a_row}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+class Control(Updates):
+    """The KL coefficient, and the updates that could not be made."""
+
+    config: PPOConfig
 
     def __init__(self, config: PPOConfig) -> None:
-        self.config = config
+        super().__init__(config)
         self.beta = config.beta
-        self.skipped_in_a_row = 0
 
     def adapt(self, kl: float) -> None:
         """β ← β·(1 + clip(kl/target − 1, ±0.2)·n/horizon), Ziegler et al. 2019 (arXiv:1909.08593).
@@ -25,14 +48,34 @@ class Control:
             error = min(max(kl / target - 1, -0.2), 0.2)
             self.beta *= 1 + error * self.config.batch_size / self.config.kl_horizon
 
-    def made(self, update: bool) -> bool:
-        """Count an update made or skipped; whether the run may go on."""
-        self.skipped_in_a_row = 0 if update else self.skipped_in_a_row + 1
-        return self.skipped_in_a_row < self.config.max_skipped_updates
-
     def state_dict(self) -> dict[str, Any]:
-        return {"beta": self.beta, "skipped_in_a_row": self.skipped_in_a_row}
+        return super().state_dict() | {"beta": self.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.beta = state["beta"]
-        self.skipped_in_a_row = state["skipped_in_a_row"]
+
+
+class Schedule:
+    """Step sizes: the optimizer's own, times a function of the updates made.
+
+    Only their number is kept: torch's scheduler and the optimizer's state would bring the old step
+    sizes back where a run goes on with others.
+    """
+
+    def __init__(self, optimizer: Optimizer, name: str, warmup: int, updates: int) -> None:
+        self.optimizer = optimizer
+        self.highest = [group["lr"] for group in optimizer.param_groups]
+        self.rate = get_scheduler(name, optimizer, warmup, updates).lr_lambdas[0]
+        self.load_state_dict({"updates": 0})
+
+    def step(self) -> None:
+        self.load_state_dict({"updates": self.updates + 1})
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * self.rate(self.updates)

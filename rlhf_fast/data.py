@@ -76,6 +76,8 @@ def read(source: str, path: Path, split: str, subset: str | None) -> datasets.Da
             raise InputError(f"data={source}: expected a file ending in " + ", ".join(FILE_FORMATS))
         if path.stat().st_size == 0:
             raise InputError(f"data={source} is empty")
+        if subset is not None:
+            raise InputError(f"subset={subset}, but data={source} is a file, which has none")
         return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
     if (path / "dataset_info.json").is_file():  # save_to_disk of a Dataset: it has no splits
         return datasets.load_from_disk(str(path))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -473,7 +474,7 @@ def load_model(auto: type, name: str, *, field: str, device: torch.device, **kwa
         model, info = auto.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **kwargs
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{field}={name} cannot be loaded as a model: {reason}") from error
     finally:

@@ -9,6 +9,7 @@ Several processes share every batch (see workers.py); read the loop as if there 
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import defaultdict
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from rlhf_fast import (
     gae,
@@ -26,16 +27,18 @@ from rlhf_fast import (
     linear_policy_loss,
     masked_mean,
     masked_whiten,
+    policy_loss,
     token_kl,
     value_loss,
 )
 from rlhf_fast.config import CRITIC_FREE, GROUPED, InputError, PPOConfig
-from rlhf_fast.control import Control
+from rlhf_fast.control import Control, Schedule
 from rlhf_fast.data import Prompt, batch_indices, load_rows
 from rlhf_fast.data import prompts as load_prompts
 from rlhf_fast.experience import (
     Measured,
     gather,
+    logprobs,
     measure,
     predict_values,
     sample_answers,
@@ -43,6 +46,7 @@ from rlhf_fast.experience import (
     slices,
 )
 from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, pick_attention, softcap
+from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.report import (
     Stopwatch,
     answers_table,
@@ -54,7 +58,7 @@ from rlhf_fast.report import (
     summary_line,
 )
 from rlhf_fast.rollout import Rollout, RolloutEngine, answer_hidden, decode, decodes_exactly
-from rlhf_fast.run import Run, read_metrics, save_tensors
+from rlhf_fast.run import Run, read_metrics
 from rlhf_fast.scorers import Scorer, load_function, load_scorer
 from rlhf_fast.sharding import gathered
 from rlhf_fast.watch import warnings
@@ -99,14 +103,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         eps=config.adam_epsilon, weight_decay=config.weight_decay,
         fused=True,  # 8 times as fast on a CPU: 41 ms against 347 for SmolLM2-135M, two cores
     )  # fmt: skip
-    scheduler = get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.steps * config.epochs * config.minibatches,
-    )
+    updates = config.steps * config.epochs * config.minibatches
+    scheduler = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, updates)
     control = Control(config)
     state = {"scheduler": scheduler, "control": control}
+    run.check_end(config.steps)
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
     before = run.load("before.json") if run.exists else None
@@ -125,8 +126,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         for step in range(first, config.steps):
             # Everything random is a function of (seed, step): a resumed run repeats every draw,
             # those of a reward function from the global generators included.
-            set_seed(config.seed * 1_000_003 + step)
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            seed = config.seed * 1_000_003 + step
+            set_seed(seed % 2**32)  # NumPy takes no larger one
+            generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
@@ -192,7 +194,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 "perf/tokens_per_second": int(mask.sum()) / clock.total,
             }
             if control.skipped_in_a_row >= config.max_skipped_updates:
-                stop_with_the_batch(run, step, batch, rollout, old, scores, advantages, config)
+                dump = {"prompts": [prompt.prompt for prompt in batch], "scores": scores}
+                dump |= {"advantages": advantages, "rollout": vars(rollout), "measured": vars(old)}
+                workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
             control.adapt(row["objective/kl"])
             run.log(row)
             history.append(row)
@@ -206,7 +210,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     asked = [prompt.prompt for prompt in batch[mine]]
                     console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
-            if (step + 1) % config.save_every == 0:
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 run.save_checkpoint(step + 1, weights, optimizer, **state)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
@@ -289,7 +293,7 @@ def learn(
     returns: Tensor | None,
     config: PPOConfig,
     optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    scheduler: Schedule,
     control: Control,
     weights: dict[str, Tensor],
     workers: Workers,
@@ -310,41 +314,43 @@ def learn(
             m = mask[part] & counted
             with policy.precision():
                 hidden = answer_hidden(policy.body, rollout, part, packed=policy.packed)
-                policy_part, policy_stats = linear_policy_loss(
-                    hidden, policy.head.weight, rollout.labels[part], old.logp[part],
-                    advantages[part], m, clip_low=config.clip,
-                    clip_high=config.clip_high or config.clip, dual_clip=config.dual_clip,
-                    entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[part],
-                    kl_coef=control.beta if config.kl_in == "loss" else 0.0,
-                    kl_estimator=config.kl_estimator, aggregation=config.aggregation,
+                policy_part, policy_stats = policy_term(
+                    policy, hidden, rollout, old, advantages, part, m, config, beta=control.beta,
                     normalizer=normalizer,
-                    temperature=config.temperature * logit_divisor(policy.model),
                     weights=None if correction is None else correction[part],
-                    softcap=softcap(policy.model), bias=policy.head.bias,
                 )  # fmt: skip
+            apart = policy.value_body is not None
+            if apart:  # the policy's graph is gone before the critic's is made
+                policy_part.backward()
+            with policy.precision():
                 values = predict_values(policy, hidden, rollout, part)
             share = m.sum() / tokens
-            loss = policy_part
+            loss = to_learn = policy_part
             if values is not None:
                 value_part, value_stats = value_loss(
                     values, old.values[part], returns[part], m,
                     clip=config.value_clip, normalizer=tokens,
                 )  # fmt: skip
                 loss = policy_part + config.value_coef * value_part
+                to_learn = config.value_coef * value_part if apart else loss
                 sums["loss/value_avg"] += value_part.detach()
                 sums["val/clipfrac_avg"] += value_stats.clipfrac * share
-            loss.backward()
+            to_learn.backward()
 
             sums["loss"] += loss.detach()
             sums["loss/policy_avg"] += policy_part.detach()
             sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
             sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
             sums["policy/entropy_avg"] += policy_stats.entropy * share
-            sums["val/ratio"] += policy_stats.ratio_mean * share
-            sums["val/ratio_var"] += policy_stats.ratio_var * share
+            # The ratio's distance from 1: of all parts together a variance, too, in few digits.
+            distance = policy_stats.ratio_mean - 1
+            sums["val/ratio"] += distance * share
+            sums["val/ratio_var"] += (policy_stats.ratio_var + distance**2) * share
         totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
         workers.sum([totals, *gradients(weights)])
         sums = dict(zip(sums, totals, strict=True))
+        sums["val/ratio_var"] -= sums["val/ratio"] ** 2
+        sums["val/ratio"] += 1
 
         too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
         if too_far:
@@ -368,6 +374,46 @@ def learn(
         "policy/updates": len(stats["grad_norm"]),
         "skipped_updates": skipped,
     }
+
+
+def policy_term(
+    policy: Policy,
+    hidden: Tensor,
+    rollout: Rollout,
+    old: Measured,
+    advantages: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    config: PPOConfig,
+    *,
+    beta: float,
+    normalizer: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, PolicyStats]:
+    """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
+    the tokens that count."""
+    options = {
+        "clip_low": config.clip, "clip_high": config.clip_high or config.clip,
+        "dual_clip": config.dual_clip, "entropy_coef": config.entropy_coef,
+        "ref_logp": old.ref_logp[rows], "kl_coef": beta if config.kl_in == "loss" else 0.0,
+        "kl_estimator": config.kl_estimator, "aggregation": config.aggregation,
+        "normalizer": normalizer, "weights": weights,
+    }  # fmt: skip
+    constants = old.logp[rows], advantages[rows], mask
+    if (config.policy_loss, config.ratio) == ("ppo", "token"):
+        return linear_policy_loss(
+            hidden, policy.head.weight, rollout.labels[rows], *constants, **options,
+            temperature=config.temperature * logit_divisor(policy.model),
+            softcap=softcap(policy.model), bias=policy.head.bias,
+        )  # fmt: skip
+    # A sequence's ratio is known when all its log-probs are, and only then has any of its tokens a
+    # gradient: one pass cannot do it, the logits are made again for the backward (8NHV, not 6).
+    # CISPO and REINFORCE by token could be done in one; linear_policy_loss does not have them.
+    logp, entropy = logprobs(policy, hidden, policy.head, rollout, rows, config)
+    return policy_loss(
+        logp, *constants, **options, loss=config.policy_loss, ratio=config.ratio,
+        entropy=entropy if config.entropy_coef else entropy.detach(),  # no gradient of zeros
+    )  # fmt: skip
 
 
 def minibatches(size: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
@@ -402,35 +448,6 @@ def gradients(weights: dict[str, Tensor]) -> list[Tensor]:
     return [p.grad for p in weights.values()]
 
 
-def stop_with_the_batch(
-    run: Run,
-    step: int,
-    batch: list[Prompt],
-    rollout: Rollout,
-    old: Measured,
-    scores: Tensor,
-    advantages: Tensor,
-    config: PPOConfig,
-) -> None:
-    """Keep what no update could be made from, and end the run."""
-    dump = {
-        "step": step + 1,
-        "prompts": [prompt.prompt for prompt in batch],
-        "scores": scores,
-        "advantages": advantages,
-        "rollout": vars(rollout),
-        "measured": vars(old),
-    }
-    run.write("bad_batch.pt", lambda path: save_tensors(dump, path))
-    kept = max(run.checkpoints(), default=0)
-    raise InputError(
-        f"step {step + 1}: {config.max_skipped_updates} updates in a row had a loss or gradient "
-        f"that is not finite (max_skipped_updates). The batch is in {run.folder / 'bad_batch.pt'}, "
-        f"the last good checkpoint is that of step {kept}. A lower learning_rate, a warm-up or "
-        "score_clip may help"
-    )
-
-
 def load_engine(config: PPOConfig) -> RolloutEngine | None:
     if config.rollout_engine is None:
         return None
@@ -439,7 +456,15 @@ def load_engine(config: PPOConfig) -> RolloutEngine | None:
         raise InputError(
             f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
         )
-    return load_function(module, name, config.rollout_engine, "rollout_engine")
+    engine = load_function(module, name, config.rollout_engine, "rollout_engine")
+    try:
+        inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
+    except TypeError as error:
+        raise InputError(
+            f"rollout_engine={config.rollout_engine}: {error}; expected a function of "
+            "(model, ids, mask, sampling, draws)"
+        ) from None
+    return engine
 
 
 def lora_options(config: PPOConfig) -> LoRA | None:
@@ -461,6 +486,14 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
         raise InputError(
             f"data={config.data} has {len(prompts)} prompts: too few to keep "
             f"eval_prompts={config.eval_prompts} of them from training"
+        )
+    room = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if room is not None and longest + config.max_new_tokens > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the longest prompt has "
+            f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
+            f"max_prompt_tokens={config.max_prompt_tokens}"
         )
     return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
 

@@ -6,6 +6,8 @@
 ln 2 = 0.693 is a coin's loss. Scores are defined only up to a shift and (against a given margin of
 victory) a scale, so after training they are normalised to mean 0 and standard deviation 1 on the
 held-out texts; both numbers go into the saved model's config, as score_mean and score_std.
+
+Several processes share every batch (see workers.py); read the loop as if there were one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -22,11 +25,11 @@ from transformers import PreTrainedModel, get_scheduler
 
 from rlhf_fast import pairwise_loss
 from rlhf_fast.config import InputError, RewardConfig
+from rlhf_fast.control import Updates
 from rlhf_fast.data import Pair, batch_indices, load_rows, pad, preference_pairs
 from rlhf_fast.models import (
     load_tokenizer,
     new_reward_model,
-    pick_device,
     score_texts,
     score_tokens,
 )
@@ -34,6 +37,7 @@ from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.report import console, progress_bar
 from rlhf_fast.run import Run
 from rlhf_fast.trunk_cache import TrunkCache, fits
+from rlhf_fast.workers import Workers
 
 Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], with gradient
 WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
@@ -41,13 +45,15 @@ WINDOW = 8  # batches drawn at once and sorted by length: little padding, still 
 
 def train(config: RewardConfig) -> dict:
     """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
-    run = Run(config)
+    workers = Workers(config)
+    run = Run(config, writes=workers.is_main)
+    workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
         console.print(f"{run.folder} is finished already: {run.summary}")
         return run.summary
 
     began = time.perf_counter()
-    device = pick_device(config.device)
+    device = workers.device
     tokenizer = load_tokenizer(config.model, field="model")
     pairs, held_out = load_pairs(config, tokenizer)
     model = new_reward_model(
@@ -72,50 +78,82 @@ def train(config: RewardConfig) -> dict:
     (rate,) = get_scheduler(
         config.lr_scheduler_type, optimizer, config.warmup_steps, steps
     ).lr_lambdas
+    updates = Updates(config)
+    run.check_end(steps)
     run.begin()
-    first = run.restore(weights, optimizer)
-    console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
-    score = scorer(model, config, pairs)
+    first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
+    workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main:
+        console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+        if workers.size > 1:
+            console.print(f"{workers.size} processes share each batch of {config.batch_size} pairs")
+    score = scorer(model, config, pairs, workers.size)
 
-    with progress_bar("reward model", steps, first) as bar:
+    with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
         for step in range(first, steps):
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * rate(step)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 
-            sums: dict[str, float] = defaultdict(float)
-            for at in range(0, len(batch), micro):
-                part = batch[at : at + micro]
+            sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+            mine = batch[workers.share(len(batch))]
+            for at in range(0, len(mine), micro):
+                part = mine[at : at + micro]
                 loss, stats = batch_loss(score, part, center_coef=config.center_coef)
                 share = len(part) / len(batch)
                 (loss * share).backward()
-                sums["loss"] += loss.item() * share
-                sums["accuracy"] += stats.accuracy.item() * share
-                sums["margin"] += stats.gap.item() * share
-                sums["mean_reward"] += (stats.chosen + stats.rejected).item() / 2 * share
+                sums["loss"] += loss.detach() * share
+                sums["accuracy"] += stats.accuracy * share
+                sums["margin"] += stats.gap * share
+                sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
+            gradients = [p.grad for p in weights.values() if p.grad is not None]
+            workers.sum([*sums.values(), *gradients])
 
             norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-            finite = bool(torch.isfinite(norm))
+            finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
             if finite:
                 optimizer.step()
             optimizer.zero_grad()
 
-            run.log(
-                {
-                    "step": step + 1,
-                    **sums,
-                    "grad_norm": norm.item(),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "skipped_updates": int(not finite),
-                }
-            )
-            bar.show(f"loss {sums['loss']:.3f}  accuracy {sums['accuracy']:.2f}")
-            if (step + 1) % config.save_every == 0:
-                run.save_checkpoint(step + 1, weights, optimizer)
+            row = {
+                "step": step + 1,
+                **{name: total.item() for name, total in sums.items()},
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped_updates": int(not finite),
+            }
+            if not updates.made(finite):
+                dump = {"chosen": [pair.chosen for pair in batch]}
+                dump |= {"rejected": [pair.rejected for pair in batch], "statistics": row}
+                workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
+            run.log(row)
+            if workers.is_main:
+                workers.log(row)
+                bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
 
-    texts = [pair.chosen for pair in held_out] + [pair.rejected for pair in held_out]
-    scores = score_texts(model, texts)
+    result = workers.main_only(partial(normalise, model, held_out, config))
+    run.write(
+        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
+    )
+    summary = result | {"seconds": round(time.perf_counter() - began, 1)}
+    run.save("summary.json", summary)
+    workers.end()
+    if workers.is_main:
+        console.print(
+            f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
+            f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
+        )
+    return summary
+
+
+def normalise(
+    model: PreTrainedModel, held_out: list[Pair], config: RewardConfig
+) -> dict[str, float]:
+    """Put the scores' mean and std into the model's config; return them, accuracy and loss."""
+    scores = score_texts(model, [pair.chosen for pair in held_out] + [p.rejected for p in held_out])
     if not torch.isfinite(scores).all() or scores.std() == 0:
         raise InputError(
             f"the reward model's scores are not finite or all the same after training: lower "
@@ -124,27 +162,21 @@ def train(config: RewardConfig) -> dict:
     chosen, rejected = scores.chunk(2)
     model.config.score_mean = scores.mean().item()
     model.config.score_std = scores.std().item()
-    run.write(
-        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
-    )
-    summary = {
+    return {
         "accuracy": (chosen > rejected).float().mean().item(),
         "loss": pairwise_loss(chosen, rejected)[0].item(),
         "score_mean": model.config.score_mean,
         "score_std": model.config.score_std,
-        "seconds": round(time.perf_counter() - began, 1),
     }
-    run.save("summary.json", summary)
-    console.print(
-        f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
-        f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
-    )
-    return summary
 
 
-def scorer(model: PreTrainedModel, config: RewardConfig, pairs: list[Pair]) -> Score:
+def scorer(
+    model: PreTrainedModel, config: RewardConfig, pairs: list[Pair], processes: int = 1
+) -> Score:
     """Token rows -> raw scores, without running frozen layers twice on the same text."""
-    if config.epochs > 1 and config.trainable_layers is not None:
+    # Any process may meet any pair in time, so each fills a cache of its own: no more work than
+    # without it only from as many epochs on as there are processes.
+    if config.epochs > processes and config.trainable_layers is not None:
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
         if fits(model, config.trainable_layers, texts, config.trunk_cache_mib):
             return TrunkCache(model, config.trainable_layers, texts).score

@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +23,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rlhf_fast.config import InputError, RunConfig
+from rlhf_fast.report import console
 from rlhf_fast.sharding import gathered, placed_like
-
-# Options that may differ when a run is continued: they change no number.
-FREE = {
-    "output_dir", "resume", "overwrite", "save_every", "save_total_limit", "log_every",
-    "sample_every", "report_to", "max_skipped_updates", "device",
-}  # fmt: skip
 
 # In the order of deletion: the metrics make a folder a run, so they go last.
 RESULTS = ("summary.json", "checkpoints", "before.json", "after.json", "bad_batch.pt", "model",
@@ -63,31 +58,57 @@ class Run:
                 f"output_dir={self.folder} holds a run already: continue it with --resume, delete "
                 "it with --overwrite, or choose another folder"
             )
-        if self.exists:
-            self.check_same_config()
+        self.changed = self.changed_options() if self.exists else {}
 
-    def check_same_config(self) -> None:
-        earlier = yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8"))
-        for name, value in asdict(self.config).items():
-            if name not in FREE and earlier.get(name) != value:
+    def changed_options(self) -> dict[str, tuple[Any, Any]]:
+        """{name: (before, now)} of the options that were changed and may be."""
+        path = self.folder / "config.yaml"
+        try:
+            earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(
+                f"output_dir={self.folder} holds a run whose config.yaml cannot be read: {error}"
+            ) from None
+        changed = {}
+        for f in fields(self.config):
+            before, now = earlier.get(f.name, f.default), getattr(self.config, f.name)
+            if before == now:
+                continue
+            if f.name not in self.config.changeable:
                 raise InputError(
-                    f"{name}={value}, but the run in output_dir={self.folder} began with "
-                    f"{name}={earlier.get(name)}: set it back, or begin again with --overwrite"
+                    f"{f.name}={now}, but the run in output_dir={self.folder} began with "
+                    f"{f.name}={before}: set it back, or begin again with --overwrite"
                 )
+            changed[f.name] = (before, now)
+        return changed
 
     @property
     def summary(self) -> dict[str, Any] | None:
-        """The results of a finished run."""
-        return self.load("summary.json") if self.exists else None
+        """The results of a finished run; None, too, of one whose end was moved."""
+        moved = {"steps", "epochs"} & self.changed.keys()
+        return self.load("summary.json") if self.exists and not moved else None
+
+    def check_end(self, steps: int) -> None:
+        """A run that is continued cannot end before the step it has reached."""
+        made = max(self.checkpoints(), default=0) if self.exists else 0
+        if made > steps:
+            raise InputError(
+                f"the run in output_dir={self.folder} has made {made} steps already, it cannot end "
+                f"after {steps}"
+            )
 
     def begin(self) -> None:
         """After everything the user gave has been checked."""
         if not self.writes:
             return
+        for name, (before, now) in self.changed.items():
+            if name not in ("output_dir", "resume", "overwrite"):
+                console.print(f"going on with {name}={now} (before: {before})")
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.exists:  # a checkpoint left by a deleted run must not be resumed from
             for name in RESULTS:
                 remove(self.folder / name)
+        remove(self.folder / "summary.json")  # of a run whose end was moved
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         self.write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -170,6 +191,22 @@ class Run:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.metrics) if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
         return step
+
+    def stop_with_the_batch(self, step: int, batch: dict[str, Any]) -> None:
+        """Keep what no update could be made from, and end the run."""
+        self.write("bad_batch.pt", lambda path: save_tensors({"step": step} | batch, path))
+        steps = list(self.checkpoints())
+        kept = (
+            f"the last good checkpoint is that of step {steps[-1]}"
+            if steps
+            else "there is no checkpoint yet"
+        )
+        raise InputError(
+            f"step {step}: {self.config.max_skipped_updates} updates in a row had a loss or "
+            f"gradient that is not finite (max_skipped_updates). The batch is in "
+            f"{self.folder / 'bad_batch.pt'}, {kept}. A lower learning_rate may help, which "
+            "--resume takes, or a warm-up from the beginning"
+        )
 
     @contextmanager
     def disk_errors_explained(self, name: str) -> Iterator[None]:

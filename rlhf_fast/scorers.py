@@ -31,6 +31,7 @@ from rlhf_fast.models import load_reward_model, score_texts
 # (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
 Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]
 
+LARGEST = torch.finfo(torch.float32).max
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 
 
@@ -83,6 +84,8 @@ def load_scorer(
     parts = {}
     for spec in specs:
         named = FUNCTION.fullmatch(spec)
+        if not named and spec.endswith((".py", ":")):
+            raise InputError(f"{field}={spec}: expected file.py:function or module:function")
         parts[spec] = (
             function_score(load_function(*named.groups(), spec, field), f"{field}={spec}")
             if named
@@ -115,7 +118,8 @@ def model_score(spec: str, field: str, device: torch.device) -> Score:
 
 def function_score(function: Callable, who: str) -> Score:
     def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
-        arguments = {"prompts": prompts, "completions": answers, **columns}
+        # Copies: a function that empties its lists must not empty those of the next reward.
+        arguments = {"prompts": list(prompts), "completions": list(answers), **columns}
         try:
             inspect.signature(function).bind(**arguments)
         except TypeError as error:
@@ -157,8 +161,8 @@ def checked(scores: Any, prompts: list[Text], answers: list[Text], who: str) -> 
         raise InputError(f"{who} returned {came}, expected a list of {len(answers)} numbers")
     for row, score in enumerate(scores):
         try:
-            good = score is None or math.isfinite(score)
-        except TypeError:
+            good = score is None or (math.isfinite(score) and abs(score) <= LARGEST)
+        except (TypeError, OverflowError):
             good = False
         if not good:
             raise InputError(

@@ -32,7 +32,7 @@ from accelerate.utils import (
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlhf_fast.config import InputError, PPOConfig
+from rlhf_fast.config import InputError, RunConfig
 from rlhf_fast.models import Policy, pick_device
 from rlhf_fast.sharding import Sharder, check
 
@@ -54,7 +54,7 @@ def switched_on(name: str) -> bool:
 
 
 class Workers:
-    def __init__(self, config: PPOConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         for asked, name in REFUSED.items():
             if switched_on(asked):
                 raise InputError(
@@ -185,9 +185,21 @@ class Workers:
     # ---------------------------------------------------------------------------- trackers
 
     def start_trackers(self, name: str, config: dict[str, Any]) -> None:
-        # TensorBoard takes numbers and text only.
-        plain = {k: v if isinstance(v, int | float | str) else str(v) for k, v in config.items()}
-        self.accelerator.init_trackers(name, config=plain)
+        """name: the run's, in the project $WANDB_PROJECT, or rlhf_fast."""
+        # TensorBoard takes numbers and text only. What is unset stays out: as the text "None" it
+        # would make text of what is a number in the run beside it.
+        plain = {
+            k: v if isinstance(v, int | float | str) else str(v)
+            for k, v in config.items()
+            if v is not None
+        }
+        project = os.environ.get("WANDB_PROJECT", "rlhf_fast")
+        names = {"wandb": {"name": name}}
+        try:
+            self.accelerator.init_trackers(project, config=plain, init_kwargs=names)
+        except Exception as error:  # whatever a tracker raises: no key, no server, …
+            reason = " ".join(str(error).split())
+            raise InputError(f"report_to={config['report_to']} cannot start: {reason}") from error
 
     def log(self, row: dict[str, float]) -> None:
         self.accelerator.log(row, step=row["step"])
@@ -196,7 +208,7 @@ class Workers:
         self.accelerator.end_training()
 
 
-def tracker_names(config: PPOConfig) -> list[str]:
+def tracker_names(config: RunConfig) -> list[str]:
     names = [name.strip() for name in (config.report_to or "").split(",") if name.strip()]
     installed = {tracker.value for tracker in get_available_trackers()}
     for name in names:

@@ -57,6 +57,9 @@ def test_generate(tiny_policy_folder, capsys):
     assert first == second
     assert main(["generate", *flags, "--chat", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.strip() != first  # the template reached the model
+    tab = ["generate", "--model", tiny_policy_folder, "--prompt"]
+    assert main([*tab, "\t"]) == 2
+    assert "prompt is empty" in capsys.readouterr().err
 
 
 def test_plot(tmp_path, capsys):

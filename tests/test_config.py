@@ -85,6 +85,13 @@ def test_bad_flags(flags, message):
             "attn_implementation=flash_attention_2 and bf16=False",
         ),
         ({"resume": True, "overwrite": True}, "resume and overwrite"),
+        (
+            {"ratio": "sequence", "policy_loss": "reinforce"},
+            "ratio=sequence and policy_loss=reinforce",
+        ),
+        ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0 and policy_loss=cispo"),
+        ({"dual_clip": 3.0, "policy_loss": "reinforce"}, "dual_clip=3.0 and policy_loss=reinforce"),
+        ({"clip_high": 0.3, "policy_loss": "reinforce"}, "clip_high=0.3 and policy_loss=reinforce"),
     ],
 )
 def test_options_that_contradict_each_other(options, names):
@@ -99,7 +106,17 @@ def test_options_that_contradict_each_other(options, names):
     [
         ({"estimator": "ppo"}, "estimator=ppo: expected one of gae, grpo"),
         ({"kl_in": "both"}, "kl_in=both: expected one of reward, loss"),
-        ({"dual_clip": 1.0}, "dual_clip=1.0: expected a number above 1"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected a finite number, above 1"),
+        ({"dual_clip": float("inf")}, "dual_clip=inf: expected a finite number"),
+        ({"clip": 1.5}, "clip=1.5: expected a finite number, at most 1"),
+        ({"ratio": "row"}, "ratio=row: expected one of token, sequence"),
+        ({"policy_loss": "gspo"}, "policy_loss=gspo: expected one of ppo, cispo, reinforce"),
+        ({"max_skipped_updates": 0}, "max_skipped_updates=0"),
+        ({"seed": -1}, "seed=-1: expected a finite number, at least 0"),
+        ({"seed": 2**32}, "seed=4294967296: expected a finite number, at most 4294967295"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"judge": " "}, "judge is empty"),
+        ({"reward": ["a", ""]}, "reward is empty"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
         ({"missing_eos_score": float("nan")}, "missing_eos_score=nan"),
         ({"batch_size": 6, "samples_per_prompt": 4}, "batch_size=6 .* samples_per_prompt=4"),
@@ -109,7 +126,7 @@ def test_options_that_contradict_each_other(options, names):
 def test_bad_values(options, message):
     required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
     with pytest.raises(InputError, match=message):
-        PPOConfig(**required, **options)
+        PPOConfig(**(required | options))
 
 
 def test_defaults_that_depend_on_others():
@@ -141,7 +158,7 @@ def test_resume(flags, resume):
         "adaptive_kl_target": None, "kl_horizon": 10_000, "whiten_rewards": False,
         "whiten_advantages": True, "missing_eos_penalty": 1.0, "missing_eos_score": None,
         "score_clip": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "tis_cap": None,
-        "max_grad_norm": 1.0,
+        "max_grad_norm": 1.0, "ratio": "token", "policy_loss": "ppo",
     }.items(),
 )  # fmt: skip
 def test_defaults(name, default):
@@ -200,7 +217,7 @@ def test_bad_rewards(rewards, weights, message):
 
 def test_empty_prompt():
     with pytest.raises(InputError, match="prompt is empty"):
-        GenerateConfig(model="m", prompt="")
+        GenerateConfig(model="m", prompt=" ")
 
 
 @pytest.mark.parametrize("config", [RewardConfig, PPOConfig, GenerateConfig])

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,42 @@ def test_killed_command_resumes_to_the_same_numbers(configured, reward, tmp_path
         assert results[0] == results[1]
 
 
+def test_a_run_is_made_longer(configured):
+    """To the numbers of a run that was as long from the beginning."""
+    whole = configured("whole", steps=4)
+    longer = configured("longer", steps=2, data=whole.data)
+    ppo.train(whole), ppo.train(longer)
+    longer.resume, longer.steps = True, 4
+    assert ppo.train(longer)["seconds"] > 0
+    assert metrics(longer) == metrics(whole)
+    assert all(torch.equal(weights(longer)[k], w) for k, w in weights(whole).items())
+    summary = ppo.train(longer)  # finished, now at the new end
+    assert summary == json.loads((Path(longer.output_dir) / "summary.json").read_text())
+    longer.steps = 3
+    with pytest.raises(InputError, match="has made 4 steps already, it cannot end after 3"):
+        ppo.train(longer)
+    assert Run(configured("longer", steps=4, data=whole.data, resume=True)).summary == summary
+
+
+def test_other_step_sizes_from_a_resume_on(configured, capsys):
+    """What the optimizer and the schedule kept must not bring the old ones back."""
+    options = {"warmup_steps": 2, "lr_scheduler_type": "linear", "epochs": 1, "minibatches": 2}
+    config = configured(steps=2, learning_rate=0.1, value_learning_rate=0.2, **options)
+    ppo.train(config)
+    config.resume, config.steps, config.learning_rate = True, 4, 1e-9
+    before = weights(config)
+    ppo.train(config)
+    # 2 updates of warm-up, then linearly to 0: after the third step 2 of 6 are left
+    assert [row["lr"] for row in metrics(config)] == pytest.approx([0.1, 0.0, 1e-9 / 3, 0.0])
+    for name, weight in weights(config).items():
+        assert (weight - before[name]).abs().max() < 1e-7, name
+    text = " ".join(capsys.readouterr().out.split())
+    assert "going on with learning_rate=1e-09 (before: 0.1)" in text
+    assert "going on with steps=4 (before: 2)" in text
+    state = torch.load(Path(config.output_dir) / "checkpoints" / "step_4.pt", weights_only=True)
+    assert state["scheduler"] == {"updates": 8}
+
+
 def test_failing_reward_function_costs_no_learnt_step(configured, reward):
     config = configured(reward=reward("fails_later"), steps=8)
     with pytest.raises(InputError, match="fails_later returned nan for row 2"):
@@ -279,6 +316,10 @@ def test_bad_reward_function_stops_before_training(configured, reward, name, mes
         ({"prompts": []}, "is empty"),
         ({"prompts": [{"text": "x"}]}, "no column 'prompt'"),
         ({"trainable_layers": 9}, "trainable_layers=9"),
+        ({"reward": "my_reward.py"}, "reward=my_reward.py: expected file.py:function"),
+        ({"subset": "main"}, "subset=main, but data=.* is a file"),
+        ({"max_new_tokens": 126}, "at most 128 tokens, .* has 3 and max_new_tokens=126"),
+        ({"prompts": [{"prompt": "film"}, {"prompt": " \n"}]}, "row 1: prompt is empty"),
     ],
 )
 def test_bad_input_writes_nothing(configured, options, message):
@@ -286,6 +327,19 @@ def test_bad_input_writes_nothing(configured, options, message):
     with pytest.raises(InputError, match=message):
         ppo.train(config)
     assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("weights", [b"", b"\0" * 500], ids=["empty", "cut"])
+def test_weights_that_cannot_be_read(configured, tiny_policy_folder, tmp_path, weights):
+    folder = shutil.copytree(tiny_policy_folder, tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(InputError, match="model=.*broken cannot be loaded as a model: .*header"):
+        ppo.train(configured(model=str(folder)))
+
+
+def test_a_large_seed(configured):
+    """Times a million it is more than NumPy takes."""
+    assert ppo.train(configured(seed=12345, steps=1))["seconds"] > 0
 
 
 def test_reward_from_an_importable_module(configured, reward, tmp_path, monkeypatch):

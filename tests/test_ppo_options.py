@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GraniteConfig, GraniteForCausalLM
 
@@ -246,6 +247,9 @@ def test_an_engine_in_one_file(configured, tmp_path, layers):
     assert row["val/rollout_logp_gap"] > 0.5  # the engine's log-probs are made up
     with pytest.raises(InputError, match="rollout_engine=x: expected module:function"):
         ppo.train(configured("bad", rollout_engine="x"))
+    (tmp_path / "two.py").write_text("def two(prompts, completions): ...")
+    with pytest.raises(InputError, match="two.py:two: too many .*expected a function of .model, i"):
+        ppo.train(configured("bad", rollout_engine=f"{tmp_path / 'two.py'}:two"))
 
 
 def test_an_engine_with_other_numerics_is_corrected(configured, seen):
@@ -320,9 +324,52 @@ def test_trackers(configured):
 
     config = configured(steps=2, report_to="tensorboard")
     ppo.train(config)
-    events = EventAccumulator(str(Path(config.output_dir) / "out"))
+    folder = Path(config.output_dir) / "rlhf_fast"
+    events = EventAccumulator(str(folder))
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2]
+    assert {*metrics(config)[0]} == {*events.Tags()["scalars"]}  # numbers all of them, none as text
+    assert not events.Tags()["tensors"]
+    (file,) = folder.glob("*/hparams.yml")
+    hyperparameters = yaml.safe_load(file.read_text())
+    assert (hyperparameters["batch_size"], hyperparameters["ratio"]) == (16, "token")
+    assert "None" not in hyperparameters.values() and "dual_clip" not in hyperparameters
+
+
+def test_weights_and_biases(configured, reward, monkeypatch, tmp_path):
+    """A run offline, through wandb's own process: what it is given, and that it writes its file."""
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    logged, log = [], wandb.Run.log
+
+    def record(run, values, step=None, **options):
+        logged.append((step, dict(values)))
+        hyperparameters.update(run.config.as_dict())
+        log(run, values, step=step, **options)
+
+    hyperparameters = {}
+    monkeypatch.setattr(wandb.Run, "log", record)
+    config = configured(steps=2, report_to="wandb", reward=[reward("share"), reward("three")])
+    ppo.train(config)
+    assert [step for step, _ in logged] == [1, 2]
+    for (_, sent), row in zip(logged, metrics(config), strict=True):
+        assert sent == row and sent["objective/scores/three"] == 3
+    assert (hyperparameters["batch_size"], hyperparameters["policy_loss"]) == (16, "ppo")
+    assert hyperparameters["reward"] == str(config.reward)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"objective/scores/three" in file.read_bytes()
+
+
+def test_a_tracker_that_cannot_start(configured, monkeypatch):
+    def refuses(*_, **__):
+        raise RuntimeError("no API key\nconfigured")
+
+    monkeypatch.setattr("rlhf_fast.workers.Accelerator.init_trackers", refuses)
+    with pytest.raises(InputError, match="report_to=tensorboard cannot start: no API key config"):
+        ppo.train(configured(report_to="tensorboard"))
 
 
 def test_trackers_that_are_not_there(configured):

@@ -10,6 +10,7 @@ import torch
 import trl
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
+from rlhf_fast import reward
 from rlhf_fast.config import InputError, RewardConfig
 from rlhf_fast.data import batch_indices, preference_pairs
 from rlhf_fast.models import load_reward_model, load_tokenizer, new_reward_model, score_texts
@@ -271,16 +272,70 @@ def test_resumed_run_gives_the_same_numbers(configured, monkeypatch, stop_at, op
     assert weights[0] == weights[1]
 
 
+def test_a_run_is_made_longer(configured):
+    options = {"max_rows": 60, "eval_pairs": 20, "lr_scheduler_type": "constant_with_warmup"}
+    whole, longer = configured("whole", epochs=2, **options), configured("longer", **options)
+    train(whole), train(longer)
+    longer.resume, longer.epochs = True, 2
+    summary = train(longer)
+    assert len(losses(longer)) == 10 and losses(longer) == losses(whole)
+    assert train(longer) == summary
+
+
 def test_too_few_pairs(configured):
     with pytest.raises(InputError, match="has 5 pairs: too few to hold out 5"):
         train(configured(max_rows=5, eval_pairs=5))
 
 
 def test_diverged_training_is_not_saved(configured):
-    config = configured(learning_rate=1e30)
+    config = configured(learning_rate=1e30, max_skipped_updates=99)
     with pytest.raises(InputError, match=r"learning_rate=1e\+30"):
         train(config)
     assert not Path(config.output_dir, "model").exists()
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_run_without_updates_stops_with_the_batch(configured, monkeypatch, what):
+    healthy, calls = reward.batch_loss, 0
+
+    def bad(*arguments, **options):
+        nonlocal calls
+        calls += 1
+        loss, stats = healthy(*arguments, **options)
+        if calls in (2, 5, 6, 7):  # one alone is skipped, three in a row end the run
+            loss = loss + torch.inf if what == "loss" else loss * torch.nan
+        return loss, stats
+
+    monkeypatch.setattr(reward, "batch_loss", bad)
+    config = configured(save_every=1, max_skipped_updates=3)
+    with pytest.raises(InputError, match="step 7: 3 updates in a row .*checkpoint is that of st"):
+        train(config)
+    folder = Path(config.output_dir)
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 0, 0, 1, 1]
+    dump = torch.load(folder / "bad_batch.pt", weights_only=True)
+    assert dump["step"] == 7 and len(dump["chosen"]) == len(dump["rejected"]) == 8
+    states = [
+        torch.load(folder / "checkpoints" / f"step_{step}.pt", weights_only=True) for step in (5, 6)
+    ]
+    assert [state["updates"]["skipped_in_a_row"] for state in states] == [1, 2]
+    for name, weight in states[1]["weights"].items():
+        assert torch.isfinite(weight).all() and torch.equal(weight, states[0]["weights"][name])
+
+    calls = 7  # the loss is sound from here on: the run goes on from its last step
+    config.resume = True
+    assert train(config)["accuracy"] > 0.4
+    assert [row["step"] for row in read_metrics(folder / "metrics.jsonl")] == [*range(1, 16)]
+
+
+def test_trackers(configured):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = configured(max_rows=56, report_to="tensorboard")
+    train(config)
+    events = EventAccumulator(str(Path(config.output_dir) / "rlhf_fast"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(config), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [100, 64, 10])

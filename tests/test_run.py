@@ -206,3 +206,54 @@ def test_only_one_process_writes(make):
     run.log({"step": 1})
     run.save("x.json", 1)
     assert not run.folder.exists()
+
+
+# ------------------------------------------------------------------------- changed on resume
+
+
+def test_what_changes_and_may_is_told(make, capsys):
+    Run(make(resume=False, device="cpu")).begin()
+    (Path(make().output_dir) / "metrics.jsonl").touch()
+    run = Run(make(device="auto", save_every=7))
+    assert run.changed == {
+        "resume": (False, True), "device": ("cpu", "auto"), "save_every": (50, 7),
+    }  # fmt: skip
+    run.begin()
+    text = capsys.readouterr().out
+    assert text == (
+        "going on with device=auto (before: cpu)\ngoing on with save_every=7 (before: 50)\n"
+    )
+    assert Run(make(device="auto", save_every=7)).changed == {}  # told once
+
+
+def test_what_would_be_another_run_is_refused(make):
+    advance(make())
+    with pytest.raises(InputError) as error:
+        Run(make(seed=1, data="other"))
+    assert "data=other, but the run in output_dir=" in str(error.value)
+    assert "began with data=d: set it back, or begin again" in str(error.value)
+
+
+def test_a_run_cannot_end_before_it_has_come(make):
+    advance(make())
+    run = Run(make())
+    run.check_end(STEPS)
+    with pytest.raises(InputError, match="has made 4 steps already, it cannot end after 3"):
+        run.check_end(3)
+    Run(make("new")).check_end(3)
+
+
+def test_options_that_came_later_have_their_default(make):
+    """A run of an earlier version goes on, unless an option it did not know is used."""
+    advance(make())
+    file = Path(make().output_dir) / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(x for x in lines if not x.startswith("trainable_layers")))
+    assert Run(make()).changed == {}
+    with pytest.raises(
+        InputError, match="trainable_layers=2, but .* began with trainable_layers=N"
+    ):
+        Run(make(trainable_layers=2))
+    file.unlink()
+    with pytest.raises(InputError, match="config.yaml cannot be read: .*No such file"):
+        Run(make())

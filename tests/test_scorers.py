@@ -61,6 +61,20 @@ def short(prompts, completions, **columns):
 def infinite(prompts, completions, **columns):
     return [1.0, float("inf")]
 
+def large(prompts, completions, **columns):
+    return [1.0, 1e39]
+
+def huge(prompts, completions, **columns):
+    return [10**400, 1.0]
+
+def lazy(prompts, completions, **columns):
+    return (1.0 for _ in prompts)
+
+def empties(prompts, completions, **columns):
+    scores = [float(len(c)) for c in completions]
+    prompts.clear(), completions.clear()
+    return scores
+
 def nothing(prompts, completions, **columns):
     return [1.0, None]
 
@@ -150,6 +164,9 @@ def test_arrays_are_lists_of_numbers(scored, name):
         ("short", "mine.py:short returned 1 scores, expected a list of 2 numbers"),
         ("text", "returned '1.0' for row 0, expected a finite number; prompt 'the film', answer"),
         ("infinite", "returned inf for row 1"),
+        ("large", r"returned 1e\+39 for row 1, expected a finite number"),  # not in float32
+        ("huge", "returned 10000.* for row 0, expected a finite number"),
+        ("lazy", "lazy returned <generator object .*, expected a list of 2 numbers"),
         ("nothing", "returned None for row 1, expected a finite number; prompt 'a plot', answer"),
         ("promised", "returned <coroutine object .*, expected a list of 2 numbers"),
         ("deeper", r"mine.py:deeper raised ValueError: .*'x' \(.*mine.py, line 21\)"),
@@ -160,6 +177,10 @@ def test_arrays_are_lists_of_numbers(scored, name):
 def test_errors_of_functions_are_named(scored, name, message):
     with pytest.raises(InputError, match=message):
         scored(name, label=[1, 2])
+
+
+def test_a_function_that_empties_its_lists_harms_no_other(scored):
+    assert scored("empties", "length") == [2 * len(answer) for answer in ANSWERS]
 
 
 def test_one_reward_is_named_once(scored):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf_fast import ppo
-from rlhf_fast.config import InputError, PPOConfig
-from rlhf_fast.run import read_metrics
+from rlhf_fast import ppo, reward
+from rlhf_fast.config import InputError, PPOConfig, RewardConfig
+from rlhf_fast.run import Run, read_metrics
 
 COMPARED = (
     "objective/scores", "objective/kl", "objective/entropy", "loss/policy_avg", "loss/value_avg",
@@ -21,16 +22,17 @@ COMPARED = (
 )  # fmt: skip
 
 
-def launch(config: PPOConfig, processes: int) -> subprocess.CompletedProcess:
+def launch(config: PPOConfig | RewardConfig, processes: int) -> subprocess.CompletedProcess:
+    command = "reward" if isinstance(config, RewardConfig) else "ppo"
     options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
     flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
-    command = [
+    line = [
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
         f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no",
-        "--main_process_port=0", "-m", "rlhf_fast.cli", "ppo", *flags,
+        "--main_process_port=0", "-m", "rlhf_fast.cli", command, *flags,
     ]  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,36 @@ def test_two_processes_give_the_numbers_of_one(configured, options):
         for name in a.keys() & set(COMPARED):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (a["step"], name)
     assert (Path(together.output_dir) / "model" / "model.safetensors").is_file()
-    assert [p.name for p in (Path(together.output_dir) / "checkpoints").iterdir()] == ["step_2.pt"]
+    kept = {p.name for p in (Path(together.output_dir) / "checkpoints").iterdir()}
+    assert kept == {"step_2.pt", "step_3.pt"}
+
+
+def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_jsonl, tmp_path):
+    rows = [
+        {"chosen": "the film " * (i % 3) + "is good", "rejected": "bad plot " * (i % 4) + "was bad",
+         "margin": 0.1 * i} for i in range(22)
+    ]  # fmt: skip
+    one, two = (
+        RewardConfig(
+            model=tiny_policy_folder, data=write_jsonl(rows), output_dir=str(tmp_path / name),
+            eval_pairs=4, batch_size=6, micro_batch_size=2, learning_rate=1e-3, center_coef=0.1,
+            trainable_layers=1, epochs=3, device="cpu",
+        )
+        for name in ("one", "two")
+    )  # fmt: skip
+    summary = reward.train(one)
+    done = launch(two, 2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout and done.stdout.count("held-out pair accuracy") == 1
+    alone, shared = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (one, two))
+    assert len(alone) == 9
+    for a, b in zip(alone, shared, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    found = Run(RewardConfig(**(vars(two) | {"resume": True}))).summary
+    for name in ("accuracy", "loss", "score_mean", "score_std"):
+        assert found[name] == pytest.approx(summary[name], rel=1e-3, abs=1e-4), name
+    stored = json.loads((Path(two.output_dir) / "model" / "config.json").read_text())
+    assert stored["score_mean"] == found["score_mean"]
 
 
 def test_a_reward_that_fails_in_one_process_ends_all(configured, tmp_path):
