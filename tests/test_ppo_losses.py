@@ -11,7 +11,8 @@ import torch
 from rlhf_fast import ppo
 from rlhf_fast.control import Control, Schedule
 from rlhf_fast.experience import Measured, logprobs, measure, sample_answers
-from rlhf_fast.models import load_policy, positions
+from rlhf_fast.models import load_policy
+from rlhf_fast.packing import positions
 from rlhf_fast.rollout import answer_hidden
 from rlhf_fast.workers import Workers
 
@@ -138,7 +139,9 @@ def test_the_one_pass_is_policy_loss(one_update, terms):
     s = one_update(dual_clip=1.5, **options)
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
-    inputs = (s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.config)
+    inputs = (
+            s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.rollout.mask[rows], s.config
+        )  # fmt: skip
     more = {"beta": 0.3, "normalizer": s.rollout.mask.sum(), "weights": None}
     logp, entropy = logprobs(*inputs[:2], s.policy.head, s.rollout, rows, s.config)
     loss, stats = ppo.policy_term(*inputs, **more)
