@@ -3,12 +3,14 @@
 The recursion is affine in what comes from the right: the next value is a constant or passed on,
 and the advantage is A ← D·A + E with D in {0, 1, γλ}. Both compose, so a block of steps is one (or,
 with holes that are skipped, two) associative scans, and blocks hand on a carry. Every input is read
-once and every output written once: 17 bytes a step in float32 with a mask.
+once and every output written once: 17 bytes a step in float32 with a mask. (Values and mask are
+loaded a second time one step further on, which the cache has.)
 
-Lanes run backwards in time, lane 0 last: a forward scan then goes right to left. The loads are as
-coalesced as forward ones, and ``associative_scan(reverse=True)``, of which a wrong result on
-operators like this one is on record (triton-lang/triton#4362), is not needed. The CUDA source
-csrc/gae_cuda.cu does the same with warp shuffles.
+Lanes run backwards in time, lane 0 last: a forward scan then goes right to left. A lane loads 4
+bytes, not 16, of a warp's unbroken 128; turning forward 16-byte loads around would take ten
+shuffles a value. And ``associative_scan(reverse=True)``, of which a wrong result on operators like
+this one is on record (triton-lang/triton#4362), is not needed. The CUDA source csrc/gae_cuda.cu
+does the same with warp shuffles.
 """
 
 from __future__ import annotations

@@ -10,13 +10,16 @@ kernel knows only KL(a ‖ b).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import alignment, tuning
 from .exponentials import LOG2_E, log1p, tanh
-from .token_logprobs import FLOOR, IGNORE_INDEX, _block, _capped, _tile
+from .token_logprobs import BACKWARD_CONFIGS, FLOOR, IGNORE_INDEX, SIZES, _capped, _tile
 
 
 @triton.jit
@@ -59,17 +62,18 @@ def _log(total):
     return tl.where(total < 2.0, log1p(beyond), tl.log(total))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "ref_logits"])
 def logits_kl_kernel(
     logits, ref_logits, labels, per_token, logp, ref_logp, kl, norm, ref_norm, V,
     stride, ref_stride, temperature: tl.float64, softcap: tl.float64,
-    SOFTCAP: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr,
+    SOFTCAP: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = logp.dtype.element_ty
     TILE: tl.constexpr = REPEAT * LANES
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
-    base, ref_base = logits + row * stride, ref_logits + row * ref_stride
+    logits += row * stride
+    ref_logits += row * ref_stride
     label = tl.load(labels + row)
     if label == IGNORE_INDEX:
         zero = tl.full((), 0.0, dtype)
@@ -98,19 +102,23 @@ def logits_kl_kernel(
     ref_total = tl.zeros((LANES,), dtype)
     gap = tl.zeros((LANES,), dtype)
     columns = tl.arange(0, REPEAT)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    whole = V // TILE * TILE
-    for start in range(0, whole, TILE):
-        u = _capped(tl.load(base + start + columns).to(dtype), cap)
-        r = _capped(tl.load(ref_base + start + columns).to(dtype), cap)
+    base, first = alignment.boundary(logits, VECTOR)
+    ref_base, _ = alignment.boundary(ref_logits, VECTOR)
+    end = first + V
+    last = (end - 1) // TILE * TILE
+    for start in range(0, end, tl.maximum(last, TILE)):  # tile 0 and the last: the row's ends
+        at = start + columns
+        inside = (at >= first) & (at < end)
+        touched = alignment.touched(at, end, VECTOR)
+        u = _capped(tl.load(base + at, mask=touched, other=0.0).to(dtype), cap)
+        r = _capped(tl.load(ref_base + at, mask=touched, other=0.0).to(dtype), cap)
+        u, r = tl.where(inside, u, float("-inf")), tl.where(inside, r, float("-inf"))
         top, ref_top, total, ref_total, gap = _absorb(
             u, r, scale, top, ref_top, total, ref_total, gap
         )
-    if whole < V:
-        inside = whole + columns < V
-        u = tl.load(base + whole + columns, mask=inside, other=0.0).to(dtype)
-        r = tl.load(ref_base + whole + columns, mask=inside, other=0.0).to(dtype)
-        u = tl.where(inside, _capped(u, cap), float("-inf"))
-        r = tl.where(inside, _capped(r, cap), float("-inf"))
+    for start in range(TILE, last, TILE):
+        u = _capped(tl.load(base + start + columns).to(dtype), cap)
+        r = _capped(tl.load(ref_base + start + columns).to(dtype), cap)
         top, ref_top, total, ref_total, gap = _absorb(
             u, r, scale, top, ref_top, total, ref_total, gap
         )
@@ -124,8 +132,8 @@ def logits_kl_kernel(
     log_total = _log(row_total)
     ref_log_total = _log(tl.sum(ref_total, axis=0))
     known = (label >= 0) & (label < V)  # another label is an error that only NaN can report here
-    chosen = tl.load(base + label, mask=known, other=float("nan")).to(dtype)
-    ref_chosen = tl.load(ref_base + label, mask=known, other=float("nan")).to(dtype)
+    chosen = tl.load(logits + label, mask=known, other=float("nan")).to(dtype)
+    ref_chosen = tl.load(ref_logits + label, mask=known, other=float("nan")).to(dtype)
     tl.store(logp + row, (_capped(chosen, cap) - row_top) * inverse - log_total)
     tl.store(ref_logp + row, (_capped(ref_chosen, cap) - row_ref_top) * inverse - ref_log_total)
     tl.store(kl + row, tl.sum(gap, axis=0) / row_total * inverse - (log_total - ref_log_total))
@@ -135,32 +143,38 @@ def logits_kl_kernel(
     tl.store(ref_norm + rows + row, ref_log_total)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "ref_logits", "out"])
 def logits_kl_backward_kernel(
     grad_logp, grad_kl, logits, ref_logits, labels, norm, ref_norm, kl, per_token, out, rows, V,
     stride, ref_stride, out_stride, temperature: tl.float64, softcap: tl.float64,
-    SOFTCAP: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, REVERSE: tl.constexpr, VECTOR: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = norm.dtype.element_ty
-    blocks = tl.cdiv(V, BLOCK)
+    BLOCK: tl.constexpr = BYTES * 8 // out.dtype.element_ty.primitive_bitwidth
+    blocks = tl.num_programs(0) // rows
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < V
-    target = out + row * out_stride + columns
+    start = (tl.program_id(0) % blocks) * BLOCK
+    target, first = alignment.boundary(out + row * out_stride, VECTOR)
+    end = first + V
     label = tl.load(labels + row)
     g = tl.load(grad_logp + row)
     g_kl = tl.load(grad_kl + row)
     matters = (g != 0) | (g_kl != 0)
     if (label == IGNORE_INDEX) | (matters == 0):
-        tl.store(target, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
+        zeros = tl.zeros((BLOCK,), out.dtype.element_ty)
+        alignment.store(target, start, first, end, zeros)
         return
 
     if per_token is None:
         inverse = 1.0 / tl.full((), temperature, dtype)
     else:
         inverse = 1.0 / tl.load(per_token + row)
-    x = tl.load(logits + row * stride + columns, mask=inside, other=0.0).to(dtype)
-    y = tl.load(ref_logits + row * ref_stride + columns, mask=inside, other=0.0).to(dtype)
+    at = start + tl.arange(0, BLOCK)
+    touched = alignment.touched(at, end, VECTOR)
+    base, _ = alignment.boundary(logits + row * stride, VECTOR)
+    ref_base, _ = alignment.boundary(ref_logits + row * ref_stride, VECTOR)
+    x = tl.load(base + at, mask=touched, other=0.0).to(dtype)
+    y = tl.load(ref_base + at, mask=touched, other=0.0).to(dtype)
     if SOFTCAP:
         cap = tl.full((), softcap, dtype)
         t = tanh(x / cap)
@@ -176,9 +190,9 @@ def logits_kl_backward_kernel(
         d_kl = tl.where(p > 0, p * ((log_p - log_q) - tl.load(kl + row)), 0.0)
     else:
         d_kl = p - tl.exp2(log_q * LOG2_E)
-    gradient = tl.where(columns == label, g, 0.0) - p * g
+    gradient = tl.where(at - first == label, g, 0.0) - p * g
     gradient += tl.where(g_kl != 0, g_kl * d_kl, 0.0)  # an infinite KL that nobody uses: 0 * inf
-    tl.store(target, (gradient * slope).to(out.dtype.element_ty), mask=inside)
+    alignment.store(target, start, first, end, (gradient * slope).to(out.dtype.element_ty))
 
 
 def logits_kl(
@@ -206,7 +220,8 @@ def logits_kl(
             a, b, labels.contiguous(), None if per_token is None else per_token.contiguous(),
             a_logp, b_logp, kl, a_norm, b_norm, a.shape[2], a.stride(1), b.stride(1),
             temperature, 0.0 if softcap is None else softcap,
-            SOFTCAP=softcap is not None, REPEAT=repeat, LANES=lanes, num_warps=warps,
+            SOFTCAP=softcap is not None, REPEAT=repeat, LANES=lanes,
+            VECTOR=alignment.vector(a, b), num_warps=warps,
         )  # fmt: skip
     return logp, ref_logp, kl, norm, ref_norm
 
@@ -229,16 +244,48 @@ def logits_kl_backward(
     """Write dlogits to out, which may be logits itself."""
     if logits.numel() == 0:
         return
-    vocab = logits.shape[2]
-    block, warps = _block(vocab, logits.element_size())
     small = (grad_logp, grad_kl, labels, norm, ref_norm, kl, per_token)
     grad_logp, grad_kl, labels, norm, ref_norm, kl, per_token = (
         None if x is None else x.contiguous() for x in small
     )
+
+    def trial() -> Callable[[triton.Config], None]:
+        x, y, ones, zeros = tuning.scratch(logits, norm.dtype)
+        return lambda config: _backward(
+            config, ones, ones, x, x, y, zeros, zeros, ones, temperature, None, softcap, reverse, x
+        )
+
     with torch.cuda.device_of(logits):
-        logits_kl_backward_kernel[(labels.numel() * triton.cdiv(vocab, block),)](
-            grad_logp, grad_kl, logits, ref_logits, labels, norm, ref_norm, kl, per_token, out,
-            labels.numel(), vocab, logits.stride(1), ref_logits.stride(1), out.stride(1),
-            temperature, 0.0 if softcap is None else softcap,
-            SOFTCAP=softcap is not None, REVERSE=reverse, BLOCK=block, num_warps=warps,
+        kind = (logits.device, logits.dtype, logits.shape[2], softcap is None, reverse)
+        config = tuning.fastest(BACKWARD_CONFIGS, ("logits_kl", *kind), logits.device, trial)
+        _backward(
+            config, grad_logp, grad_kl, logits, ref_logits, labels, norm, ref_norm, kl, temperature,
+            per_token, softcap, reverse, out,
         )  # fmt: skip
+
+
+def _backward(
+    config: triton.Config,
+    grad_logp: Tensor,
+    grad_kl: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    ref_norm: Tensor,
+    kl: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+    out: Tensor,
+) -> None:
+    rows, vocab = labels.numel(), logits.shape[2]
+    vector = alignment.vector(logits, ref_logits, out)
+    block = config.kwargs["BYTES"] // out.element_size()
+    logits_kl_backward_kernel[(rows * triton.cdiv(vocab + vector - 1, block),)](
+        grad_logp, grad_kl, logits, ref_logits, labels, norm, ref_norm, kl, per_token, out, rows,
+        vocab, logits.stride(1), ref_logits.stride(1), out.stride(1), temperature,
+        0.0 if softcap is None else softcap, SOFTCAP=softcap is not None, REVERSE=reverse,
+        VECTOR=vector, **config.all_kwargs(),
+    )  # fmt: skip

@@ -1,15 +1,23 @@
 """token_logprobs and its gradient on the GPU.
 
-Forward: one program a row, one read of the row (N·V elements) and nothing else of that size.
+Forward: one program a row, one read of the row (N·V elements) and nothing else of that size, 16
+bytes at a time wherever the row starts (kernels/alignment.py).
 Each program walks the row in tiles of [REPEAT, LANES]; every lane keeps its own running maximum,
 sum and sum of p·u, and the lanes meet once, at the end of the row: no shuffle and no barrier inside
 the loop, and 1 + 1/REPEAT exponentials an element. (A whole-block maximum would put a barrier into
 each tile; one rescaling an element would need two exponentials, which at 16 a clock a
-multiprocessor is more than bf16 logits leave time for.)
+multiprocessor is more than bf16 logits leave time for.) Compiled for sm_90 the loop is 8.3
+instructions a bfloat16 logit, 11 with entropy; at 3.35 TB/s a multiprocessor of 132 gets 7.2 logits
+a clock and can issue 128: memory is the bound.
 
 Backward: one program a (row, block): one read, one write, no reduction: ``norm``, the row's
 (max z, log Σ e^(z − max)), says all about the row. A row whose incoming gradients are zero writes
 zeros without reading; neither does the forward read a row that is ignored.
+
+Fewer than about 132 rows leave multiprocessors idle: one program reads some 23 GB/s, 13 µs for a
+row of 151936 bfloat16 logits, alone or with 131 others. Rows cut into pieces would take half, at
+the price of another launch, and where the number of rows decided on the cut a row's bits would
+depend on its batch; training has thousands of rows. None of it is measured on a GPU yet.
 
 The maximum is subtracted before anything is rounded, so a common offset of the logits costs no
 digits. A row's offset is 64-bit: N·V may pass 2^31.
@@ -17,15 +25,21 @@ digits. A row's offset is 64-bit: N·V may pass 2^31.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import alignment, tuning
 from .exponentials import LOG2_E, log1p, tanh
 
 IGNORE_INDEX = tl.constexpr(-100)
 FLOOR = tl.constexpr(-1e30)  # stands for −inf where 0 · −inf would be NaN
+# One binary for all shapes: kernels/alignment.py finds the boundaries of 16 bytes by itself.
+SIZES = ["rows", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
+         "stride", "ref_stride", "out_stride"]  # fmt: skip
 
 
 @triton.jit
@@ -49,17 +63,18 @@ def _absorb(u, scale, top, total, tilt, ENTROPY: tl.constexpr):
     return new_top, total, tilt
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits"])
 def token_logprobs_kernel(
     logits, labels, per_token, logp, entropy, norm, T, V, stride_b, stride_t,
     temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = logp.dtype.element_ty
     TILE: tl.constexpr = REPEAT * LANES
     row = tl.program_id(0).to(tl.int64)
     rows = tl.num_programs(0)
-    base = logits + (row // T) * stride_b + (row % T) * stride_t
+    logits += (row // T) * stride_b + (row % T) * stride_t
     label = tl.load(labels + row)
     if label == IGNORE_INDEX:
         zero = tl.full((), 0.0, dtype)
@@ -84,14 +99,16 @@ def token_logprobs_kernel(
     total = tl.zeros((LANES,), dtype)
     tilt = tl.zeros((LANES,), dtype)
     columns = tl.arange(0, REPEAT)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    whole = V // TILE * TILE
-    for start in range(0, whole, TILE):
-        u = _capped(tl.load(base + start + columns).to(dtype), cap)
+    base, first = alignment.boundary(logits, VECTOR)
+    end = first + V
+    last = (end - 1) // TILE * TILE
+    for start in range(0, end, tl.maximum(last, TILE)):  # tile 0 and the last: the row's ends
+        at = start + columns
+        x = tl.load(base + at, mask=alignment.touched(at, end, VECTOR), other=0.0).to(dtype)
+        u = tl.where((at >= first) & (at < end), _capped(x, cap), float("-inf"))
         top, total, tilt = _absorb(u, scale, top, total, tilt, ENTROPY)
-    if whole < V:
-        inside = whole + columns < V
-        u = tl.load(base + whole + columns, mask=inside, other=0.0).to(dtype)
-        u = tl.where(inside, _capped(u, cap), float("-inf"))
+    for start in range(TILE, last, TILE):
+        u = _capped(tl.load(base + start + columns).to(dtype), cap)
         top, total, tilt = _absorb(u, scale, top, total, tilt, ENTROPY)
 
     row_top = tl.max(top, axis=0)
@@ -102,7 +119,7 @@ def token_logprobs_kernel(
     beyond = tl.minimum(tl.maximum(row_total - 1.0, 0.0), 1.0)
     log_total = tl.where(row_total < 2.0, log1p(beyond), tl.log(row_total))
     known = (label >= 0) & (label < V)  # another label is an error that only NaN can report here
-    chosen = tl.load(base + label, mask=known, other=float("nan")).to(dtype)
+    chosen = tl.load(logits + label, mask=known, other=float("nan")).to(dtype)
     tl.store(logp + row, (_capped(chosen, cap) - row_top) * inverse - log_total)
     tl.store(norm + row, row_top * inverse)
     tl.store(norm + rows + row, log_total)
@@ -111,18 +128,20 @@ def token_logprobs_kernel(
         tl.store(entropy + row, log_total - row_tilt / row_total * inverse)
 
 
-@triton.jit(do_not_specialize=["rows", "T"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "out"])
 def token_logprobs_backward_kernel(
     grad_logp, grad_entropy, logits, labels, norm, entropy, per_token, out, rows, T, V,
     stride_b, stride_t, out_stride_b, out_stride_t, temperature: tl.float64, softcap: tl.float64,
-    SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr, VECTOR: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = norm.dtype.element_ty
-    blocks = tl.cdiv(V, BLOCK)
+    BLOCK: tl.constexpr = BYTES * 8 // out.dtype.element_ty.primitive_bitwidth
+    blocks = tl.num_programs(0) // rows
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    columns = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < V
-    target = out + (row // T) * out_stride_b + (row % T) * out_stride_t + columns
+    start = (tl.program_id(0) % blocks) * BLOCK
+    target = out + (row // T) * out_stride_b + (row % T) * out_stride_t
+    target, first = alignment.boundary(target, VECTOR)
+    end = first + V
     label = tl.load(labels + row)
     g = tl.load(grad_logp + row)
     matters = g != 0
@@ -130,16 +149,17 @@ def token_logprobs_backward_kernel(
         g_entropy = tl.load(grad_entropy + row)
         matters = matters | (g_entropy != 0)
     if (label == IGNORE_INDEX) | (matters == 0):
-        tl.store(target, tl.zeros((BLOCK,), out.dtype.element_ty), mask=inside)
+        zeros = tl.zeros((BLOCK,), out.dtype.element_ty)
+        alignment.store(target, start, first, end, zeros)
         return
 
     if per_token is None:
         inverse = 1.0 / tl.full((), temperature, dtype)
     else:
         inverse = 1.0 / tl.load(per_token + row)
-    x = tl.load(
-        logits + (row // T) * stride_b + (row % T) * stride_t + columns, mask=inside, other=0.0
-    ).to(dtype)
+    at = start + tl.arange(0, BLOCK)
+    base, _ = alignment.boundary(logits + (row // T) * stride_b + (row % T) * stride_t, VECTOR)
+    x = tl.load(base + at, mask=alignment.touched(at, end, VECTOR), other=0.0).to(dtype)
     if SOFTCAP:
         cap = tl.full((), softcap, dtype)
         t = tanh(x / cap)
@@ -153,8 +173,8 @@ def token_logprobs_backward_kernel(
     if grad_entropy is not None:
         log_p = tl.maximum(log_p, FLOOR, propagate_nan=tl.PropagateNan.ALL)
         pull = g + g_entropy * (log_p + tl.load(entropy + row))
-    gradient = tl.where(columns == label, g, 0.0) - tl.exp2(log_p * LOG2_E) * pull
-    tl.store(target, (gradient * slope).to(out.dtype.element_ty), mask=inside)
+    gradient = tl.where(at - first == label, g, 0.0) - tl.exp2(log_p * LOG2_E) * pull
+    alignment.store(target, start, first, end, (gradient * slope).to(out.dtype.element_ty))
 
 
 def _tile(vocab: int, element_size: int) -> tuple[int, int, int]:
@@ -164,18 +184,16 @@ def _tile(vocab: int, element_size: int) -> tuple[int, int, int]:
     multiprocessor; 3.35 TB/s × 0.7 µs / 132 asks for 18 KiB. Not measured on a GPU yet.
     """
     vector = 16 // element_size
-    lanes = min(triton.next_power_of_2(vocab), 256 * vector)
-    return (4 if vocab > lanes else 1), lanes, max(1, lanes // (32 * vector))
+    lanes = min(max(triton.next_power_of_2(vocab), 32 * vector), 256 * vector)
+    return (4 if vocab > lanes else 1), lanes, lanes // (32 * vector)
 
 
-def _block(vocab: int, element_size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps) of the backward: one 16-byte read and write a thread, 256 threads.
-
-    Eight such programs fill a multiprocessor and keep 32 KiB in flight. With two reads a thread,
-    float16 rows that are not 16-byte aligned spill. Not measured on a GPU yet.
-    """
-    block = min(triton.next_power_of_2(vocab), 4096 // element_size)
-    return block, max(1, block * element_size // 512)
+# Of the backward: bytes a program reads and writes, 16, 32, 32 or 64 a thread. The first runs where
+# nothing can be timed.
+BACKWARD_CONFIGS = [
+    triton.Config({"BYTES": size}, num_warps=warps)
+    for size, warps in ((4096, 8), (4096, 4), (8192, 8), (8192, 4))
+]
 
 
 def token_logprobs(
@@ -201,7 +219,7 @@ def token_logprobs(
             logp, H, norm, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
             temperature, 0.0 if softcap is None else softcap,
             SOFTCAP=softcap is not None, ENTROPY=entropy, REPEAT=repeat, LANES=lanes,
-            num_warps=warps,
+            VECTOR=alignment.vector(logits), num_warps=warps,
         )  # fmt: skip
     return logp, H, norm
 
@@ -221,16 +239,45 @@ def token_logprobs_backward(
     """Write dlogits to out, which may be logits itself."""
     if logits.numel() == 0:
         return
-    vocab = logits.shape[2]
-    block, warps = _block(vocab, logits.element_size())
     small = (grad_logp, grad_entropy, labels, norm, entropy, per_token)
     grad_logp, grad_entropy, labels, norm, entropy, per_token = (
         None if x is None else x.contiguous() for x in small
     )
+
+    def trial() -> Callable[[triton.Config], None]:
+        x, y, ones, zeros = tuning.scratch(logits, norm.dtype)
+        return lambda config: _backward(
+            config, ones, ones, x, y, zeros, ones, temperature, None, softcap, x
+        )
+
     with torch.cuda.device_of(logits):
-        token_logprobs_backward_kernel[(labels.numel() * triton.cdiv(vocab, block),)](
-            grad_logp, grad_entropy, logits, labels, norm, entropy, per_token, out,
-            labels.numel(), logits.shape[1], vocab, logits.stride(0), logits.stride(1),
-            out.stride(0), out.stride(1), temperature, 0.0 if softcap is None else softcap,
-            SOFTCAP=softcap is not None, BLOCK=block, num_warps=warps,
+        kind = (logits.device, logits.dtype, logits.shape[2], softcap is None)
+        config = tuning.fastest(BACKWARD_CONFIGS, ("token_logprobs", *kind), logits.device, trial)
+        _backward(
+            config, grad_logp, grad_entropy, logits, labels, norm, entropy, temperature, per_token,
+            softcap, out,
         )  # fmt: skip
+
+
+def _backward(
+    config: triton.Config,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    out: Tensor,
+) -> None:
+    rows, vocab = labels.numel(), logits.shape[2]
+    vector = alignment.vector(logits, out)
+    block = config.kwargs["BYTES"] // out.element_size()
+    token_logprobs_backward_kernel[(rows * triton.cdiv(vocab + vector - 1, block),)](
+        grad_logp, grad_entropy, logits, labels, norm, entropy, per_token, out, rows,
+        logits.shape[1], vocab, logits.stride(0), logits.stride(1), out.stride(0), out.stride(1),
+        temperature, 0.0 if softcap is None else softcap,
+        SOFTCAP=softcap is not None, VECTOR=vector, **config.all_kwargs(),
+    )  # fmt: skip

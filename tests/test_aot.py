@@ -1,4 +1,5 @@
-"""Every Triton kernel and every CUDA source compiled for real GPUs, with no GPU: nothing spills.
+"""Every Triton kernel and every CUDA source compiled for real GPUs, with no GPU: nothing spills,
+and what moves much memory moves it once, in wide pieces.
 
 What is compiled is what the launchers launch: the ops run on their own samples, and on large
 shapes in every dtype, with the launches caught; each distinct specialization (types, alignments,
@@ -28,6 +29,8 @@ triton = pytest.importorskip("triton", reason="no triton on this machine: not co
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles for real; the interpreter is on", allow_module_level=True)
 
+from rlhf_fast.kernels import tuning  # noqa: E402
+from rlhf_fast.kernels.token_logprobs import BACKWARD_CONFIGS  # noqa: E402
 from triton.backends import nvidia  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
@@ -95,11 +98,10 @@ def calls() -> Iterator[tuple[bool, Op, Sample, torch.dtype]]:
         yield True, policy, Sample("", {**plain.arguments, **options}, plain.grads), torch.float32
     logits = OPS["token_logprobs"]  # the one op whose kernels read 16-bit tensors
     for dtype in HALVES:
-        for vocab in (LARGE["V"], 50257):
-            x, y = torch.zeros(2, vocab), torch.zeros(2, dtype=torch.int64)
-            for options in ({}, {"entropy": True}, {"entropy": True, "softcap": 30.0}):
-                sample = Sample("", {"logits": x, "labels": y, **options}, ("logits",))
-                yield vocab == LARGE["V"], logits, sample, dtype
+        x, y = torch.zeros(2, LARGE["V"]), torch.zeros(2, dtype=torch.int64)
+        for options in ({}, {"entropy": True, "softcap": 30.0}):
+            sample = Sample("", {"logits": x, "labels": y, **options}, ("logits",))
+            yield True, logits, sample, dtype
 
 
 class Specializations:
@@ -127,8 +129,12 @@ class Specializations:
     def collect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch, InLaunchersOnly():
             patch.setattr(JITFunction, "run", lambda fn, *a, **k: self.catch(fn, *a, **k))
-            for self.large, op, sample, dtype in calls():
-                call(op, sample, dtype)
+            for i in range(len(BACKWARD_CONFIGS)):
+                patch.setattr(tuning, "fastest", lambda configs, *_, i=i: configs[i])
+                for self.large, op, sample, dtype in calls():
+                    rows = self.large and op.name in ("token_logprobs", "linear_token_kl")
+                    if i == 0 or (rows and dtype != torch.float16):
+                        call(op, sample, dtype)
 
 
 def resources(cubin: bytes, path: Path) -> str:
@@ -137,14 +143,58 @@ def resources(cubin: bytes, path: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_triton_kernels_compile_and_do_not_spill(monkeypatch, tmp_path) -> None:
+# (read, written) bytes of an element that a kernel moves in pieces of 8 or 16 bytes on the large
+# shapes; `size` is a logit's. Where the instructions move just that, every input is read once,
+# every output is written once, and nothing goes element by element.
+MOVED = {
+    # every tile of a row is read by one of two loops: that of the row's ends and that of the rest
+    "token_logprobs_kernel": lambda size: (2 * size, 0),
+    "token_logprobs_backward_kernel": lambda size: (size, size),
+    "logits_kl_kernel": lambda size: (2 * (size + size), 0),
+    "logits_kl_backward_kernel": lambda size: (size + size, size),
+    "token_kl_kernel": lambda _: (4 + 4, 4),
+    "token_kl_backward_kernel": lambda _: (4 + 4 + 4, 4),
+    "row_counts_kernel": lambda _: (1, 0),
+    "sequence_kernel": lambda _: (4 + 4 + 4 + 1, 0),
+    "policy_loss_kernel": lambda _: (4 + 4 + 4 + 1, 4),
+    "value_loss_kernel": lambda _: (4 + 4 + 4 + 1, 4),
+    "kl_penalized_rewards_kernel": lambda _: (4 + 4 + 1, 4),
+    "masked_sums_kernel": lambda _: (4 + 1, 0),
+    "masked_normalize_kernel": lambda _: (4 + 1, 4),
+}
+NARROW = {
+    "gae_kernel",  # lanes run backwards in time: 4 bytes a lane, 128 in a row a warp
+    "pairwise_loss_kernel",  # a few hundred pairs
+    "policy_loss_finish_kernel",  # one program each
+    "value_loss_finish_kernel",
+    "pairwise_loss_finish_kernel",
+    "masked_finish_kernel",
+}
+
+
+def moved(ptx: str, instruction: str) -> int:
+    """Bytes a thread moves in pieces of 8 or 16, each instruction of the program counted once."""
+    pieces = re.findall(rf"{instruction}\.global[.\w:]*\.v(\d)\.b(\d+)", ptx)
+    return sum(int(count) * int(bits) // 8 for count, bits in pieces)
+
+
+def elements(constants: dict[str, int]) -> int:
+    """Of one tile, which a program takes at a time."""
+    if "LANES" in constants:
+        return constants["REPEAT"] * constants["LANES"]
+    return constants.get("BLOCK", 0)
+
+
+def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatch, tmp_path):
     specializations = Specializations()
     specializations.collect(monkeypatch)
     launched = {f"{fn.module.rsplit('.')[-1]}" for _, fn, *_ in specializations.found.values()}
     assert launched >= {k.triton.split(":")[0] for k in KERNELS.values() if k.triton}
+    large = {fn.__name__ for is_large, fn, *_ in specializations.found.values() if is_large}
+    assert large == MOVED.keys() | NARROW
 
-    def spills(key: str, capability: int) -> str:
-        _, fn, signature, constexprs, attrs, num_warps = specializations.found[key]
+    def faults(key: str, capability: int) -> list[str]:
+        is_large, fn, signature, constexprs, attrs, num_warps = specializations.found[key]
         compiled = triton.compile(
             ASTSource(fn, signature, constexprs, attrs),
             target=GPUTarget("cuda", capability, 32),
@@ -153,17 +203,30 @@ def test_triton_kernels_compile_and_do_not_spill(monkeypatch, tmp_path) -> None:
         file = tmp_path / f"{abs(hash(key))}_{capability}.cubin"
         usage = resources(compiled.asm["cubin"], file)
         stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL"))
-        return f"sm_{capability} {key}\n{usage}" if stack or local else ""
+        found = [f"spills: sm_{capability} {key}\n{usage}"] if stack or local else []
+        if is_large and fn.__name__ in MOVED:
+            constants = {fn.arg_names[i]: x for (i,), x in constexprs.items()}
+            bits = re.search(r"\d+", signature.get("logits", "*fp32"))
+            size = int(bits[0]) // 8
+            tile = constants["BYTES"] // size if "BYTES" in constants else elements(constants)
+            for instruction, bytes_ in zip(("ld", "st"), MOVED[fn.__name__](size), strict=True):
+                a_thread = moved(compiled.asm["ptx"], instruction)
+                if a_thread * 32 * num_warps != bytes_ * tile:
+                    found.append(
+                        f"{instruction} moves {a_thread * 32 * num_warps} bytes a tile in wide "
+                        f"pieces, not {bytes_} x {tile}: sm_{capability} {key}"
+                    )
+        return found
 
     jobs = [
         (key, capability)
-        for key, (large, *_) in specializations.found.items()
-        for capability in ((80, 90, 100) if large else (90,))
+        for key, (is_large, *_) in specializations.found.items()
+        for capability in ((80, 90, 100) if is_large else (90,))
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # half of the time is ptxas
-        spilling = [text for text in pool.map(lambda job: spills(*job), jobs) if text]
+        found = [text for texts in pool.map(lambda job: faults(*job), jobs) for text in texts]
     print(f"{len(specializations.found)} specializations, {len(jobs)} binaries")
-    assert not spilling, "\n".join(spilling)
+    assert not found, "\n".join(found)
 
 
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")

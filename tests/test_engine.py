@@ -177,6 +177,26 @@ def test_the_chunks_memory_is_used_again_and_never_by_two_at_once() -> None:
     assert torch.equal(first.logits, hidden @ weight.t())
 
 
+def test_on_a_gpu_every_row_of_a_chunk_starts_at_a_boundary_of_16_bytes(monkeypatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        _, buffer = linear.chunk_buffer(3, 50257, dtype, torch.device("meta"))
+        assert buffer.shape == (3, 50257) and buffer.stride(1) == 1
+        assert buffer.stride(0) * dtype.itemsize % 16 == 0
+
+    def gradients() -> list[torch.Tensor]:
+        hidden, weight, labels = inputs()
+        weight = weight[:-3].detach().requires_grad_()
+        labels = labels.clamp(max=V - 4)
+        logp, entropy = rf.linear_token_logprobs(hidden, weight, labels, entropy=True)
+        return [logp, *torch.autograd.grad((logp + entropy).sum(), (hidden, weight))]
+
+    expected = gradients()
+    monkeypatch.setattr(linear, "_free", {})  # a chunk with a GPU's layout is not to be kept
+    monkeypatch.setattr(linear, "chunk_buffer", lambda *size: (None, linear.aligned_rows(*size)))
+    for x, y in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:
     with rf.chunk_budget(10):
         assert linear.chunk_rows(3, 10**9, 4, "cuda") == 1

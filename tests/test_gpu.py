@@ -133,6 +133,22 @@ def test_capture_in_a_cuda_graph(name: str) -> None:
         assert torch.equal(x, y)  # no atomics: the same bits every time
 
 
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> None:
+    from rlhf_fast.kernels import token_logprobs, tuning
+
+    op = OPS[name]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = op.workload({"N": 9, "V": 5003, "H": 64}, generator, "cuda", torch.bfloat16)
+    arguments = on_cuda(sample, torch.bfloat16)
+    found = []
+    for config in token_logprobs.BACKWARD_CONFIGS:
+        monkeypatch.setattr(tuning, "fastest", lambda *_, config=config: config)
+        found.append(results(op.function, arguments, sample.grads))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
 @pytest.mark.parametrize("steps", [1, 37, 128, 1000, 1024, 5000, 5003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("skip", [True, False])

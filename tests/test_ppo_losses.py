@@ -140,8 +140,8 @@ def test_the_one_pass_is_policy_loss(one_update, terms):
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
     inputs = (
-            s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.rollout.mask[rows], s.config
-        )  # fmt: skip
+        s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.rollout.mask[rows], s.config
+    )  # fmt: skip
     more = {"beta": 0.3, "normalizer": s.rollout.mask.sum(), "weights": None}
     logp, entropy = logprobs(*inputs[:2], s.policy.head, s.rollout, rows, s.config)
     loss, stats = ppo.policy_term(*inputs, **more)

@@ -222,6 +222,147 @@ def test_rows_more_than_2_to_31_elements_apart() -> None:
     torch.testing.assert_close(logits.float(), small, rtol=1e-2, atol=1e-3)
 
 
+def test_an_infinite_kl_that_nobody_uses_leaves_the_gradient_of_logp() -> None:
+    ref_logits = torch.zeros(1, 2, 5)
+    ref_logits[..., 3] = -torch.inf
+    x, labels, zero = torch.randn(1, 2, 5), torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    arguments = (x, ref_logits, labels, 1.0, None, None, True)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(*arguments)
+    assert kl.isinf().all()
+    out = torch.full_like(x, torch.nan)
+    arguments = (x, ref_logits, labels, norm, ref_norm, kl, 1.0, None, None, True, out)
+    KERNELS["logits_kl_backward"].launcher(zero + 1, zero, *arguments)
+    one_hot = torch.nn.functional.one_hot(labels, 5)
+    torch.testing.assert_close(out, one_hot - x.softmax(-1))
+
+
+def test_a_gradient_through_the_kl_alone() -> None:
+    x, ref_logits = torch.randn(2, 1, 2, 5)
+    labels, zero = torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(
+        x, ref_logits, labels, 1.0, None, None, True
+    )
+    out = torch.full_like(x, torch.nan)
+    arguments = (x, ref_logits, labels, norm, ref_norm, kl, 1.0, None, None, True, out)
+    KERNELS["logits_kl_backward"].launcher(zero, zero + 1, *arguments)
+    log_p, log_q = x.log_softmax(-1), ref_logits.log_softmax(-1)
+    torch.testing.assert_close(out, log_p.exp() * (log_p - log_q - kl[..., None]))
+
+
+def shifted(vocab: int, dtype: torch.dtype, gap: int, seed: int = 0) -> Tensor:
+    """Logits [1, n, vocab] whose rows start at every offset from a boundary of 16 bytes, with NaN
+    before, between and behind them."""
+    rows, apart = 16 // dtype.itemsize, vocab + gap
+    assert apart % 2 == 1, "the offsets would repeat"
+    storage = torch.full((rows * apart + 32,), torch.nan, dtype=dtype)
+    logits = storage.as_strided((1, rows, vocab), (rows * apart, apart, 1), 16)
+    offsets = {logits[0, i].data_ptr() % 16 for i in range(rows)}
+    assert len(offsets) == rows
+    return logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def around(logits: Tensor) -> Tensor:
+    """What of shifted()'s storage is not in a row, as NaN or not."""
+    storage = torch.empty(0, dtype=logits.dtype).set_(logits.untyped_storage()).clone()
+    storage.as_strided(logits.shape, logits.stride(), logits.storage_offset()).fill_(torch.nan)
+    return storage.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab, gap", [(1, 2), (6, 1), (17, 0), (16384, 1), (20001, 0)])
+def test_rows_at_every_offset(vocab: int, gap: int, dtype: torch.dtype) -> None:
+    """Forward and the in-place backward of both row kernels; nothing outside a row is written."""
+    logits = shifted(vocab, dtype, gap)
+    ref_logits = shifted(vocab, dtype, gap, seed=1)
+    n = logits.shape[1]
+    labels = torch.arange(n)[None] % vocab
+    labels[0, 1] = -100
+    cases = {
+        "token_logprobs": (logits, labels, 1.0, None, None, True, False),
+        "logits_kl": (logits, ref_logits, labels, 1.0, None, None, True),
+    }
+    for name, arguments in cases.items():
+        forward, backward = KERNELS[name], KERNELS[f"{name}_backward"]
+        exact = replay(forward.fallback, arguments, [], torch.float64)
+        result = replay(forward.launcher, arguments, [])
+        kept = labels[0] != -100
+        for x, y in zip(result, exact, strict=True):
+            torch.testing.assert_close(x[..., kept].double(), y[..., kept], rtol=1e-5, atol=1e-5)
+        ones = torch.ones(1, n)
+        if name == "token_logprobs":
+            logp, entropy, norm = result
+            arguments = (ones, ones, logits, labels, norm, entropy, 1.0, None, None)
+        else:
+            _, _, kl, norm, ref_norm = result
+            arguments = (ones, ones, logits, ref_logits, labels, norm, ref_norm, kl, 1.0, None,
+                         None, True)  # fmt: skip
+        small = torch.empty(1, n, vocab, dtype=torch.float64)
+        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in arguments]  # fmt: skip
+        backward.fallback(*wide, small)
+        apart = torch.full((1, n, vocab), torch.nan, dtype=dtype)  # rows that lie differently
+        backward.launcher(*arguments, apart)
+        own = copied(logits)
+        backward.launcher(*arguments[:2], own, *arguments[3:], own)
+        assert around(own).all()
+        torch.testing.assert_close(own, apart, rtol=0, atol=0)
+        # the interpreter cuts bfloat16 off where a GPU rounds it
+        rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(own.double(), small, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> None:
+    from rlhf_fast.kernels import token_logprobs, tuning
+
+    shape = {"N": 3, "V": 5003, "H": 8}
+    sample = OPS[name].workload(shape, torch.Generator().manual_seed(0), "cpu", torch.float32)
+    logits, labels = shifted(5003, torch.bfloat16, 0), torch.arange(8)[None]
+    norm = torch.stack([torch.zeros(1, 8), torch.full((1, 8), 9.0)])
+    ones = torch.ones(1, 8)
+    results = []
+    for config in token_logprobs.BACKWARD_CONFIGS:
+        monkeypatch.setattr(tuning, "fastest", lambda *_, config=config: config)
+        run(sample, OPS[name], torch.float32)
+        out = torch.full((1, 8, 5003), torch.nan, dtype=torch.bfloat16)
+        if name == "token_logprobs":
+            arguments = (ones, ones, logits, labels, norm, ones, 1.0, None, None)
+        else:
+            arguments = (ones, ones, logits, logits.exp(), labels, norm, norm, ones, 1.0, None,
+                         None, True)  # fmt: skip
+        kernel = "token_logprobs" if name == "token_logprobs" else "logits_kl"
+        KERNELS[f"{kernel}_backward"].launcher(*arguments, out)
+        results.append(out)
+    assert len(results) > 1 and not results[0].isnan().any()
+    assert all(torch.equal(results[0], x) for x in results)
+
+
+def test_the_fastest_configuration_is_timed_once_and_not_in_a_capture(monkeypatch) -> None:
+    from rlhf_fast.kernels import tuning
+
+    timed, capturing = [], [True]
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call: call())
+    configs = [triton.Config({"BYTES": size}) for size in (3, 1, 2)]
+
+    def prepare():
+        timed.append("prepared")
+        return lambda config: timed.append(config) or config.kwargs["BYTES"]
+
+    def chosen(kind: str, device: str = "cuda") -> triton.Config:
+        return tuning.fastest(configs, kind, torch.device(device), prepare)
+
+    assert chosen("a", "cpu") is configs[0] and chosen("a") is configs[0] and not timed
+    capturing[0] = False
+    assert chosen("a") is configs[1] and timed == ["prepared", *configs]
+    capturing[0] = True
+    assert chosen("a") is configs[1] and chosen("b") is configs[0] and len(timed) == 4
+    logits, labels, ones, norm = tuning.scratch(torch.zeros(2, 3, 7), torch.float32)
+    assert logits.shape == (1, 6, 7) and norm.shape == (2, 1, 6)
+    assert labels.shape == ones.shape == (1, 6)
+
+
 def test_an_unknown_label_gives_nan_and_reads_nothing() -> None:
     logits, labels = torch.zeros(1, 3, 5), torch.tensor([[5, -7, 4]])
     launcher = KERNELS["token_logprobs"].launcher

@@ -50,6 +50,13 @@ def linear_policy_loss(
     advantage (or zero weight) when entropy_coef and kl_coef are 0. The statistics are means over
     the tokens that stayed. Without grad mode (or where nothing requires grad): 2NHV, no gradients.
 
+    H100, bf16, N=8192 H=4096 V=131072: 6NHV = 26.4 TFLOP at the 800 TFLOP/s of a large cuBLAS
+    product are 33.0 ms. The float32 logits (4.3 GB in all, 5 chunks) are written, read, read and
+    overwritten with their gradient, read and rounded to bfloat16: 5.5 passes, 23.6 GB at 3 TB/s,
+    7.9 ms: 40.9 ms predicted. dW is read and written once a chunk, 19 GB: 6.4 ms more where that
+    does not hide behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 27.4 GB are 9.1 ms:
+    17.5 ms, 2.1 times the products. Half of the rows out: half of it. Not measured on a GPU yet.
+
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
         labels: [..., T], int64, the sampled tokens; −100 does not count, whatever mask says.

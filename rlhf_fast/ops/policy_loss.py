@@ -77,6 +77,10 @@ def policy_loss(
 
     cispo with ratio="sequence" weights each token's logp by its row's clipped ρ, as TRL does.
 
+    H100, float32, [64, 2048]: 17 bytes a token are 2.2 MB, 0.7 µs at 3.35 TB/s; three launches of
+    about 3 µs (count, loss, sums) and one product in the backward: 12 µs predicted, all of it
+    latency. Not measured on a GPU yet.
+
     Args:
         logp: [..., T], nats, with gradient.
         old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
@@ -364,6 +368,8 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(name, draw(4, 40, spread=30.0, loss=loss), one)
     cispo = {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1}
     yield Sample("cispo, clipped above only", draw(5, 33, spread=1.0, **cispo), one)
+    below = {"loss": "cispo", "clip_low": 0.5, "clip_high": -0.2}  # a masked ratio of 1 is beyond
+    yield Sample("cispo, clipped below 1", draw(5, 33, **below), one)
     yield Sample("cispo, sequence", draw(5, 33, ratio="sequence", **cispo) | extra(5, 33), both)
     for mode in aggregate.AGGREGATIONS:  # a narrow clip: some rows are cut, some are not
         narrow = {"clip_low": 0.01, "clip_high": 0.02, "ratio": "sequence", "aggregation": mode}

@@ -30,6 +30,10 @@ def token_logprobs(
     The forward reads the logits once; the backward reads them once and writes their gradient once.
     −inf logits have p = 0 and p·log p = 0.
 
+    H100, bf16, N=8192 V=151936: the logits are 2.49 GB, at 3.35 TB/s 0.74 ms forward and 1.49 ms
+    backward; at the 90 % of it that a copy gets 0.83 ms and 1.65 ms predicted. Not measured on a
+    GPU yet.
+
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64; any strides. A last dimension
             that is not contiguous is copied.
