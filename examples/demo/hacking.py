@@ -35,7 +35,7 @@ def main() -> None:
     cache = DEFAULT_CACHE.expanduser()
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.2], help="%(default)s")
     parser.add_argument("--model", type=Path, default=cache / "smollm2", help="%(default)s")
-    parser.add_argument("--data", type=Path, default=cache / "prompts.jsonl", help="%(default)s")
+    parser.add_argument("--data", type=Path, default=cache / "openings.jsonl", help="%(default)s")
     parser.add_argument(
         "--reward", type=Path, default=Path("runs/demo/reward/model"), help="%(default)s"
     )
