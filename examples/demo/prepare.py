@@ -7,6 +7,11 @@ model folder and JSONL files, made once and kept in a cache.
 
 Each is written under a temporary name and renamed when complete, so an interrupted run never
 leaves half of one behind, and what is there already is not made again.
+
+PPO makes the policy better only where the reward model is right: on the policy's own answers. The
+rank correlation of its scores with an independent judge's (VADER, 288 answers of the untrained
+policy, ± .06) is .06 after 500 whole reviews, .21 if only openings about films are continued, and
+.27 with fragments in place of whole reviews, 700 pairs of them read twice.
 """
 
 from __future__ import annotations
