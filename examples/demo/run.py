@@ -46,12 +46,12 @@ def main() -> None:
     run(HERE / "prepare.py", "--cache", cache)
     run(
         "-m", "rlhf_fast.cli", "reward", "--config", HERE / "reward.yaml", "--resume",
-        "--model", cache / "smollm2", "--data", cache / "pairs.jsonl",
+        "--model", cache / "smollm2", "--data", cache / "fragments.jsonl",
         "--output_dir", out / "reward",
     )  # fmt: skip
     run(
         "-m", "rlhf_fast.cli", "ppo", "--config", HERE / "ppo.yaml", "--resume",
-        "--model", cache / "smollm2", "--data", cache / "prompts.jsonl",
+        "--model", cache / "smollm2", "--data", cache / "openings.jsonl",
         "--reward", out / "reward" / "model", "--judge", f"{HERE / 'vader.py'}:score",
         "--output_dir", out / "ppo",
     )  # fmt: skip
