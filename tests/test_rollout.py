@@ -10,6 +10,7 @@ from transformers import (
     GraniteForCausalLM,
 )
 
+from rlhf_fast import rollout as rollout_module
 from rlhf_fast.data import pad
 from rlhf_fast.experience import measure
 from rlhf_fast.models import load_policy, logit_divisor
@@ -101,6 +102,26 @@ def test_log_probs_are_measured_on_the_hidden_states_of_decoding(policy, configu
     rollout.hidden = torch.zeros_like(answer_hidden(policy.body, rollout, slice(None)))
     logp = measure(policy, rollout, config).logp[rollout.mask]
     torch.testing.assert_close(logp, torch.full_like(logp, -math.log(policy.head.out_features)))
+
+
+def test_layers_are_themselves_again_after_decoding(tiny_policy_folder, monkeypatch):
+    """While it lasts every linear layer goes through the product for few rows, the head too."""
+    policy = load_policy(tiny_policy_folder, trainable_layers=None, device=CPU)
+    layers = [m for m in policy.model.modules() if type(m) is torch.nn.Linear]
+    seen = set()
+
+    def product(x, weight, bias):
+        seen.add(weight)
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr(rollout_module, "thin_linear", product)
+    roll(policy)
+    assert seen == {layer.weight for layer in layers}
+    assert not any("forward" in vars(layer) for layer in layers)
+    with pytest.raises(ZeroDivisionError), rollout_module.thin_products(policy.model):
+        assert all("forward" in vars(layer) for layer in layers)
+        raise ZeroDivisionError
+    assert not any("forward" in vars(layer) for layer in layers)
 
 
 def test_what_does_not_decode_exactly(policy, monkeypatch):
