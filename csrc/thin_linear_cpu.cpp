@@ -80,9 +80,13 @@ Tensor thin_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bia
   const int64_t groups = (rows + kRows - 1) / kRows;
   std::vector<float> side_by_side(groups * columns * kRows, 0.0f);
   const float* from = data<float>(x);
-  for (int64_t r = 0; r < rows; ++r) {
-    float* to = side_by_side.data() + r / kRows * columns * kRows + r % kRows;
-    for (int64_t k = 0; k < columns; ++k) to[k * kRows] = from[r * columns + k];
+  for (int64_t line = 0; line < columns; line += kLine) {  // the lines written stay in L1
+    for (int64_t r = 0; r < rows; ++r) {
+      float* to = side_by_side.data() + r / kRows * columns * kRows + r % kRows;
+      for (int64_t k = line; k < std::min(columns, line + kLine); ++k) {
+        to[k * kRows] = from[r * columns + k];
+      }
+    }
   }
   const Thin all{side_by_side.data(), data<float>(weight), data<float>(bias),
                  mutable_data<float>(out), rows, columns, outputs, groups, 0, 0};
