@@ -232,16 +232,16 @@ def _steps(record: Record) -> Any:
     if not done:
         return None
     figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.5 * len(done)), layout="constrained")
-    for axis, label, value in (
-        (axes[0], "samples a second", lambda c: c["samples_per_second"]),
-        (axes[1], "peak memory of the process, MiB", lambda c: c["peak_memory"] / 2**20),
+    for axis, label, digits, value in (
+        (axes[0], "samples a second", "%.3g", lambda c: c["samples_per_second"]),
+        (axes[1], "peak memory of the process, MiB", "%.0f", lambda c: c["peak_memory"] / 2**20),
     ):
         names = [f"{name}\n{cell['critic']}" for name, cell in done.items()]
         values = [value(cell) for cell in done.values()]
         drawn = axis.barh(
             names, values, color=[OURS if "ours" in n else COLORS["TRL"] for n in done]
         )
-        axis.bar_label(drawn, fmt="%.3g", fontsize=8, padding=3)
+        axis.bar_label(drawn, fmt=digits, fontsize=8, padding=3)
         axis.invert_yaxis()
         axis.set_xlabel(label)
         axis.margins(x=0.15)
