@@ -67,15 +67,19 @@ class Schedule:
         self.optimizer = optimizer
         self.highest = [group["lr"] for group in optimizer.param_groups]
         self.rate = get_scheduler(name, optimizer, warmup, updates).lr_lambdas[0]
-        self.load_state_dict({"updates": 0})
+        self.after(0)
+
+    def after(self, updates: int) -> None:
+        """Set the step sizes of the update that follows so many."""
+        self.updates = updates
+        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
+            group["lr"] = highest * self.rate(updates)
 
     def step(self) -> None:
-        self.load_state_dict({"updates": self.updates + 1})
+        self.after(self.updates + 1)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.updates = state["updates"]
-        for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
-            group["lr"] = highest * self.rate(self.updates)
+        self.after(state["updates"])

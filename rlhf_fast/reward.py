@@ -21,11 +21,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from rlhf_fast import pairwise_loss
 from rlhf_fast.config import InputError, RewardConfig
-from rlhf_fast.control import Updates
+from rlhf_fast.control import Schedule, Updates
 from rlhf_fast.data import Pair, batch_indices, load_rows, pad, preference_pairs
 from rlhf_fast.models import (
     load_tokenizer,
@@ -75,9 +75,7 @@ def train(config: RewardConfig) -> dict:
             f"warmup_steps={config.warmup_steps}, but the {len(pairs)} pairs give {steps} steps"
         )
     # A function of the step alone, so a resumed run needs no saved scheduler.
-    (rate,) = get_scheduler(
-        config.lr_scheduler_type, optimizer, config.warmup_steps, steps
-    ).lr_lambdas
+    schedule = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, steps)
     updates = Updates(config)
     run.check_end(steps)
     run.begin()
@@ -91,8 +89,7 @@ def train(config: RewardConfig) -> dict:
 
     with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
         for step in range(first, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate(step)
+            schedule.after(step)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 

@@ -82,7 +82,8 @@ def test_logp_is_that_of_one_unpadded_pass(policy, temperature):
 def test_hidden_states_of_decoding_are_those_of_one_pass(policy):
     """Prompts of unequal lengths, and answers that end early."""
     assert not policy.exact_decoding and roll(policy).hidden is None
-    assert decodes_exactly(policy)
+    assert decodes_exactly(policy) and not policy.exact_decoding
+    policy.exact_decoding = True
     rollout = roll(policy, stop=(1, 4, 6))
     whole = answer_hidden(policy.body, rollout, slice(None))
     assert rollout.mask.any(1).all() and not rollout.mask.all()
