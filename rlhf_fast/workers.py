@@ -16,6 +16,7 @@ the count of the whole minibatch already. So the numbers are those of one proces
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -84,6 +85,10 @@ class Workers:
             )
         self.device = self.device or self.accelerator.device
         self.rank, self.size = self.accelerator.process_index, self.accelerator.num_processes
+        if self.size > 1:
+            # A script may train twice, so the group lives as long as the process; one that is still
+            # there while the interpreter is taken down can abort (pytorch/pytorch#190489).
+            atexit.register(self.accelerator.state.destroy_process_group)
         if config.batch_size % self.size:
             raise InputError(
                 f"batch_size={config.batch_size} cannot be shared by {self.size} processes"
@@ -205,7 +210,8 @@ class Workers:
         self.accelerator.log(row, step=row["step"])
 
     def end(self) -> None:
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def tracker_names(config: RunConfig) -> list[str]:

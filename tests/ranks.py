@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -122,6 +123,12 @@ def sharded_head(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def fail_in_a_group() -> None:
+    """A process that ends with a live group may abort."""
+    if dist.is_initialized():
+        os._exit(1)
+
+
 def train_each(file: str) -> None:
     """PPO runs one after the other, by the configs in a JSON file."""
     from rlhf_fast import ppo
@@ -136,7 +143,7 @@ def train_each(file: str) -> None:
         assert held < 0.51 * sum(p.numel() for p in weights)
 
     ppo.Workers.shard = shard_and_look
-    ppo.Workers.end = lambda self: None  # the process group is for all runs
+    atexit.register(fail_in_a_group)  # called last, being the first
     with open(file) as configs:
         for config in json.load(configs):
             ppo.train(PPOConfig(**config))

@@ -41,7 +41,7 @@ def launch(folder: Path, script: list[str], **fsdp_config) -> subprocess.Complet
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     return subprocess.run(
         [*command, "--config_file", str(folder / "accelerate.yaml"), *script],
-        capture_output=True, text=True, timeout=100, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,7 @@ def test_batch_that_cannot_be_shared(configured, monkeypatch):
 
     class Three:
         distributed_type, process_index, num_processes = "NO", 0, 3
+        state = SimpleNamespace(destroy_process_group=lambda: None)
 
         def __init__(self, **_):
             pass
@@ -133,8 +135,6 @@ def test_a_device_of_each_process_its_own(configured, monkeypatch):
 
 
 def test_processes_see_one_folder(monkeypatch):
-    from types import SimpleNamespace
-
     from rlhf_fast.workers import Workers
 
     monkeypatch.setattr("rlhf_fast.workers.gather_object", lambda numbers: [*numbers, 0])
