@@ -111,7 +111,7 @@ class Runs:
 
 
 def load(folder: Path = RESULTS) -> list[Record]:
-    """All kept runs but short ones and those of the errors, oldest first."""
+    """All kept runs, oldest first."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
     return sorted(records, key=lambda record: record["machine"]["date"])
 
@@ -325,6 +325,7 @@ def _pictures(records: list[Record]) -> Iterator[str]:
         "linear": "the linear ops at three vocabularies: time and extra memory",
         "scale": "time and memory against N, V, H, T and the share of rows that matter",
         "step": "a PPO step: samples a second and peak memory",
+        "accuracy": "errors against float64, by op and dtype",
     }
     for name, text in texts.items():
         if any(record["suite"] == name.split("-")[0] for record in records):
