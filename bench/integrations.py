@@ -14,10 +14,10 @@ import argparse
 import json
 import multiprocessing
 import sys
-import types
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,8 +30,10 @@ from frameworks import OPENRLHF, VERL, load  # noqa: E402
 
 from bench import machine, measure, memory  # noqa: E402
 from bench.inputs import Answer  # noqa: E402
+from bench.libraries import VerlConfig  # noqa: E402
 
 Call = Callable[[], Answer]
+Rows = dict[tuple[str, str, str], tuple[Call, Call]]
 V, H = 49152, 576  # SmolLM2-135M's head
 
 
@@ -57,20 +59,51 @@ def forward(function: Callable, *arguments: object) -> Call:
     return call
 
 
-def rows(quick: bool) -> dict[tuple[str, str, str], tuple[Call, Call]]:
-    """(framework, function, shape) -> (theirs, ours)"""
+@dataclass(frozen=True)
+class Inputs:
+    """What the functions are called with, and its sizes in words."""
+
+    logits: Tensor  # [4, N/4, V]
+    labels: Tensor  # [4, N/4]
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    logp: Tensor  # [B, T], as all below
+    old_logp: Tensor
+    advantages: Tensor
+    values: Tensor
+    returns: Tensor
+    mask: Tensor
+    from_logits: str
+    from_hidden: str
+    steps: str
+
+    @property
+    def targets(self) -> Tensor:
+        return self.labels.flatten()
+
+
+def draw(quick: bool) -> Inputs:
     g = torch.Generator().manual_seed(0)
     n, b, t = (64, 16, 128) if quick else (512, 64, 1024)
     logits, labels = torch.randn(4, n // 4, V, generator=g), torch.randint(V, (4, n // 4))
     hidden, weight = torch.randn(n, H, generator=g), 0.05 * torch.randn(V, H, generator=g)
-    targets = labels.flatten()
     logp = -torch.rand(b, t, generator=g)
-    old = logp + 0.2 * torch.randn(b, t, generator=g)
+    old_logp = logp + 0.2 * torch.randn(b, t, generator=g)
     advantages, values, returns = torch.randn(3, b, t, generator=g)
     mask = torch.arange(t) < torch.randint(1, t + 1, (b, 1), generator=g)
-    from_logits, from_hidden, steps = f"N={n} V={V}", f"N={n} H={H} V={V}", f"B={b} T={t}"
-    found: dict[tuple[str, str, str], tuple[Call, Call]] = {}
+    sizes = f"N={n} V={V}", f"N={n} H={H} V={V}", f"B={b} T={t}"
+    return Inputs(
+        logits, labels, hidden, weight, logp, old_logp, advantages, values, returns, mask, *sizes
+    )
 
+
+def rows(quick: bool) -> Rows:
+    """(framework, function, shape) -> (theirs, ours)"""
+    x = draw(quick)
+    return trl_rows(x) | verl_rows(x) | openrlhf_rows(x) | transformers_rows(x)
+
+
+def trl_rows(x: Inputs) -> Rows:
     import trl
     from trl.trainer import utils as trl_utils
 
@@ -84,113 +117,121 @@ def rows(quick: bool) -> dict[tuple[str, str, str], tuple[Call, Call]]:
         def function(logits: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 h = entropy(logits)
-            return log_softmax(logits, labels), h
+            return log_softmax(logits, x.labels), h
 
         return function
 
-    found[framework, "selective_log_softmax, entropy_from_logits", from_logits] = tuple(
-        trained(with_entropy(x.selective_log_softmax, x.entropy_from_logits), logits)
-        for x in (trl_utils, fast_trl)
+    from_logits = tuple(
+        trained(with_entropy(side.selective_log_softmax, side.entropy_from_logits), x.logits)
+        for side in (trl_utils, fast_trl)
     )
-
     old_head = trl.__version__ == "1.12.0"
     theirs = trl_utils._ChunkedLogProbFunction
     ours = fast_trl.FusedHeadOfAsyncGRPO if old_head else fast_trl.FusedHead
     tail = (1.0, 8192) if old_head else (1.0, 32768, None, 1.0, ("log_probs", "entropy"))
     bias = () if old_head else (None,)
-    found[framework, "fused head", from_hidden] = tuple(
-        trained(lambda h, w, f=f: f.apply(h, w, *bias, targets, *tail)[:2], hidden, weight)
+    from_hidden = tuple(
+        trained(lambda h, w, f=f: f.apply(h, w, *bias, x.targets, *tail)[:2], x.hidden, x.weight)
         for f in (theirs, ours)
     )
+    return {
+        (framework, "selective_log_softmax, entropy_from_logits", x.from_logits): from_logits,
+        (framework, "fused head", x.from_hidden): from_hidden,
+    }
 
+
+def verl_rows(x: Inputs) -> Rows:
     core = load("verl.trainer.ppo.core_algos", VERL)
     torch_functional = load("verl.utils.torch_functional", VERL)
-    fused = load("verl.utils.experimental.torch_functional", VERL)
+    twin = load("verl.utils.experimental.torch_functional", VERL).FusedLinearForPPO()
     load("verl.utils.kernel.linear_cross_entropy", VERL)
     from rlhf_fast.integrations import verl as fast_verl
 
-    class Config(types.SimpleNamespace):
-        def get(self, name: str, default: object = None) -> object:
-            return getattr(self, name, default)
+    config = VerlConfig(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None,
+                        clip_ratio_c=3.0, global_batch_info={})  # fmt: skip
+    found = {
+        ("logprobs_from_logits", x.from_logits): tuple(
+            trained(lambda logits, f=f: f(logits, x.labels), x.logits)
+            for f in (
+                torch_functional.logprobs_from_logits,
+                lambda *given: fast_verl.logprobs_from_logits(*given, inplace_backward=False),
+            )
+        ),
+        ("linear_cross_entropy (its PyTorch backend)", x.from_hidden): (
+            trained(lambda h, w: twin(h[None], w, x.targets[None]), x.hidden, x.weight),
+            trained(
+                lambda h, w: fast_verl.linear_cross_entropy(h, w, x.targets), x.hidden, x.weight
+            ),
+        ),
+        ("policy loss", x.steps): tuple(
+            trained(
+                lambda logp, f=f: f(x.old_logp, logp, x.advantages, x.mask, config=config), x.logp
+            )
+            for f in (core.compute_policy_loss_vanilla, fast_verl.compute_policy_loss)
+        ),
+        ("compute_value_loss", x.steps): tuple(
+            trained(lambda values, f=f: f(values, x.returns, x.values, x.mask, 0.2), x.advantages)
+            for f in (core.compute_value_loss, fast_verl.compute_value_loss)
+        ),
+        ("kl_penalty k3", x.steps): tuple(
+            trained(lambda logp, f=f: f(logp, x.old_logp, "k3"), x.logp)
+            for f in (core.kl_penalty, fast_verl.kl_penalty)
+        ),
+        ("compute_gae_advantage_return", x.steps): tuple(
+            forward(only_kept(f, x.mask), x.advantages, x.values, x.mask.long(), 1.0, 0.95)
+            for f in (core.compute_gae_advantage_return, fast_verl.compute_gae_advantage_return)
+        ),
+    }
+    return {("verl 0.9.1", *row): calls for row, calls in found.items()}
 
-    config = Config(clip_ratio=0.2, clip_ratio_low=None, clip_ratio_high=None, clip_ratio_c=3.0,
-                    global_batch_info={})  # fmt: skip
-    framework = "verl 0.9.1"
-    found[framework, "logprobs_from_logits", from_logits] = tuple(
-        trained(lambda x, f=f: f(x, labels), logits)
-        for f in (
-            torch_functional.logprobs_from_logits,
-            lambda x, y: fast_verl.logprobs_from_logits(x, y, inplace_backward=False),
-        )
-    )
-    twin = fused.FusedLinearForPPO()
-    found[framework, "linear_cross_entropy (its PyTorch backend)", from_hidden] = (
-        trained(lambda h, w: twin(h[None], w, targets[None]), hidden, weight),
-        trained(lambda h, w: fast_verl.linear_cross_entropy(h, w, targets), hidden, weight),
-    )
-    found[framework, "policy loss", steps] = tuple(
-        trained(lambda x, f=f: f(old, x, advantages, mask, config=config), logp)
-        for f in (core.compute_policy_loss_vanilla, fast_verl.compute_policy_loss)
-    )
-    found[framework, "compute_value_loss", steps] = tuple(
-        trained(lambda x, f=f: f(x, returns, values, mask, 0.2), advantages)
-        for f in (core.compute_value_loss, fast_verl.compute_value_loss)
-    )
-    found[framework, "kl_penalty k3", steps] = tuple(
-        trained(lambda x, f=f: f(x, old, "k3"), logp)
-        for f in (core.kl_penalty, fast_verl.kl_penalty)
-    )
-    long_mask = mask.long()
 
-    def only_kept(function: Callable) -> Callable:
-        return lambda *x: tuple(y.masked_fill(~mask, 0) for y in function(*x))
-
-    found[framework, "compute_gae_advantage_return", steps] = tuple(
-        forward(only_kept(f), advantages, values, long_mask, 1.0, 0.95)
-        for f in (core.compute_gae_advantage_return, fast_verl.compute_gae_advantage_return)
-    )
-
+def openrlhf_rows(x: Inputs) -> Rows:
     losses = load("openrlhf.models.loss", OPENRLHF)
     utils = load("openrlhf.models.utils", OPENRLHF)
-    maker = load("openrlhf.trainer.ppo_utils.experience_maker", OPENRLHF)
+    maker = load("openrlhf.trainer.ppo_utils.experience_maker", OPENRLHF).RemoteExperienceMaker
     from rlhf_fast.integrations import openrlhf as fast_openrlhf
 
-    framework = "OpenRLHF 0.11.2"
-    found[framework, "log_probs_from_logits", from_logits] = tuple(
-        trained(lambda x, f=f: f(x, labels), logits)
-        for f in (utils.log_probs_from_logits, fast_openrlhf.log_probs_from_logits)
-    )
-    found[framework, "PolicyLoss", steps] = tuple(
-        trained(lambda x, f=f: f(x, old, advantages, long_mask), logp)
-        for f in (losses.PolicyLoss(), fast_openrlhf.PolicyLoss())
-    )
-    found[framework, "ValueLoss", steps] = tuple(
-        trained(lambda x, f=f: f(x, values, returns, long_mask), advantages)
-        for f in (losses.ValueLoss(0.2), fast_openrlhf.ValueLoss(0.2))
-    )
-    found[framework, "get_advantages_and_returns", steps] = tuple(
-        forward(only_kept(f), None, values, advantages, long_mask, 1.0, 0.95)
-        for f in (
-            maker.RemoteExperienceMaker.get_advantages_and_returns,
-            fast_openrlhf.get_advantages_and_returns,
-        )
-    )
+    mask = x.mask.long()
+    found = {
+        ("log_probs_from_logits", x.from_logits): tuple(
+            trained(lambda logits, f=f: f(logits, x.labels), x.logits)
+            for f in (utils.log_probs_from_logits, fast_openrlhf.log_probs_from_logits)
+        ),
+        ("PolicyLoss", x.steps): tuple(
+            trained(lambda logp, f=f: f(logp, x.old_logp, x.advantages, mask), x.logp)
+            for f in (losses.PolicyLoss(), fast_openrlhf.PolicyLoss())
+        ),
+        ("ValueLoss", x.steps): tuple(
+            trained(lambda values, f=f: f(values, x.values, x.returns, mask), x.advantages)
+            for f in (losses.ValueLoss(0.2), fast_openrlhf.ValueLoss(0.2))
+        ),
+        ("get_advantages_and_returns", x.steps): tuple(
+            forward(only_kept(f, x.mask), None, x.values, x.advantages, mask, 1.0, 0.95)
+            for f in (maker.get_advantages_and_returns, fast_openrlhf.get_advantages_and_returns)
+        ),
+    }
+    return {("OpenRLHF 0.11.2", *row): calls for row, calls in found.items()}
 
+
+def transformers_rows(x: Inputs) -> Rows:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     from rlhf_fast import linear_token_logprobs
 
     def plain(h: Tensor, w: Tensor) -> Tensor:
-        return ForCausalLMLoss(h @ w.T, None, V, shift_labels=targets)
+        return ForCausalLMLoss(h @ w.T, None, V, shift_labels=x.targets)
 
     def from_hidden_states(h: Tensor, w: Tensor) -> Tensor:
-        return -linear_token_logprobs(h, w, targets).mean()
+        return -linear_token_logprobs(h, w, x.targets).mean()
 
-    found["transformers", "Trainer's loss (examples/sft_trainer.py)", from_hidden] = (
-        trained(plain, hidden, weight),
-        trained(from_hidden_states, hidden, weight),
-    )
-    return found
+    name = "Trainer's loss (examples/sft_trainer.py)"
+    calls = tuple(trained(f, x.hidden, x.weight) for f in (plain, from_hidden_states))
+    return {("transformers", name, x.from_hidden): calls}
+
+
+def only_kept(function: Callable, mask: Tensor) -> Callable:
+    """Its results with 0 where masked: there the frameworks leave what they like."""
+    return lambda *given: tuple(y.masked_fill(~mask, 0) for y in function(*given))
 
 
 def check(name: str, theirs: Answer, ours: Answer) -> None:

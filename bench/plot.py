@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib import ticker  # noqa: E402
 
-from .table import spelled, time  # noqa: E402
+from .step import RIVALS  # noqa: E402
+from .table import of_rounds, spelled, time  # noqa: E402
 
 Record = dict[str, Any]
 OURS = "#1b7837"
@@ -231,21 +232,28 @@ def _steps(record: Record) -> Any:
     done = {name: cell for name, cell in record["trainers"].items() if "seconds" in cell}
     if not done:
         return None
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1.6 + 0.5 * len(done)), layout="constrained")
-    for axis, label, digits, value in (
-        (axes[0], "samples a second", "%.3g", lambda c: c["samples_per_second"]),
-        (axes[1], "peak memory of the process, MiB", "%.0f", lambda c: c["peak_memory"] / 2**20),
-    ):
-        names = [f"{name}\n{cell['critic']}" for name, cell in done.items()]
-        values = [value(cell) for cell in done.values()]
-        drawn = axis.barh(
-            names, values, color=[OURS if "ours" in n else COLORS["TRL"] for n in done]
-        )
-        axis.bar_label(drawn, fmt=digits, fontsize=8, padding=3)
-        axis.invert_yaxis()
-        axis.set_xlabel(label)
-        axis.margins(x=0.15)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.6 + 0.6 * len(done)), sharey=True, layout="constrained"
+    )
+    names = [f"{name}\n{cell['critic']}" for name, cell in done.items()]
+    colors = [OURS if "ours" in name else COLORS["TRL"] for name in done]
+    samples, texts = [], []
+    for cell in done.values():
+        ratios = [f"{of_rounds(x)} {RIVALS[rival]}" for rival, x in cell["ratios"].items()]
+        texts.append("\n".join([f"{cell['samples_per_second']:.3g}", *ratios]))
+        samples.append(cell["samples_per_second"])
+    left.bar_label(left.barh(names, samples, color=colors), texts, fontsize=7, padding=3)
+    left.set_xlim(0, 1.7 * max(samples))  # room for the numbers
+    left.set_xlabel("samples a second; times another's: median of the rounds (least to most)")
+    memory = [cell["peak_memory"] / 2**20 for cell in done.values()]
+    drawn = right.barh(names, memory, color=colors)
+    right.bar_label(drawn, fmt="%.0f", fontsize=7, padding=3)
+    right.margins(x=0.15)
+    right.set_xlabel("peak memory of the process, MiB")
+    left.invert_yaxis()
+    for axis in (left, right):
         axis.tick_params(labelsize=8)
+        axis.xaxis.label.set_size(8)
     _finish(figure, record, ())
     return figure
 

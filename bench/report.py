@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ if __package__ in (None, ""):  # run as a script: let `bench` be found, after wh
 from bench import machine, plot
 from bench.cases import GPU_HEADLINES, LONG, OPS, VOCABULARIES, Shape
 from bench.inputs import BOTH, FORWARD
-from bench.table import spelled, time
+from bench.step import RIVALS
+from bench.table import of_rounds, spelled, time
 
 Record = dict[str, Any]
 RESULTS = machine.ROOT / "bench" / "results"
@@ -109,7 +111,7 @@ class Runs:
 
 
 def load(folder: Path = RESULTS) -> list[Record]:
-    """All kept runs but short ones and those of the errors, oldest first."""
+    """All kept runs, oldest first."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
     return sorted(records, key=lambda record: record["machine"]["date"])
 
@@ -155,10 +157,10 @@ def _goals(runs: Runs) -> Iterator[str]:
         yield f"{what}| {want} | {_reached(goal, row)} |"
     step = _step(runs)
     trainers = step["trainers"] if step else {}
+    ratios = trainers.get("ours", {}).get("ratios", {}).get("TRL")
     measured = NOT_MEASURED
-    if all("samples_per_second" in trainers.get(name, {}) for name in ("ours", "TRL")):
-        ratio = trainers["ours"]["samples_per_second"] / trainers["TRL"]["samples_per_second"]
-        measured = _bold(f"{ratio:.3g}×", ratio >= STEP_GOAL)
+    if ratios:
+        measured = _bold(of_rounds(ratios), statistics.median(ratios) >= STEP_GOAL)
     model = step["setting"]["model"] if step else "SmolLM2-135M"
     yield f"| a PPO step | {model} | | ≥ {STEP_GOAL:g}× TRL's samples a second | {measured} |"
 
@@ -254,21 +256,26 @@ def _steps(runs: Runs) -> Iterator[str]:
     s = step["setting"]
     yield (
         f"{s['model']}, {s['batch_size']} prompts, {s['new_tokens']} new tokens, {s['epochs']} "
-        f"epochs of {s['minibatches']} minibatches."
+        f"epochs of {s['minibatches']} minibatches. Turns of each trainer: {s['rounds']}, of "
+        f"{s['steps']} steps, the first uncounted. The ratios are of samples a second: the median "
+        "of the rounds, the least and the most."
     )
     yield ""
-    yield "| trainer | | a step | samples a second | peak memory of the process |"
-    yield "|---|---|---|---|---|"
+    rivals = " | ".join(f"over {rival}" for rival in RIVALS.values())
+    yield f"| trainer | | a step | samples a second | {rivals} | peak memory of the process |"
+    yield "|---" * (5 + len(RIVALS)) + "|"
     for name, cell in step["trainers"].items():
-        label = {"ours": "`rlhf-fast ppo`", "ours-critic": "`rlhf-fast ppo`"}.get(
-            name, f"TRL {step['versions']['trl']} PPOTrainer"
-        )
+        label = "`rlhf-fast ppo`"
+        if name.startswith("TRL"):
+            label = f"TRL {step['versions']['trl']} PPOTrainer"
         if "failed" in cell:
-            yield f"| {label} | {cell['critic']} | {cell['failed']} | | |"
+            yield f"| {label} | {cell['critic']} | {cell['failed']} |" + " |" * (2 + len(RIVALS))
             continue
+        ratios = " | ".join(of_rounds(cell["ratios"].get(rival)) for rival in RIVALS)
         yield (
-            f"| {label} | {cell['critic']} | {time(cell['seconds']['median'])} "
-            f"| {cell['samples_per_second']:.3g} | {cell['peak_memory'] / 2**20:.0f} MiB |"
+            f"| {label} | {cell['critic']} | {time(cell['seconds'])} "
+            f"| {cell['samples_per_second']:.3g} | {ratios} "
+            f"| {cell['peak_memory'] / 2**20:.0f} MiB |"
         )
 
 
@@ -318,6 +325,7 @@ def _pictures(records: list[Record]) -> Iterator[str]:
         "linear": "the linear ops at three vocabularies: time and extra memory",
         "scale": "time and memory against N, V, H, T and the share of rows that matter",
         "step": "a PPO step: samples a second and peak memory",
+        "accuracy": "errors against float64, by op and dtype",
     }
     for name, text in texts.items():
         if any(record["suite"] == name.split("-")[0] for record in records):

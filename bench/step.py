@@ -6,6 +6,10 @@ each in a fresh process. A step is everything from the prompts to the last updat
 warms up and is not counted. The model is SmolLM2-135M where ``examples/demo/prepare.py`` has put
 it, else random weights of that shape; on a GPU, random weights in the shape of Qwen2.5-0.5B.
 
+The steps of one process differ by 2 %, processes started minutes apart by 10 to 20 %: the machine's
+speed drifts. So the trainers take turns, short and several times, back and forth (what drifts
+evenly cancels), and what counts is the ratio within a round.
+
 TRL trains a critic that is a second model, where ours is by default a head on the policy, so there
 are two of each: ``TRL`` as its users run it, ``TRL-shared`` with a critic that is a head on the
 policy's own weights (TRL still runs them once for each of the two).
@@ -17,6 +21,7 @@ import dataclasses
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +37,6 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench import foreign, machine
-from bench.measure import Spread
 
 DEMO = Path(os.environ.get("RLHF_FAST_CACHE", "~/.cache/rlhf_fast")).expanduser() / "demo"
 WORDS = ("the", "film", "was", "a", "very", "good", "bad", "story", "and", "I", "liked", "it")
@@ -42,6 +46,9 @@ TRAINERS = {
     "TRL": "critic: a model of its own",
     "TRL-shared": "critic: a head on the policy",
 }
+# Whose samples a second everybody's are compared with, in words.
+RIVALS = {"TRL": "TRL's", "TRL-shared": "TRL's with a head"}
+RESULT = "result.json"  # of a turn
 VERSION = "1.12.0"  # the last TRL with a PPOTrainer
 
 
@@ -53,7 +60,8 @@ class Setting:
     new_tokens: int = 24
     epochs: int = 2
     minibatches: int = 2
-    steps: int = 4  # the first is not counted
+    steps: int = 2  # of a turn; the first is not counted
+    rounds: int = 3  # in each of which every trainer has a turn
 
 
 SHAPES = {
@@ -72,17 +80,21 @@ def run(names: list[str], device: torch.device, quick: bool) -> dict[str, Any]:
     """The record; a trainer that fails costs its own place in it."""
     started = time.monotonic()
     where = machine.describe(device)
-    trainers: dict[str, Any] = {}
+    trainers: dict[str, Any] = {name: {"critic": TRAINERS[name], "turns": []} for name in names}
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True)) as bar:
         setting = prepare(Path(folder), device, quick)
-        task = bar.add_task(setting.model, total=len(names))
-        for name in names:
-            bar.update(task, description=f"{setting.model}: {name}")
-            trainers[name] = {"critic": TRAINERS[name], **_in_fresh_process(name, folder, device)}
-            bar.advance(task)
-    for cell in trainers.values():
-        if "seconds" in cell:
-            cell["samples_per_second"] = setting.batch_size / cell["seconds"]["median"]
+        task = bar.add_task(setting.model, total=len(names) * setting.rounds)
+        for i in range(setting.rounds):
+            for name in names if i % 2 == 0 else reversed(names):
+                bar.update(task, description=f"{setting.model}, round {i + 1}: {name}")
+                if "failed" not in trainers[name]:
+                    turn = _in_fresh_process(name, Path(folder), device)
+                    if "failed" in turn:
+                        trainers[name] = {"critic": TRAINERS[name], **turn}
+                    else:
+                        trainers[name]["turns"].append(turn)
+                bar.advance(task)
+    summarize(trainers, setting.batch_size)
     return {
         "suite": "step",
         "machine": where,
@@ -95,6 +107,27 @@ def run(names: list[str], device: torch.device, quick: bool) -> dict[str, Any]:
     }
 
 
+def summarize(trainers: dict[str, Any], batch_size: int) -> None:
+    """Add to each trainer that has had all its turns: the median seconds of a step, samples a
+    second, the largest peak of memory, and its samples a second over each rival's, by round."""
+    steps = {
+        name: [statistics.median(turn["seconds"]) for turn in cell["turns"]]
+        for name, cell in trainers.items()
+        if "failed" not in cell
+    }
+    for name, seconds in steps.items():
+        trainers[name] |= {
+            "seconds": statistics.median(seconds),
+            "samples_per_second": batch_size / statistics.median(seconds),
+            "peak_memory": max(turn["peak_memory"] for turn in trainers[name]["turns"]),
+            "ratios": {
+                rival: [a / b for a, b in zip(steps[rival], seconds, strict=True)]
+                for rival in RIVALS
+                if rival in steps and rival != name
+            },
+        }
+
+
 def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
     """model/, reward/ and prompts.jsonl in the folder, and the setting for them."""
     from transformers import AutoModelForSequenceClassification
@@ -103,9 +136,9 @@ def prepare(folder: Path, device: torch.device, quick: bool) -> Setting:
     logging.set_verbosity_error()  # the reward model's head is new, and meant to be
     logging.disable_progress_bar()
     if quick:
-        setting = Setting("a tiny Llama", batch_size=8, new_tokens=8, steps=3)
+        setting = Setting("a tiny Llama", batch_size=8, new_tokens=8, rounds=2)
     elif device.type != "cpu":
-        setting = Setting("Qwen2.5-0.5B's shape", batch_size=64, new_tokens=128, steps=6)
+        setting = Setting("Qwen2.5-0.5B's shape", batch_size=64, new_tokens=128, steps=4)
     elif (DEMO / "openings.jsonl").exists():
         setting = Setting("SmolLM2-135M")
     else:
@@ -149,12 +182,14 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder / "model", padding_side="left")
 
 
-def _in_fresh_process(name: str, folder: str, device: torch.device) -> dict[str, Any]:
-    command = [sys.executable, __file__, name, folder, str(device)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    result = Path(folder) / f"{name}.json"
-    if result.exists():
-        return json.loads(result.read_text())
+def _in_fresh_process(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+    """One turn: seconds of each counted step and the process's peak memory, or how it failed."""
+    with tempfile.TemporaryDirectory() as turn:  # ours writes its models there
+        command = [sys.executable, __file__, name, str(folder), turn, str(device)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        result = Path(turn) / RESULT
+        if result.exists():
+            return json.loads(result.read_text())
     lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
     return {"failed": lines[-1][:200]}
 
@@ -162,29 +197,26 @@ def _in_fresh_process(name: str, folder: str, device: torch.device) -> dict[str,
 # ----------------------------------------------------------------- what runs in the fresh process
 
 
-def measure(name: str, folder: Path, device: torch.device) -> dict[str, Any]:
+def measure(name: str, folder: Path, turn: Path, device: torch.device) -> dict[str, Any]:
     setting = Setting(**json.loads((folder / "setting.json").read_text()))
     trainer = trl_seconds if name.startswith("TRL") else our_seconds
-    seconds = trainer(name, folder, setting, device)[1:]
+    seconds = trainer(name, folder, turn / "run", setting, device)[1:]
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         status = Path("/proc/self/status").read_text()
         peak = int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1]) * 1024
-    return {"seconds": dataclasses.asdict(Spread.of(seconds)), "peak_memory": peak}
+    return {"seconds": seconds, "peak_memory": peak}
 
 
-def our_seconds(name: str, folder: Path, setting: Setting, device: torch.device) -> list[float]:
+def our_seconds(
+    name: str, folder: Path, out: Path, setting: Setting, device: torch.device
+) -> list[float]:
     from rlhf_fast.config import PPOConfig
     from rlhf_fast.ppo import train
     from rlhf_fast.run import read_metrics
 
-    critic = {}
-    if name == "ours-critic":
-        if "value_model" not in {field.name for field in dataclasses.fields(PPOConfig)}:
-            raise NotImplementedError("this version has no critic of its own")
-        critic = {"value_model": str(folder / "model")}
-    out = folder / f"{name}-run"
+    critic = {"value_model": str(folder / "model")} if name == "ours-critic" else {}
     train(
         PPOConfig(
             model=str(folder / "model"), data=str(folder / "prompts.jsonl"),
@@ -198,7 +230,9 @@ def our_seconds(name: str, folder: Path, setting: Setting, device: torch.device)
     return [row["perf/seconds"] for row in read_metrics(out / "metrics.jsonl")]
 
 
-def trl_seconds(name: str, folder: Path, setting: Setting, device: torch.device) -> list[float]:
+def trl_seconds(
+    name: str, folder: Path, out: Path, setting: Setting, device: torch.device
+) -> list[float]:
     if foreign.installed("trl") != VERSION:
         raise ImportError(f"needs trl=={VERSION}: pip install -e '.[bench]'")
     import datasets
@@ -230,7 +264,7 @@ def trl_seconds(name: str, folder: Path, setting: Setting, device: torch.device)
 
     trainer = PPOTrainer(
         args=PPOConfig(
-            output_dir=str(folder / f"{name}-run"), report_to="none", save_strategy="no",
+            output_dir=str(out), report_to="none", save_strategy="no",
             use_cpu=device.type == "cpu", bf16=False, gradient_checkpointing=False,
             per_device_train_batch_size=setting.batch_size, gradient_accumulation_steps=1,
             num_mini_batches=setting.minibatches, num_ppo_epochs=setting.epochs,
@@ -246,12 +280,12 @@ def trl_seconds(name: str, folder: Path, setting: Setting, device: torch.device)
     return [end - start for start, end in zip(clock[:-1], clock[1:], strict=True)]
 
 
-def main(name: str, folder: str, device: str) -> None:
+def main(name: str, folder: str, turn: str, device: str) -> None:
     try:
-        found = measure(name, Path(folder), torch.device(device))
+        found = measure(name, Path(folder), Path(turn), torch.device(device))
     except Exception as error:  # whatever it is, it costs this trainer and not the run
         found = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-    (Path(folder) / f"{name}.json").write_text(json.dumps(found))
+    (Path(turn) / RESULT).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from .step import RIVALS
 
 Record = dict[str, Any]
 WIDTH = 160  # where the output is no terminal
@@ -101,8 +104,11 @@ def _steps(record: Record, console: Console) -> None:
     setting = record["setting"]
     console.print("  ".join(f"[dim]{key}[/] {x}" for key, x in setting.items()))
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("trainer", "critic", "a step", "samples/s", "peak memory, MiB"):
+    for name in ("trainer", "critic", "a step", "samples/s"):
         grid.add_column(name, justify="left" if name in ("trainer", "critic") else "right")
+    for rival in RIVALS.values():
+        grid.add_column(f"over {rival}", justify="right")
+    grid.add_column("peak memory, MiB", justify="right")
     for name, cell in record["trainers"].items():
         if "failed" in cell:
             grid.add_row(name, cell["critic"], f"[red]{escape(cell['failed'])}[/]")
@@ -110,11 +116,20 @@ def _steps(record: Record, console: Console) -> None:
         grid.add_row(
             name,
             cell["critic"],
-            time(cell["seconds"]["median"]),
+            time(cell["seconds"]),
             f"{cell['samples_per_second']:.3g}",
+            *(of_rounds(cell["ratios"].get(rival)) for rival in RIVALS),
             f"{cell['peak_memory'] / 2**20:.0f}",
         )
     console.print(grid)
+
+
+def of_rounds(ratios: list[float] | None) -> str:
+    """The median, and from where to where the rounds went."""
+    if not ratios:
+        return ""
+    spread = f" ({min(ratios):.3g} to {max(ratios):.3g})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.3g}×{spread}"
 
 
 def spelled(shape: dict[str, int]) -> str:

@@ -1,7 +1,12 @@
 """OpenRLHF's losses on our kernels.
 
-``patch()`` has to run in each Ray worker before it builds its losses, for instance at the top of
-the script that starts training. Run by itself this computes one policy loss by both.
+OpenRLHF computes them in Ray's worker processes, each of which has to call ``patch()``::
+
+    ray job submit --runtime-env-json \\
+        '{"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.patch"}' \\
+        -- python -m openrlhf.cli.train_ppo_ray ...
+
+Run by itself this computes one policy loss by both.
 """
 
 from __future__ import annotations

@@ -553,7 +553,7 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         allow_abbrev=False,
     )
     parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
-    parser.add_argument("--config", help="YAML file of the flags below, without the dashes")
+    parser.add_argument("--config", help="YAML file of these flags, without the dashes")
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
             action.type = lambda word: word == "auto" or string_to_bool(word)

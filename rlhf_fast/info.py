@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 import sys
@@ -70,11 +71,13 @@ def markdown() -> str:
 
 def main(*argv: str) -> None:
     """Print the facts and the table of ops; with --markdown only the README's op table."""
-    if argv == ("--markdown",):
+    parser = argparse.ArgumentParser(
+        prog="rlhf-fast info", description="Show what was built and what runs where."
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the README's op table alone")
+    if parser.parse_args(argv).markdown:
         print(markdown())
         return
-    if argv:
-        raise SystemExit(f"rlhf-fast info: unknown arguments {' '.join(argv)}; it takes --markdown")
     console = Console()
     grid = Table.grid(padding=(0, 2))
     for name, value in facts().items():

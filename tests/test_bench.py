@@ -255,9 +255,11 @@ def test_every_suite_has_a_plan():
 
 
 def test_a_ppo_step_of_a_tiny_model(tmp_path):
-    record = step.run(["ours", "ours-critic"], CPU, quick=True)
-    ours = record["trainers"]["ours"]
-    assert ours["samples_per_second"] == pytest.approx(8 / ours["seconds"]["median"])
+    record = step.run(["ours-critic"], CPU, quick=True)
+    assert record["setting"]["rounds"] == 2
+    ours = record["trainers"]["ours-critic"]
+    assert [len(turn["seconds"]) for turn in ours["turns"]] == [1, 1]  # of 2 steps, in 2 rounds
+    assert ours["samples_per_second"] == pytest.approx(8 / ours["seconds"])
     assert ours["peak_memory"] > 2**27
     machine_line = {"kind": "cpu", "device": "d", "date": "2026-01-01", "commit": "c"}
     record["machine"] |= machine_line
@@ -266,11 +268,64 @@ def test_a_ppo_step_of_a_tiny_model(tmp_path):
     json.dumps(record, allow_nan=False)
 
 
+def steps_record(**trainers):
+    """The record of a setting of 16 prompts; of each trainer its turns, or why it failed."""
+    cells = {
+        name: {"critic": "c", **({"failed": turns} if isinstance(turns, str) else {"turns": turns})}
+        for name, turns in trainers.items()
+    }
+    step.summarize(cells, batch_size=16)
+    setting = dataclasses.asdict(step.Setting("a model"))
+    return kept("step", [], trainers=cells, setting=setting) | {"versions": {"trl": "1.12.0"}}
+
+
+def turns(*rounds, memory=2**30):
+    return [{"seconds": list(seconds), "peak_memory": memory} for seconds in rounds]
+
+
+def test_steps_are_compared_within_a_round(tmp_path):
+    ours = turns([1.0, 1.0, 9.0], [2.0], [4.0])
+    ours[1]["peak_memory"] = 2**31
+    record = steps_record(ours=ours, TRL=turns([3.0], [4.0], [20.0]), **{"TRL-shared": "no TRL"})
+    cell = record["trainers"]["ours"]
+    assert cell["seconds"] == 2.0 and cell["samples_per_second"] == 8.0
+    assert cell["peak_memory"] == 2**31
+    assert cell["ratios"] == {"TRL": [3.0, 2.0, 5.0]}  # of the medians it would be 2
+    assert "ratios" not in record["trainers"]["TRL-shared"]
+    assert "3× (2 to 5)" in shown(record, tmp_path)
+    text = report.markdown([record])
+    assert "| **3× (2 to 5)** |" in text
+    assert "| `rlhf-fast ppo` | c | 2 s | 8 | 3× (2 to 5) |  | 2048 MiB |" in text
+    assert "| TRL 1.12.0 PPOTrainer | c | no TRL |" in text
+    record = steps_record(ours=turns([2.0]), TRL=turns([3.0]))
+    assert "| 1.5× |" in report.markdown([record])  # under its goal of 2, and of one round
+    assert "3× (2 to 5)" in shown(
+        steps_record(ours=ours, TRL=turns([3.0], [4.0], [20.0])), tmp_path
+    )
+
+
+def test_trainers_take_turns_and_one_that_fails_is_not_asked_again(monkeypatch):
+    asked = []
+
+    def one(name, folder, device):
+        asked.append(name)
+        if name == "TRL":
+            return {"failed": "needs trl"}
+        return {"seconds": [1.0], "peak_memory": 1}
+
+    monkeypatch.setattr(step, "_in_fresh_process", one)
+    monkeypatch.setattr(step, "prepare", lambda *_: step.Setting("none", rounds=3))
+    record = step.run(["ours", "TRL", "ours-critic"], CPU, quick=False)
+    assert asked == ["ours", "TRL", "ours-critic", "ours-critic", "ours", "ours", "ours-critic"]
+    assert record["trainers"]["TRL"]["failed"] == "needs trl"
+    assert len(record["trainers"]["ours"]["turns"]) == 3
+
+
 def test_a_trainer_that_is_absent_costs_its_place(monkeypatch, tmp_path):
     monkeypatch.setattr(foreign, "installed", lambda name: None)
     (tmp_path / "setting.json").write_text(json.dumps({"model": "none"}))
-    step.main("TRL", str(tmp_path), "cpu")
-    assert "needs trl==" in json.loads((tmp_path / "TRL.json").read_text())["failed"]
+    step.main("TRL", str(tmp_path), str(tmp_path), "cpu")
+    assert "needs trl==" in json.loads((tmp_path / step.RESULT).read_text())["failed"]
 
 
 def kept(suite_name, rows, date="2026-01-01", kind="cpu", **more):
@@ -501,7 +556,7 @@ def shown(part: dict, folder: Path) -> str:
 
     machine = {"device": "d", "threads": 1, "torch": "t", "triton": "none", "commit": "c"}
     machine["load"] = 0.1
-    whole = {"machine": machine, "ceilings": QUIET.record(), "seconds": 1.0, **part}
+    whole = {"ceilings": QUIET.record(), "seconds": 1.0, **part, "machine": machine}
     assert all(path.stat().st_size for path in plot.draw(whole, folder))
     console = Console(width=table.WIDTH, record=True)
     table.show(whole, console)

@@ -43,6 +43,18 @@ def test_no_tensor_is_larger_than_a_chunk(inside) -> None:
     assert 16 * V <= largest.numel < N * V / 4
 
 
+@pytest.mark.parametrize("inplace", [True, False])
+def test_an_inplace_backward_makes_no_second_tensor_of_the_logits(inplace: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(N, V, generator=generator).requires_grad_() * 1.0  # not a leaf
+    before = logits.detach().clone()
+    labels = torch.randint(V, (N,), generator=generator)
+    logp = rf.token_logprobs(logits, labels, inplace_backward=inplace)
+    (gradient,) = torch.autograd.grad(logp.sum(), logits)
+    assert (gradient.data_ptr() == logits.data_ptr()) is inplace
+    assert torch.equal(logits, before) is not inplace
+
+
 @pytest.mark.parametrize("rows", [1, 7, 16, 64, 96, 200])
 def test_chunks_change_nothing_but_rounding(rows: int) -> None:
     hidden, weight, labels = inputs()

@@ -91,8 +91,10 @@ def test_compact_off_reads_nothing_back(inside) -> None:
         loss, _ = rf.linear_policy_loss(**arguments, compact=compact)
         kept = arguments["labels"].masked_fill(~arguments["mask"], -100)
         logp = rf.linear_token_logprobs(*leaves, kept, compact=compact)
-        total = loss + logp.sum()
-        return [loss, logp, *torch.autograd.grad(total, leaves, torch.full((), 0.5))]
+        other = 0.9 * arguments["hidden"].detach()
+        _, _, kl = rf.linear_token_kl(*leaves, kept, other, compact=compact)
+        total = loss + logp.sum() + kl.sum()
+        return [loss, logp, *torch.autograd.grad(total, leaves, torch.full((), 0.5)), kl]
 
     plain = losses(compact=True)
     with pytest.raises(AssertionError, match="nonzero"), NoSync(), inside:

@@ -25,6 +25,7 @@ def test_implementations_are_those_of_the_dispatcher() -> None:
     assert info.implementations("cuda")["gae"] == ("Triton" if registry.HAS_TRITON else "PyTorch")
 
 
-def test_unknown_arguments_are_refused() -> None:
-    with pytest.raises(SystemExit, match="unknown arguments --markup; it takes --markdown"):
+def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
         info.main("--markup")
+    assert "unrecognized arguments: --markup" in capsys.readouterr().err

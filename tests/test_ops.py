@@ -5,6 +5,9 @@ Nothing here names an op: a new one is tested as soon as it is registered.
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -254,6 +257,15 @@ def test_compile(op: Op) -> None:
 
 
 @pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+def test_docstring_has_every_argument_the_result_and_the_errors(op: Op) -> None:
+    text = inspect.getdoc(op.function)
+    formula, arguments, result, errors = re.split(r"^(?:Args|Returns|Raises):$", text, flags=re.M)
+    named = set(re.findall(r"\w+", arguments))
+    assert not inspect.signature(op.function).parameters.keys() - named
+    assert formula.strip() and re.search(r"float32.*\(float64", result) and "ValueError" in errors
+
+
 def test_every_kernel_has_its_cpp() -> None:
     """A registration that was forgotten would fall back to PyTorch without a word."""
     missing = [

@@ -5,7 +5,13 @@
 
 ``patch()`` replaces ``PolicyLoss``, ``ValueLoss``, ``PairWiseLoss``, ``log_probs_from_logits``,
 ``compute_approx_kl`` and ``RemoteExperienceMaker.get_advantages_and_returns`` in every module of
-OpenRLHF that uses them; each may also be used by itself. Each Ray worker has to call it.
+OpenRLHF that uses them; each may also be used by itself. OpenRLHF computes its losses in Ray's
+worker processes, so a call in the script that starts the training changes nothing: let Ray call it
+in each worker, before anything else runs there::
+
+    ray job submit --runtime-env-json \\
+        '{"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.patch"}' \\
+        -- python -m openrlhf.cli.train_ppo_ray ...
 
 ``PolicyLoss`` with an ``is_correction_level`` keeps OpenRLHF's own forward.
 """
@@ -23,7 +29,7 @@ try:
     from openrlhf.models.utils import KL_IS_WEIGHT_CLIP
 except ImportError as error:
     raise ImportError(
-        "rlhf_fast.integrations.openrlhf needs OpenRLHF: pip install openrlhf==0.11.2"
+        f"rlhf_fast.integrations.openrlhf needs OpenRLHF: pip install openrlhf==0.11.2 ({error})"
     ) from error
 
 MAX_KL = 10.0

@@ -85,7 +85,7 @@ class Patch:
         except (ModuleNotFoundError, AttributeError) as error:
             if part.optional:
                 return None
-            raise self._unknown(part, "is not there") from error
+            raise self._unknown(part, f"is not there ({error})") from error
         found = signature(old)
         if found not in part.by_signature:
             expected = " or ".join(part.by_signature)

@@ -35,7 +35,7 @@ try:
     from trl.trainer import utils as trl_utils
 except ImportError as error:
     raise ImportError(
-        "rlhf_fast.integrations.trl needs TRL: pip install 'trl==1.12.0' (or 1.16.0)"
+        f"rlhf_fast.integrations.trl needs TRL: pip install 'trl==1.12.0', or 1.16.0 ({error})"
     ) from error
 
 _selective_log_softmax = trl_utils.selective_log_softmax

@@ -34,7 +34,9 @@ from .patching import Patch, Replacement
 try:
     from verl.trainer.ppo import core_algos
 except ImportError as error:
-    raise ImportError("rlhf_fast.integrations.verl needs verl: pip install verl==0.9.1") from error
+    raise ImportError(
+        f"rlhf_fast.integrations.verl needs verl: pip install verl==0.9.1 ({error})"
+    ) from error
 
 MAX_KL = 10.0
 ESTIMATORS = {

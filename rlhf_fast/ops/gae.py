@@ -49,7 +49,11 @@ def gae(
             on zeroed inputs).
 
     Returns:
-        (advantages, returns), both [..., T]; returns are those *before* any whitening.
+        (advantages, returns), both [..., T], float32 (float64 in, float64 out); returns are those
+        *before* any whitening.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("rewards", rewards)
     check.at_least_1d("rewards", rewards)

@@ -37,7 +37,10 @@ def gae_packed(
         bootstrap: [B], the value after each sequence's last step.
 
     Returns:
-        (advantages, returns), both [N].
+        (advantages, returns), both [N], float32 (float64 in, float64 out).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("rewards", rewards)
     check.shaped("rewards", rewards, [rewards.numel()], "[N]")

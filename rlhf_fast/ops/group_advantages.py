@@ -34,6 +34,9 @@ def group_advantages(
 
     Returns:
         [B], float32 (float64 in, float64 out); no gradient flows.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("scores", scores)
     check.shaped("scores", scores, [scores.numel()], "[B]")

@@ -37,6 +37,9 @@ def kl_penalized_rewards(
 
     Returns:
         rewards [B, T], 0 where masked; float32 (float64 in, float64 out).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("logp", logp)
     if logp.dim() != 2:

@@ -34,7 +34,7 @@ _free: dict[torch.dtype, Tensor] = {}  # memory of the last chunks on CPU, by dt
 
 @contextlib.contextmanager
 def chunk_budget(n_bytes: int) -> Iterator[None]:
-    """Bytes that one chunk of logits may take inside this context.
+    """``n_bytes``, above 0: what one chunk of logits may take inside this context.
 
     Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
     what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512

@@ -68,6 +68,9 @@ def linear_policy_loss(
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     head = linear.check_head(hidden, weight, bias)
     if hidden.dim() < 2:

@@ -26,6 +26,9 @@ def masked_mean(values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None
 
     Returns:
         0-dim, float32 (float64 in, float64 out).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("values", values)
     check.boolean_mask(mask, "values", values)
@@ -69,6 +72,9 @@ def masked_whiten(
 
     Returns:
         [...], float32 (float64 in, float64 out).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("values", values)
     check.boolean_mask(mask, "values", values)

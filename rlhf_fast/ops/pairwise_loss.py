@@ -42,6 +42,9 @@ def pairwise_loss(
 
     Returns:
         (loss, PairwiseStats): float32 0-dim (float64 in, float64 out).
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("chosen", chosen)
     check.like("rejected", rejected, "chosen", chosen)

@@ -104,6 +104,9 @@ def policy_loss(
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("logp", logp)
     check.at_least_1d("logp", logp)

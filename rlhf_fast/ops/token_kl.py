@@ -33,6 +33,9 @@ def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
 
     Returns:
         [...] in nats, float32 (float64 in, float64 out); differentiable in both arguments.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("logp", logp)
     check.like("ref_logp", ref_logp, "logp", logp)

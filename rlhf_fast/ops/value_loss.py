@@ -54,6 +54,9 @@ def value_loss(
 
     Returns:
         (loss, ValueStats): float32 0-dim (float64 in, float64 out), to be minimised.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     check.floating("values", values)
     check.at_least_1d("values", values)
