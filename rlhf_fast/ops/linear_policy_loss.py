@@ -50,12 +50,22 @@ def linear_policy_loss(
     advantage (or zero weight) when entropy_coef and kl_coef are 0. The statistics are means over
     the tokens that stayed. Without grad mode (or where nothing requires grad): 2NHV, no gradients.
 
+    On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
+
+        operands                                   float32   16-bit
+        the product writes the logits, in float32        4        4
+        logp and entropy read them                       4        4
+        the gradient reads them ...                      4        4
+        ... and is written in the operands' dtype        4        2
+                                                        16       14
+
     H100, bf16, N=8192 H=4096 V=131072: 6NHV = 26.4 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 33.0 ms. The float32 logits (4.3 GB in all, 5 chunks) are written, read, read and
-    overwritten with their gradient, read and rounded to bfloat16: 5.5 passes, 23.6 GB at 3 TB/s,
-    7.9 ms: 40.9 ms predicted. dW is read and written once a chunk, 19 GB: 6.4 ms more where that
-    does not hide behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 27.4 GB are 9.1 ms:
-    17.5 ms, 2.1 times the products. Half of the rows out: half of it. Not measured on a GPU yet.
+    product are 33.0 ms; 15.0 GB at 3 TB/s are 5.0 ms: 38.0 ms predicted. (A gradient in float32
+    over the logits, rounded by a pass of its own, takes 22 bytes a logit and the same FLOPs:
+    40.9 ms.) dW is read and written once a chunk, 19 GB: 6.4 ms more where that does not hide
+    behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 17.4 GB are 5.8 ms: 14.2 ms, 1.7
+    times the products (with 22 bytes, 2.1). Half of the rows out: half of it. Not measured on a GPU
+    yet.
 
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
@@ -218,7 +228,8 @@ def _forward(
         scale = part(coefficient)
         torch.ops.rlhf_fast.token_logprobs_backward(
             d_logp * scale, d_entropy * scale if entropy_coef else None, logits, targets, norm,
-            entropy_ if entropy_coef else None, temperature, divisors, softcap, logits,
+            entropy_ if entropy_coef else None, temperature, divisors, softcap,
+            grads.dlogits(chunk)[None],
         )  # fmt: skip
         grads.add(chunk)
 
