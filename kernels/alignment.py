@@ -6,8 +6,7 @@ boundary at or before the row's first element. What they then read before and be
 the same 16 bytes as an element of the row: it is memory that exists, and its values are dropped.
 Nothing outside the row is ever written.
 
-A gradient may be narrower than its logits. Columns are then counted by what is 16 bytes of the
-gradient and 32 of the logits, and the rows of both have to start at such a boundary.
+A gradient may be narrower than its logits: what is 16 bytes of the one is then 32 of the other.
 
 Compiled for sm_90, bfloat16, V = 50257: 4 loads of 16 bytes and 265 instructions for 32 logits a
 thread where loads by element are 32 and 302, 76 registers where they take 110. What that is worth
@@ -51,14 +50,11 @@ def store(base, start, first, end, values):
 
 def vector(*tensors: Tensor) -> int:
     """Elements in 16 bytes of the narrowest dtype; 1 where the rows of some tensors [B, T, V] lie
-    differently, or, of two dtypes, do not start at a multiple of that many elements."""
+    differently, counted in elements."""
     elements = 16 // min(x.element_size() for x in tensors)
     first, *others = (
         [x.data_ptr() // x.element_size(), *(x.stride(d) for d in (0, 1) if x.shape[d] > 1)]
         for x in tensors
     )
-    if len({x.dtype for x in tensors}) == 1:
-        apart = [a - b for other in others for a, b in zip(other, first, strict=True)]
-    else:
-        apart = [n for starts in (first, *others) for n in starts]
+    apart = (a - b for other in others for a, b in zip(other, first, strict=True))
     return 1 if any(n % elements for n in apart) else elements

@@ -267,7 +267,7 @@ class RoundedAfterwards(linear.Gradients):
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, monkeypatch) -> None:
     monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
     options = {"deterministic": deterministic, "trained": True}
-    with rf.chunk_budget(40 * V * 4):  # the last chunk is smaller than the others
+    with rf.chunk_budget(20 * V * 4):  # the last chunk is smaller than the others
         ours, _ = gradients_of_float32_logits(op, **options)
         monkeypatch.setattr(linear, "Gradients", RoundedAfterwards)
         rounded, _ = gradients_of_float32_logits(op, **options)
