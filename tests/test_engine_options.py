@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -178,13 +180,18 @@ def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"loss": "cispo"}, {"loss": "reinforce"}, {"ratio": "sequence"}],
+    ids=lambda how: next(iter(how.values()), "ppo"),
+)
 @pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
-def test_micro_batches_add_up_to_the_batch(aggregation: str) -> None:
+def test_micro_batches_add_up_to_the_batch(aggregation: str, how: dict) -> None:
     hidden, weight, labels = draw(torch.float64)
     arguments = policy_inputs(hidden, weight.requires_grad_(), labels)
     mask = arguments["mask"]
     count = {"token-mean": mask.sum(), "token-sum": 17.0}.get(aggregation, mask.any(-1).sum())
-    options = {"aggregation": aggregation, "entropy_coef": 0.1, "normalizer": float(count)}
+    options = {"aggregation": aggregation, "entropy_coef": 0.1, "normalizer": float(count), **how}
     whole, _ = rf.linear_policy_loss(**arguments, **options)
     (want,) = torch.autograd.grad(whole, weight)
     parts, got = 0.0, torch.zeros_like(weight)
@@ -195,6 +202,59 @@ def test_micro_batches_add_up_to_the_batch(aggregation: str) -> None:
         got += torch.autograd.grad(loss, weight)[0]
     torch.testing.assert_close(parts, whole.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({"loss": "ppo"}, 3, 0),
+        ({"loss": "cispo"}, 3, 0),
+        ({"loss": "reinforce"}, 3, 0),
+        ({"ratio": "sequence"}, 1, 3),
+        ({"ratio": "sequence", "loss": "cispo"}, 1, 3),
+    ],
+    ids=lambda x: " ".join(x.values()) if isinstance(x, dict) else None,
+)
+def test_every_loss_by_token_is_one_pass(inside, options, forward, backward) -> None:
+    """In matrix products: 6NHV, all in the forward; 8NHV for a sequence's ratio."""
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    arguments["mask"][:] = True
+    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with first, inside:
+        loss, _ = rf.linear_policy_loss(**arguments, **options)
+    with second, inside:
+        loss.backward()
+    flops = first.get_total_flops(), second.get_total_flops()
+    assert flops == (forward * GEMM, backward * GEMM)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "cispo"}, {"loss": "reinforce"}, {"ratio": "sequence"}], ids=str
+)
+def test_every_loss_compiles_to_the_numbers_of_eager(options: dict) -> None:
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+
+    def results(function) -> list[torch.Tensor]:
+        loss, stats = function(**arguments, entropy_coef=0.1, **options)
+        return [loss, *stats, *torch.autograd.grad(loss, (hidden, weight))]
+
+    eager = results(rf.linear_policy_loss)
+    torch._dynamo.reset()
+    compiled = torch.compile(rf.linear_policy_loss, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled), eager, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_options_are_those_of_policy_loss_in_their_order() -> None:
+    """But entropy, which is computed; what policy_loss does not have comes behind."""
+    own, theirs = (
+        [x for x in inspect.signature(op).parameters.values() if x.kind == x.KEYWORD_ONLY]
+        for op in (rf.linear_policy_loss, rf.policy_loss)
+    )
+    theirs = [x for x in theirs if x.name != "entropy"]
+    assert own[: len(theirs)] == theirs
 
 
 def test_a_scaled_loss_has_a_scaled_gradient() -> None:
