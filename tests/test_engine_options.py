@@ -80,7 +80,8 @@ def policy_inputs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tens
     }
 
 
-def test_compact_off_reads_nothing_back(inside) -> None:
+@pytest.mark.parametrize(("ratio", "read"), [("token", 1), ("sequence", 0)])
+def test_compact_off_reads_nothing_back(inside, ratio: str, read: int) -> None:
     """What CUDA graphs need; and masked rows, garbage or not, still give exactly nothing."""
     hidden, weight, labels = draw()
     arguments = policy_inputs(hidden, weight, labels)
@@ -90,7 +91,7 @@ def test_compact_off_reads_nothing_back(inside) -> None:
     leaves = (arguments["hidden"], arguments["weight"])
 
     def losses(compact: bool) -> list[torch.Tensor]:
-        loss, _ = rf.linear_policy_loss(**arguments, compact=compact)
+        loss, _ = rf.linear_policy_loss(**arguments, ratio=ratio, compact=compact)
         kept = arguments["labels"].masked_fill(~arguments["mask"], -100)
         logp = rf.linear_token_logprobs(*leaves, kept, compact=compact)
         total = loss + logp.sum()
@@ -107,7 +108,7 @@ def test_compact_off_reads_nothing_back(inside) -> None:
             graphed = losses(compact=False)
     finally:
         rf.ops.check.label_range = check_label_values
-    assert sync.read == 1  # whether the incoming gradient is 1: linear_policy_loss asks on CPU only
+    assert sync.read == read  # whether the incoming gradient is 1: asked by one pass, on CPU only
     for got, want in zip(graphed, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert not graphed[2][~arguments["mask"]].any()
@@ -139,7 +140,7 @@ def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
     assert differences(deterministic=False) > 0  # else this test would show nothing
 
 
-@pytest.mark.parametrize("op", ["linear_policy_loss", "linear_token_kl"])
+@pytest.mark.parametrize("op", ["token", "sequence", "linear_token_kl"])
 def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     """The gradient of one row alone, and among 95 others."""
     generator = torch.Generator().manual_seed(0)
@@ -151,11 +152,11 @@ def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     def gradient(rows: slice, deterministic: bool) -> torch.Tensor:
         x = hidden[rows].clone().requires_grad_()
         y, how = labels[rows], {"deterministic": deterministic}
-        if op == "linear_policy_loss":
+        if op != "linear_token_kl":  # linear_policy_loss, sequences of one token
             constants = (other[rows, 0] - 8, other[rows, 1], torch.ones_like(y, dtype=torch.bool))
             total, _ = rf.linear_policy_loss(
-                x[None], weight, y[None], *(c[None] for c in constants), entropy_coef=0.1,
-                aggregation="token-sum", **how,
+                x[:, None], weight, y[:, None], *(c[:, None] for c in constants), ratio=op,
+                entropy_coef=0.1, aggregation="token-sum", **how,
             )  # fmt: skip
         else:
             total = rf.linear_token_kl(x, weight, y, other[rows], **how)[2].sum()

@@ -325,9 +325,12 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("cispo, clipped below 1", draw(3, 12, 8, 33, **cispo), two)
     for loss in ("ppo", "cispo"):
         row = {"ratio": "sequence", "loss": loss, "clip_low": 0.02, "clip_high": 0.04}
-        yield Sample(f"sequence, {loss}", draw(5, 7, 4, 11, **row), two)
+        scaled = draw(5, 7, 4, 11, **row, temperature=0.7, softcap=2.0)
+        yield Sample(f"sequence, {loss}", scaled, two)
         full = everything(4, 9, 8, 33, **row, aggregation="seq-mean-token-mean")
         yield Sample(f"sequence, {loss}, everything", full, three)
+    dual = {"ratio": "sequence", "dual_clip": 1.05}
+    yield Sample("sequence, dual clip", draw(9, 3, 4, 11, **dual), two)
     impossible = draw(3, 8, 4, 9)
     impossible["advantages"][:, ::2] = 0.0
     impossible["old_logp"][:, ::2] = -torch.inf
