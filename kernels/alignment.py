@@ -6,6 +6,8 @@ boundary at or before the row's first element. What they then read before and be
 the same 16 bytes as an element of the row: it is memory that exists, and its values are dropped.
 Nothing outside the row is ever written.
 
+A gradient may be narrower than its logits: what is 16 bytes of the one is then 32 of the other.
+
 Compiled for sm_90, bfloat16, V = 50257: 4 loads of 16 bytes and 265 instructions for 32 logits a
 thread where loads by element are 32 and 302, 76 registers where they take 110. What that is worth
 in time is not measured on a GPU yet.
@@ -20,7 +22,7 @@ from torch import Tensor
 
 @triton.jit
 def boundary(row, VECTOR: tl.constexpr):
-    """(pointer to the last 16-byte boundary at or before row, elements from there to row)."""
+    """(pointer to the last multiple of VECTOR elements at or before row, elements between)."""
     if VECTOR == 1:
         return row, tl.full((), 0, tl.int32)
     size: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
@@ -30,8 +32,8 @@ def boundary(row, VECTOR: tl.constexpr):
 
 @triton.jit
 def touched(columns, end, VECTOR: tl.constexpr):
-    """Whether the 16 bytes that a column lies in begin before column `end`: one answer for all of
-    them, so that they stay one load."""
+    """Whether the VECTOR columns that a column is among begin before column `end`: one answer for
+    all of them, so that they stay one load."""
     return columns // VECTOR * VECTOR < end
 
 
@@ -47,11 +49,12 @@ def store(base, start, first, end, values):
 
 
 def vector(*tensors: Tensor) -> int:
-    """Elements in 16 bytes; 1 where the rows of some tensors [B, T, V] lie differently."""
-    first, size = tensors[0], tensors[0].element_size()
-    for other in tensors[1:]:
-        apart = [other.data_ptr() - first.data_ptr()]
-        apart += [size * (other.stride(d) - first.stride(d)) for d in (0, 1) if first.shape[d] > 1]
-        if any(n % 16 for n in apart):
-            return 1
-    return 16 // size
+    """Elements in 16 bytes of the narrowest dtype; 1 where the rows of some tensors [B, T, V] lie
+    differently, counted in elements."""
+    elements = 16 // min(x.element_size() for x in tensors)
+    first, *others = (
+        [x.data_ptr() // x.element_size(), *(x.stride(d) for d in (0, 1) if x.shape[d] > 1)]
+        for x in tensors
+    )
+    apart = (a - b for other in others for a, b in zip(other, first, strict=True))
+    return 1 if any(n % elements for n in apart) else elements

@@ -241,7 +241,8 @@ def logits_kl_backward(
     reverse: bool,
     out: Tensor,
 ) -> None:
-    """Write dlogits to out, which may be logits itself."""
+    """Write dlogits to out, which may be logits itself or, in a dtype of its own, must not overlap
+    it. A value is rounded once, to that dtype."""
     if logits.numel() == 0:
         return
     small = (grad_logp, grad_kl, labels, norm, ref_norm, kl, per_token)
@@ -250,13 +251,14 @@ def logits_kl_backward(
     )
 
     def trial() -> Callable[[triton.Config], None]:
-        x, y, ones, zeros = tuning.scratch(logits, norm.dtype)
+        x, target, y, ones, zeros = tuning.scratch(logits, out, norm.dtype)
         return lambda config: _backward(
-            config, ones, ones, x, x, y, zeros, zeros, ones, temperature, None, softcap, reverse, x
-        )
+            config, ones, ones, x, x, y, zeros, zeros, ones, temperature, None, softcap, reverse,
+            target,
+        )  # fmt: skip
 
     with torch.cuda.device_of(logits):
-        kind = (logits.device, logits.dtype, logits.shape[2], softcap is None, reverse)
+        kind = (logits.device, logits.dtype, out.dtype, logits.shape[2], softcap is None, reverse)
         config = tuning.fastest(BACKWARD_CONFIGS, ("logits_kl", *kind), logits.device, trial)
         _backward(
             config, grad_logp, grad_kl, logits, ref_logits, labels, norm, ref_norm, kl, temperature,

@@ -188,8 +188,8 @@ def _tile(vocab: int, element_size: int) -> tuple[int, int, int]:
     return (4 if vocab > lanes else 1), lanes, lanes // (32 * vector)
 
 
-# Of the backward: bytes a program reads and writes, 16, 32, 32 or 64 a thread. The first runs where
-# nothing can be timed.
+# Of the backward: bytes a program writes, 16, 32, 32 or 64 a thread. The first runs where nothing
+# can be timed.
 BACKWARD_CONFIGS = [
     triton.Config({"BYTES": size}, num_warps=warps)
     for size, warps in ((4096, 8), (4096, 4), (8192, 8), (8192, 4))
@@ -236,7 +236,8 @@ def token_logprobs_backward(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """Write dlogits to out, which may be logits itself."""
+    """Write dlogits to out, which may be logits itself or, in a dtype of its own, must not overlap
+    it. A value is rounded once, to that dtype."""
     if logits.numel() == 0:
         return
     small = (grad_logp, grad_entropy, labels, norm, entropy, per_token)
@@ -245,13 +246,13 @@ def token_logprobs_backward(
     )
 
     def trial() -> Callable[[triton.Config], None]:
-        x, y, ones, zeros = tuning.scratch(logits, norm.dtype)
+        x, target, y, ones, zeros = tuning.scratch(logits, out, norm.dtype)
         return lambda config: _backward(
-            config, ones, ones, x, y, zeros, ones, temperature, None, softcap, x
+            config, ones, ones, x, y, zeros, ones, temperature, None, softcap, target
         )
 
     with torch.cuda.device_of(logits):
-        kind = (logits.device, logits.dtype, logits.shape[2], softcap is None)
+        kind = (logits.device, logits.dtype, out.dtype, logits.shape[2], softcap is None)
         config = tuning.fastest(BACKWARD_CONFIGS, ("token_logprobs", *kind), logits.device, trial)
         _backward(
             config, grad_logp, grad_entropy, logits, labels, norm, entropy, temperature, per_token,

@@ -6,8 +6,9 @@ and a run repeats itself in another process and on another GPU.
 
 ``triton.autotune`` times a kernel on the caller's own tensors. A gradient written over its logits
 does not survive that, and a saved copy takes the memory that writing in place is to save; so a
-trial here has tensors of its own, 128 MiB for a moment. It waits for the GPU, which the capture of
-a CUDA graph forbids: there the first configuration runs, unless a call before it has chosen.
+trial here has tensors of its own, 128 MiB for a moment, 192 where the gradient is narrower than
+the logits. It waits for the GPU, which the capture of a CUDA graph forbids: there the first
+configuration runs, unless a call before it has chosen.
 
 Four configurations are four compilations of about a quarter of a second and four timings of about
 an eighth: a first call of 1.5 s predicted, not measured on a GPU yet.
@@ -44,10 +45,15 @@ def fastest(
     return _fastest[kind]
 
 
-def scratch(logits: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rows like those of logits: (logits [1, n, V], labels and ones [1, n], norm [2, 1, n])."""
+def scratch(
+    logits: Tensor, out: Tensor, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows like those of logits: (logits [1, n, V], the same again as out where that has the dtype,
+    labels and ones [1, n], norm [2, 1, n]). They lie as the linear engine's do."""
     vocab = logits.shape[2]
     rows = max(1, min(logits[..., 0].numel(), SCRATCH_BYTES // (vocab * logits.element_size())))
+    x = logits.new_zeros((1, rows, triton.cdiv(vocab, 16) * 16))
     labels = torch.zeros((1, rows), dtype=torch.int64, device=logits.device)
     ones = torch.ones((1, rows), dtype=wide, device=logits.device)
-    return logits.new_zeros((1, rows, vocab)), labels, ones, ones.new_zeros((2, 1, rows))
+    zeros = ones.new_zeros((2, 1, rows))
+    return x[..., :vocab], x.to(out.dtype)[..., :vocab], labels, ones, zeros

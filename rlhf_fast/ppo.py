@@ -27,7 +27,6 @@ from rlhf_fast import (
     linear_policy_loss,
     masked_mean,
     masked_whiten,
-    policy_loss,
     token_kl,
     value_loss,
 )
@@ -38,7 +37,6 @@ from rlhf_fast.data import prompts as load_prompts
 from rlhf_fast.experience import (
     Measured,
     gather,
-    logprobs,
     measure,
     predict_values,
     sample_answers,
@@ -392,27 +390,15 @@ def policy_term(
 ) -> tuple[Tensor, PolicyStats]:
     """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
     the tokens that count."""
-    options = {
-        "clip_low": config.clip, "clip_high": config.clip_high or config.clip,
-        "dual_clip": config.dual_clip, "entropy_coef": config.entropy_coef,
-        "ref_logp": old.ref_logp[rows], "kl_coef": beta if config.kl_in == "loss" else 0.0,
-        "kl_estimator": config.kl_estimator, "aggregation": config.aggregation,
-        "normalizer": normalizer, "weights": weights,
-    }  # fmt: skip
-    constants = old.logp[rows], advantages[rows], mask
-    if (config.policy_loss, config.ratio) == ("ppo", "token"):
-        return linear_policy_loss(
-            hidden, policy.head.weight, rollout.labels[rows], *constants, **options,
-            temperature=config.temperature * logit_divisor(policy.model),
-            softcap=softcap(policy.model), bias=policy.head.bias,
-        )  # fmt: skip
-    # A sequence's ratio is known when all its log-probs are, and only then has any of its tokens a
-    # gradient: one pass cannot do it, the logits are made again for the backward (8NHV, not 6).
-    # CISPO and REINFORCE by token could be done in one; linear_policy_loss does not have them.
-    logp, entropy = logprobs(policy, hidden, policy.head, rollout, rows, config)
-    return policy_loss(
-        logp, *constants, **options, loss=config.policy_loss, ratio=config.ratio,
-        entropy=entropy if config.entropy_coef else entropy.detach(),  # no gradient of zeros
+    return linear_policy_loss(
+        hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
+        clip_low=config.clip, clip_high=config.clip_high or config.clip,
+        dual_clip=config.dual_clip, ratio=config.ratio, loss=config.policy_loss,
+        aggregation=config.aggregation, normalizer=normalizer, weights=weights,
+        entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[rows],
+        kl_coef=beta if config.kl_in == "loss" else 0.0, kl_estimator=config.kl_estimator,
+        temperature=config.temperature * logit_divisor(policy.model),
+        softcap=softcap(policy.model), bias=policy.head.bias,
     )  # fmt: skip
 
 

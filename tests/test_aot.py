@@ -23,6 +23,7 @@ import torch.utils.cpp_extension
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_fast.ops import linear
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 triton = pytest.importorskip("triton", reason="no triton on this machine: not compiled")
@@ -42,6 +43,8 @@ ROOT = Path(__file__).parent.parent
 
 LARGE = {"N": 2, "V": 262144, "B": 2, "T": 4096, "H": 16}
 HALVES = (torch.bfloat16, torch.float16)
+ROUNDED = {"*bf16": "cvt.rn.bf16", "*fp16": "cvt.rn.f16"}  # to nearest even, as a cast does
+FLOAT32_LOGITS = ("linear_token_logprobs", "linear_token_kl")
 
 
 class InLaunchersOnly(TorchDispatchMode):
@@ -60,6 +63,11 @@ class InLaunchersOnly(TorchDispatchMode):
 def on_a_gpu(x: object) -> object:
     """A chunk of the linear engine has contiguous rows on a GPU, and not on CPU."""
     return x.contiguous() if isinstance(x, Tensor) and x.dim() == 3 and x.stride(2) != 1 else x
+
+
+def float32_or_wider(hidden: Tensor) -> torch.dtype:
+    """As linear.logits_dtype on a GPU."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def call(op: Op, sample: Sample, dtype: torch.dtype) -> None:
@@ -102,6 +110,10 @@ def calls() -> Iterator[tuple[bool, Op, Sample, torch.dtype]]:
         for options in ({}, {"entropy": True, "softcap": 30.0}):
             sample = Sample("", {"logits": x, "labels": y, **options}, ("logits",))
             yield True, logits, sample, dtype
+        for name in FLOAT32_LOGITS:  # and 16-bit gradients of those
+            op = OPS[name]
+            workload = op.workload(LARGE, torch.Generator().manual_seed(0), "cpu", dtype)
+            yield True, op, workload, dtype
 
 
 class Specializations:
@@ -129,10 +141,11 @@ class Specializations:
     def collect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch, InLaunchersOnly():
             patch.setattr(JITFunction, "run", lambda fn, *a, **k: self.catch(fn, *a, **k))
+            patch.setattr(linear, "logits_dtype", float32_or_wider)
             for i in range(len(BACKWARD_CONFIGS)):
                 patch.setattr(tuning, "fastest", lambda configs, *_, i=i: configs[i])
                 for self.large, op, sample, dtype in calls():
-                    rows = self.large and op.name in ("token_logprobs", "linear_token_kl")
+                    rows = self.large and op.name in ("token_logprobs", *FLOAT32_LOGITS)
                     if i == 0 or (rows and dtype != torch.float16):
                         call(op, sample, dtype)
 
@@ -144,23 +157,23 @@ def resources(cubin: bytes, path: Path) -> str:
 
 
 # (read, written) bytes of an element that a kernel moves in pieces of 8 or 16 bytes on the large
-# shapes; `size` is a logit's. Where the instructions move just that, every input is read once,
-# every output is written once, and nothing goes element by element.
+# shapes; `size` is a logit's, `out` its gradient's. Where the instructions move just that, every
+# input is read once, every output is written once, and nothing goes element by element.
 MOVED = {
     # every tile of a row is read by one of two loops: that of the row's ends and that of the rest
-    "token_logprobs_kernel": lambda size: (2 * size, 0),
-    "token_logprobs_backward_kernel": lambda size: (size, size),
-    "logits_kl_kernel": lambda size: (2 * (size + size), 0),
-    "logits_kl_backward_kernel": lambda size: (size + size, size),
-    "token_kl_kernel": lambda _: (4 + 4, 4),
-    "token_kl_backward_kernel": lambda _: (4 + 4 + 4, 4),
-    "row_counts_kernel": lambda _: (1, 0),
-    "sequence_kernel": lambda _: (4 + 4 + 4 + 1, 0),
-    "policy_loss_kernel": lambda _: (4 + 4 + 4 + 1, 4),
-    "value_loss_kernel": lambda _: (4 + 4 + 4 + 1, 4),
-    "kl_penalized_rewards_kernel": lambda _: (4 + 4 + 1, 4),
-    "masked_sums_kernel": lambda _: (4 + 1, 0),
-    "masked_normalize_kernel": lambda _: (4 + 1, 4),
+    "token_logprobs_kernel": lambda size, _: (2 * size, 0),
+    "token_logprobs_backward_kernel": lambda size, out: (size, out),
+    "logits_kl_kernel": lambda size, _: (2 * (size + size), 0),
+    "logits_kl_backward_kernel": lambda size, out: (size + size, out),
+    "token_kl_kernel": lambda *_: (4 + 4, 4),
+    "token_kl_backward_kernel": lambda *_: (4 + 4 + 4, 4),
+    "row_counts_kernel": lambda *_: (1, 0),
+    "sequence_kernel": lambda *_: (4 + 4 + 4 + 1, 0),
+    "policy_loss_kernel": lambda *_: (4 + 4 + 4 + 1, 4),
+    "value_loss_kernel": lambda *_: (4 + 4 + 4 + 1, 4),
+    "kl_penalized_rewards_kernel": lambda *_: (4 + 4 + 1, 4),
+    "masked_sums_kernel": lambda *_: (4 + 1, 0),
+    "masked_normalize_kernel": lambda *_: (4 + 1, 4),
 }
 NARROW = {
     "gae_kernel",  # lanes run backwards in time: 4 bytes a lane, 128 in a row a warp
@@ -192,6 +205,11 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
     assert launched >= {k.triton.split(":")[0] for k in KERNELS.values() if k.triton}
     large = {fn.__name__ for is_large, fn, *_ in specializations.found.values() if is_large}
     assert large == MOVED.keys() | NARROW
+    rounding = {
+        key for key, (is_large, _, types, *_) in specializations.found.items()
+        if is_large and types.get("logits") == "*fp32" and types["out"] in ROUNDED
+    }  # fmt: skip
+    assert len(rounding) == 2 * (len(BACKWARD_CONFIGS) + 1)  # two kernels; fp16 in one
 
     def faults(key: str, capability: int) -> list[str]:
         is_large, fn, signature, constexprs, attrs, num_warps = specializations.found[key]
@@ -204,12 +222,17 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
         usage = resources(compiled.asm["cubin"], file)
         stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL"))
         found = [f"spills: sm_{capability} {key}\n{usage}"] if stack or local else []
+        if key in rounding and ROUNDED[signature["out"]] not in compiled.asm["ptx"]:
+            found.append(f"no {ROUNDED[signature['out']]}: sm_{capability} {key}")
         if is_large and fn.__name__ in MOVED:
             constants = {fn.arg_names[i]: x for (i,), x in constexprs.items()}
-            bits = re.search(r"\d+", signature.get("logits", "*fp32"))
-            size = int(bits[0]) // 8
-            tile = constants["BYTES"] // size if "BYTES" in constants else elements(constants)
-            for instruction, bytes_ in zip(("ld", "st"), MOVED[fn.__name__](size), strict=True):
+            logit, out = (
+                int(re.search(r"\d+", signature.get(name, "*fp32"))[0]) // 8
+                for name in ("logits", "out")
+            )
+            tile = constants["BYTES"] // out if "BYTES" in constants else elements(constants)
+            expected = MOVED[fn.__name__](logit, out)
+            for instruction, bytes_ in zip(("ld", "st"), expected, strict=True):
                 a_thread = moved(compiled.asm["ptx"], instruction)
                 if a_thread * 32 * num_warps != bytes_ * tile:
                     found.append(

@@ -212,6 +212,11 @@ CASES += [
         ((DOWN.long(), UP, 1.0), TypeError, "lora's A must be float32"),
     ]
 ]
+CASES += [  # the same options, the same errors
+    ("linear_policy_loss", (hidden, weight, labels, x, x, mask), options, kind, message)
+    for name, _, options, kind, message in CASES
+    if name == "policy_loss" and options and "entropy_coef" not in options  # it has the entropy
+]
 
 
 @pytest.mark.parametrize(

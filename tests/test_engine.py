@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast as rf
 from rlhf_fast.ops import linear, registry
+from rlhf_fast.ops.registry import KERNELS
 
 N, H, V = 96, 16, 1000
 GEMM = 2 * N * H * V
@@ -207,6 +210,81 @@ def test_on_a_gpu_every_row_of_a_chunk_starts_at_a_boundary_of_16_bytes(monkeypa
     monkeypatch.setattr(linear, "chunk_buffer", lambda *size: (None, linear.aligned_rows(*size)))
     for x, y in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+class AsOnAGPU(TorchDispatchMode):
+    """The engine's Python as on a GPU, with row kernels that write a gradient in another dtype than
+    the logits', and the passes over a chunk that are none of a row kernel's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "rlhf_fast":
+            kernel = KERNELS[func._schema.name.split("::")[1]]
+            with self if kernel.engine else contextlib.nullcontext():
+                return kernel.fallback(*args)
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(x, torch.Tensor) and x.shape == (N, V) and not func.is_view:
+                self.passes.append((func.overloadpacket.__name__, x.dtype))
+        return result
+
+
+def gradients_of_float32_logits(op: str, **options) -> tuple[list[torch.Tensor], AsOnAGPU]:
+    """(the gradients that one of the linear ops gives bfloat16 operands, what ran)."""
+    x = {k: v if k == "labels" else v.detach().bfloat16() for k, v in kl_inputs().items()}
+    ref = {name: x.pop(name) for name in ("ref_hidden", "ref_weight")}
+    leaves = x["hidden"].requires_grad_(), x["weight"].requires_grad_(options.pop("trained"))
+    mode = AsOnAGPU()
+    with mode:
+        if op == "linear_policy_loss":
+            constants = (torch.full((N,), -7.0), torch.linspace(-1, 1, N), x["labels"] >= 0)
+            total, _ = rf.linear_policy_loss(*x.values(), *constants, entropy_coef=0.1, **options)
+        elif op == "linear_token_kl":
+            logp, _, kl = rf.linear_token_kl(**x, **ref, **options)
+            total = (logp + kl).sum()
+        else:
+            logp, entropy = rf.linear_token_logprobs(**x, entropy=True, **options)
+            total = (logp + entropy).sum()
+        total.backward()
+    return [leaf.grad for leaf in leaves if leaf.requires_grad], mode
+
+
+LINEAR_OPS = {"linear_token_logprobs": 2, "linear_policy_loss": 1, "linear_token_kl": 4}  # logits
+
+
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_a_gradient_in_16_bits_takes_no_pass_of_its_own(op: str, monkeypatch) -> None:
+    """All that goes over a chunk of float32 logits are the row kernels and the products."""
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    _, mode = gradients_of_float32_logits(op, trained=False)  # the product of dW widens on CPU
+    assert mode.passes == [("mm", torch.float32)] * LINEAR_OPS[op]
+
+
+class RoundedAfterwards(linear.Gradients):
+    """The gradient in float32 over the logits, rounded by a pass of its own."""
+
+    def dlogits(self, chunk: linear.Chunk) -> torch.Tensor:
+        return chunk.logits
+
+    def add(self, chunk: linear.Chunk) -> None:
+        narrow = chunk.padded.bfloat16()
+        super().add(chunk._replace(logits=narrow[: len(chunk.logits)], padded=narrow))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, monkeypatch) -> None:
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    options = {"deterministic": deterministic, "trained": True}
+    with rf.chunk_budget(20 * V * 4):  # the last chunk is smaller than the others
+        ours, _ = gradients_of_float32_logits(op, **options)
+        monkeypatch.setattr(linear, "Gradients", RoundedAfterwards)
+        rounded, _ = gradients_of_float32_logits(op, **options)
+    for got, want in zip(ours, rounded, strict=True):
+        assert torch.equal(got, want) and got.any()
 
 
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:

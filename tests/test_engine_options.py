@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,7 +80,8 @@ def policy_inputs(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tens
     }
 
 
-def test_compact_off_reads_nothing_back(inside) -> None:
+@pytest.mark.parametrize(("ratio", "read"), [("token", 1), ("sequence", 0)])
+def test_compact_off_reads_nothing_back(inside, ratio: str, read: int) -> None:
     """What CUDA graphs need; and masked rows, garbage or not, still give exactly nothing."""
     hidden, weight, labels = draw()
     arguments = policy_inputs(hidden, weight, labels)
@@ -88,7 +91,7 @@ def test_compact_off_reads_nothing_back(inside) -> None:
     leaves = (arguments["hidden"], arguments["weight"])
 
     def losses(compact: bool) -> list[torch.Tensor]:
-        loss, _ = rf.linear_policy_loss(**arguments, compact=compact)
+        loss, _ = rf.linear_policy_loss(**arguments, ratio=ratio, compact=compact)
         kept = arguments["labels"].masked_fill(~arguments["mask"], -100)
         logp = rf.linear_token_logprobs(*leaves, kept, compact=compact)
         other = 0.9 * arguments["hidden"].detach()
@@ -107,7 +110,7 @@ def test_compact_off_reads_nothing_back(inside) -> None:
             graphed = losses(compact=False)
     finally:
         rf.ops.check.label_range = check_label_values
-    assert sync.read == 1  # whether the incoming gradient is 1: linear_policy_loss asks on CPU only
+    assert sync.read == read  # whether the incoming gradient is 1: asked by one pass, on CPU only
     for got, want in zip(graphed, plain, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert not graphed[2][~arguments["mask"]].any()
@@ -139,7 +142,7 @@ def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
     assert differences(deterministic=False) > 0  # else this test would show nothing
 
 
-@pytest.mark.parametrize("op", ["linear_policy_loss", "linear_token_kl"])
+@pytest.mark.parametrize("op", ["token", "sequence", "linear_token_kl"])
 def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     """The gradient of one row alone, and among 95 others."""
     generator = torch.Generator().manual_seed(0)
@@ -151,11 +154,11 @@ def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     def gradient(rows: slice, deterministic: bool) -> torch.Tensor:
         x = hidden[rows].clone().requires_grad_()
         y, how = labels[rows], {"deterministic": deterministic}
-        if op == "linear_policy_loss":
+        if op != "linear_token_kl":  # linear_policy_loss, sequences of one token
             constants = (other[rows, 0] - 8, other[rows, 1], torch.ones_like(y, dtype=torch.bool))
             total, _ = rf.linear_policy_loss(
-                x[None], weight, y[None], *(c[None] for c in constants), entropy_coef=0.1,
-                aggregation="token-sum", **how,
+                x[:, None], weight, y[:, None], *(c[:, None] for c in constants), ratio=op,
+                entropy_coef=0.1, aggregation="token-sum", **how,
             )  # fmt: skip
         else:
             total = rf.linear_token_kl(x, weight, y, other[rows], **how)[2].sum()
@@ -180,13 +183,18 @@ def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"loss": "cispo"}, {"loss": "reinforce"}, {"ratio": "sequence"}],
+    ids=lambda how: next(iter(how.values()), "ppo"),
+)
 @pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
-def test_micro_batches_add_up_to_the_batch(aggregation: str) -> None:
+def test_micro_batches_add_up_to_the_batch(aggregation: str, how: dict) -> None:
     hidden, weight, labels = draw(torch.float64)
     arguments = policy_inputs(hidden, weight.requires_grad_(), labels)
     mask = arguments["mask"]
     count = {"token-mean": mask.sum(), "token-sum": 17.0}.get(aggregation, mask.any(-1).sum())
-    options = {"aggregation": aggregation, "entropy_coef": 0.1, "normalizer": float(count)}
+    options = {"aggregation": aggregation, "entropy_coef": 0.1, "normalizer": float(count), **how}
     whole, _ = rf.linear_policy_loss(**arguments, **options)
     (want,) = torch.autograd.grad(whole, weight)
     parts, got = 0.0, torch.zeros_like(weight)
@@ -197,6 +205,59 @@ def test_micro_batches_add_up_to_the_batch(aggregation: str) -> None:
         got += torch.autograd.grad(loss, weight)[0]
     torch.testing.assert_close(parts, whole.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({"loss": "ppo"}, 3, 0),
+        ({"loss": "cispo"}, 3, 0),
+        ({"loss": "reinforce"}, 3, 0),
+        ({"ratio": "sequence"}, 1, 3),
+        ({"ratio": "sequence", "loss": "cispo"}, 1, 3),
+    ],
+    ids=lambda x: " ".join(x.values()) if isinstance(x, dict) else None,
+)
+def test_every_loss_by_token_is_one_pass(inside, options, forward, backward) -> None:
+    """In matrix products: 6NHV, all in the forward; 8NHV for a sequence's ratio."""
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    arguments["mask"][:] = True
+    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with first, inside:
+        loss, _ = rf.linear_policy_loss(**arguments, **options)
+    with second, inside:
+        loss.backward()
+    flops = first.get_total_flops(), second.get_total_flops()
+    assert flops == (forward * GEMM, backward * GEMM)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss": "cispo"}, {"loss": "reinforce"}, {"ratio": "sequence"}], ids=str
+)
+def test_every_loss_compiles_to_the_numbers_of_eager(options: dict) -> None:
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+
+    def results(function) -> list[torch.Tensor]:
+        loss, stats = function(**arguments, entropy_coef=0.1, **options)
+        return [loss, *stats, *torch.autograd.grad(loss, (hidden, weight))]
+
+    eager = results(rf.linear_policy_loss)
+    torch._dynamo.reset()
+    compiled = torch.compile(rf.linear_policy_loss, fullgraph=True, backend="aot_eager")
+    for got, want in zip(results(compiled), eager, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_options_are_those_of_policy_loss_in_their_order() -> None:
+    """But entropy, which is computed; what policy_loss does not have comes behind."""
+    own, theirs = (
+        [x for x in inspect.signature(op).parameters.values() if x.kind == x.KEYWORD_ONLY]
+        for op in (rf.linear_policy_loss, rf.policy_loss)
+    )
+    theirs = [x for x in theirs if x.name != "entropy"]
+    assert own[: len(theirs)] == theirs
 
 
 def test_a_scaled_loss_has_a_scaled_gradient() -> None:

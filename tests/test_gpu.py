@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers.utils import is_flash_attn_2_available
 
-from rlhf_fast import token_logprobs
+from rlhf_fast import chunk_budget, token_logprobs
 from rlhf_fast.data import pad
 from rlhf_fast.models import load_policy
+from rlhf_fast.ops import linear
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 from rlhf_fast.rollout import Sampling, answer_hidden, roll_out, run_trunk
 
@@ -147,6 +148,30 @@ def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> Non
         found.append(results(op.function, arguments, sample.grads))
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith("linear_")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypatch) -> None:
+    class RoundedAfterwards(linear.Gradients):
+        def dlogits(self, chunk: linear.Chunk) -> Tensor:
+            return chunk.logits
+
+        def add(self, chunk: linear.Chunk) -> None:
+            narrow = linear.aligned_rows(*chunk.padded.shape, dtype, chunk.padded.device)
+            narrow.copy_(chunk.padded)
+            super().add(chunk._replace(logits=narrow[: len(chunk.logits)], padded=narrow))
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = OPS[name].workload({"N": 70, "V": 5003, "H": 64}, generator, "cuda", dtype)
+    for budget in (2**30, 32 * 5003 * 4):
+        arguments = on_cuda(sample, dtype)
+        with chunk_budget(budget), monkeypatch.context() as patch:
+            ours = results(OPS[name].function, arguments, sample.grads)
+            patch.setattr(linear, "Gradients", RoundedAfterwards)
+            rounded = results(OPS[name].function, arguments, sample.grads)
+        for x, y in zip(ours, rounded, strict=True):
+            assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("steps", [1, 37, 128, 1000, 1024, 5000, 5003])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf_fast import ppo
+from rlhf_fast import linear_token_logprobs, policy_loss, ppo
 from rlhf_fast.control import Control, Schedule
-from rlhf_fast.experience import Measured, logprobs, measure, sample_answers
+from rlhf_fast.experience import Measured, measure, sample_answers
 from rlhf_fast.models import load_policy
 from rlhf_fast.packing import positions
 from rlhf_fast.rollout import answer_hidden
+from rlhf_fast.run import read_metrics
 from rlhf_fast.workers import Workers
 
 LR = 1e-2
@@ -132,25 +133,31 @@ def test_the_losses_differ(one_update):
             assert (a[name] - b[name]).abs().max() > 1e-2 * a[name].abs().max()
 
 
+def two_ops(hidden, weight, labels, *constants, temperature, softcap, bias, **options):
+    """linear_policy_loss as two: the logits made again for the backward, all tokens kept."""
+    logp, entropy = linear_token_logprobs(
+        hidden, weight, labels.masked_fill(~constants[-1], -100), temperature=temperature,
+        softcap=softcap, bias=bias, entropy=True,
+    )  # fmt: skip
+    return policy_loss(logp, *constants, entropy=entropy, **options)
+
+
 @pytest.mark.parametrize("terms", [False, True], ids=["plain", "entropy and KL"])
-def test_the_one_pass_is_policy_loss(one_update, terms):
-    """Loss, statistics and gradient of the default path are those of the other, to rounding."""
+@pytest.mark.parametrize(("loss", "ratio"), LOSSES)
+def test_the_one_pass_is_policy_loss(one_update, monkeypatch, loss, ratio, terms):
+    """Loss, statistics and gradient are those of the two ops, to rounding."""
     options = {"entropy_coef": 0.1, "kl_in": "loss", "kl_estimator": "k3"} if terms else {}
-    s = one_update(dual_clip=1.5, **options)
+    options |= {"dual_clip": 1.5} if loss == "ppo" else {}
+    s = one_update(policy_loss=loss, ratio=ratio, **options)
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
     inputs = (
         s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.rollout.mask[rows], s.config
     )  # fmt: skip
-    more = {"beta": 0.3, "normalizer": s.rollout.mask.sum(), "weights": None}
-    logp, entropy = logprobs(*inputs[:2], s.policy.head, s.rollout, rows, s.config)
+    more = {"beta": 0.3, "normalizer": s.rollout.mask.sum(), "weights": s.old.logp[rows].exp()}
     loss, stats = ppo.policy_term(*inputs, **more)
-    slow_loss, slow_stats = ppo.policy_loss(
-        logp, s.old.logp[rows], s.advantages[rows], s.rollout.mask[rows], clip_low=0.1,
-        clip_high=0.3, dual_clip=1.5, entropy=entropy, entropy_coef=s.config.entropy_coef,
-        ref_logp=s.old.ref_logp[rows], kl_coef=0.3 if terms else 0.0,
-        kl_estimator=s.config.kl_estimator, normalizer=more["normalizer"],
-    )  # fmt: skip
+    monkeypatch.setattr(ppo, "linear_policy_loss", two_ops)
+    slow_loss, slow_stats = ppo.policy_term(*inputs, **more)
     torch.testing.assert_close((loss, *stats), (slow_loss, *slow_stats), rtol=1e-5, atol=1e-6)
     fast, slow = (torch.autograd.grad(x, hidden)[0] for x in (loss, slow_loss))
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-7)
@@ -171,19 +178,27 @@ def test_truncated_weights_and_parts_of_a_minibatch(one_update):
     assert_close(capped, {name: 2 * gradient for name, gradient in plain.items()})
 
 
-def test_only_the_default_is_one_pass(one_update, monkeypatch):
-    calls: Counter = Counter()
-    for name in ("linear_policy_loss", "policy_loss"):
-        real = getattr(ppo, name)
-
-        def counted(*arguments, real=real, name=name, **options):
-            calls[name] += 1
-            return real(*arguments, **options)
-
-        monkeypatch.setattr(ppo, name, counted)
-    for loss, ratio in LOSSES:
-        update(one_update(policy_loss=loss, ratio=ratio))
-    assert calls == {"linear_policy_loss": 1, "policy_loss": 4}
+@pytest.mark.parametrize(("loss", "ratio"), LOSSES)
+def test_a_run_has_the_numbers_of_the_two_ops(configured, monkeypatch, loss, ratio):
+    options = {
+        "steps": 2, "policy_loss": loss, "ratio": ratio, "entropy_coef": 0.01, "temperature": 0.8,
+        "minibatches": 2, "epochs": 2, "micro_batch_size": 3, "tis_cap": 2.0,
+    }  # fmt: skip
+    run = configured("one", **options)
+    ppo.train(run)
+    calls = []
+    monkeypatch.setattr(
+        ppo, "linear_policy_loss", lambda *x, **o: calls.append(o) or two_ops(*x, **o)
+    )
+    two = configured("two", **options)
+    ppo.train(two)
+    assert {(o["loss"], o["ratio"]) for o in calls} == {(loss, ratio)}
+    logs = [read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (run, two)]
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, number in ours.items():
+            if not name.startswith("perf/") and name != "eps":  # times
+                assert number == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
 def test_gspo_learns(configured):

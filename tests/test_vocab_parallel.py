@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from ranks import draw, part_of_the_vocabulary, sharded_head, weighted
 
 import rlhf_fast as rf
+from rlhf_fast.ops import vocab_parallel
 
 
 @pytest.mark.parametrize("splits", [[14, 15], [1, 28], [27, 2]], ids=str)
@@ -28,6 +29,21 @@ def test_ranks_with_parts_give_the_numbers_of_the_whole(splits: list[int], tmp_p
     for i in range(3):
         parts = torch.cat([first[5 + i], second[5 + i]])
         torch.testing.assert_close(parts, want[2 + i], rtol=1e-9, atol=1e-10)
+
+
+def test_the_gradient_of_a_part_may_be_written_elsewhere_than_over_its_logits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(1, 5, 29, generator=generator), torch.tensor([[3, 0, -100, 0, 28]])
+    elsewhere = torch.tensor([[False, True, False, False, False]])
+    _, entropy, norm = torch.ops.rlhf_fast.token_logprobs(
+        logits, labels, 1.0, None, None, True, False
+    )
+    arguments = (*torch.rand(2, 1, 5), logits, labels, norm, entropy, 1.0, None, None)
+    apart, before = torch.full_like(logits, torch.nan), logits.clone()
+    vocab_parallel.gradient(arguments, elsewhere, apart)
+    assert torch.equal(logits, before)
+    vocab_parallel.gradient(arguments, elsewhere, logits)
+    assert torch.equal(logits, apart)
 
 
 def test_sharded_weights_get_the_averaged_gradient(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_fast.ops import linear
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 triton = pytest.importorskip("triton", reason="no triton on this machine: kernels not tested")
@@ -104,10 +105,12 @@ def tolerance(exact: Tensor, eager: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
-    arguments = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in sample.arguments.items()
-    }
+    def cast(x: object) -> object:
+        if isinstance(x, tuple):  # an adapter's (A, B, scale)
+            return tuple(map(cast, x))
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    arguments = {name: cast(x) for name, x in sample.arguments.items()}
     for name in sample.grads:
         arguments[name] = arguments[name].detach().clone(memory_format=torch.preserve_format)
         arguments[name].requires_grad_()
@@ -311,6 +314,46 @@ def test_rows_at_every_offset(vocab: int, gap: int, dtype: torch.dtype) -> None:
         torch.testing.assert_close(own.double(), small, rtol=rtol, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "vocab, apart, out_apart", [(17, 32, 32), (20001, 20016, 20016), (40, 55, 55), (40, 55, 54)]
+)
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded(vocab, apart, out_apart, dtype) -> None:
+    """Of rows that start at boundaries, as the engine's do; that do not; that lie differently."""
+    labels = torch.tensor([[3, -100, vocab - 1, 0]])
+
+    def rows(apart: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        storage = torch.full((4 * apart,), torch.nan, dtype=dtype)
+        return storage.as_strided((1, 4, vocab), (4 * apart, apart, 1))
+
+    x, y = rows(apart), rows(apart)
+    generator = torch.Generator().manual_seed(0)
+    for logits in (x, y):
+        logits.copy_(3 * torch.randn(logits.shape, generator=generator))
+    g = torch.randn(2, 1, 4, generator=generator)
+    g[..., 3] = 0
+    scale = (0.7, None, 5.0)
+    _, entropy, norm = KERNELS["token_logprobs"].launcher(x, labels, *scale, True, False)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(x, y, labels, *scale, True)
+    for name, arguments in {
+        "token_logprobs_backward": (*g, x, labels, norm, entropy, *scale),
+        "logits_kl_backward": (*g, x, y, labels, norm, ref_norm, kl, *scale, True),
+    }.items():
+        wide, narrow = rows(apart), rows(out_apart, dtype)
+        KERNELS[name].launcher(*arguments, wide)
+        KERNELS[name].launcher(*arguments, narrow)
+        if dtype == torch.bfloat16:  # which the interpreter cuts off where a GPU rounds it
+            wide = (wide.contiguous().view(torch.int32) >> 16 << 16).view(torch.float32)
+        assert torch.equal(narrow, wide.to(dtype)) and around(narrow).all()
+
+
+@pytest.mark.parametrize("name, i, dtype", cases((torch.bfloat16,), ENGINES))
+def test_engines_with_float32_logits_of_16_bit_operands(name, i, dtype, monkeypatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
 @pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
 def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> None:
     from rlhf_fast.kernels import token_logprobs, tuning
@@ -338,7 +381,7 @@ def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> Non
 
 
 def test_the_fastest_configuration_is_timed_once_and_not_in_a_capture(monkeypatch) -> None:
-    from rlhf_fast.kernels import tuning
+    from rlhf_fast.kernels import alignment, tuning
 
     timed, capturing = [], [True]
     monkeypatch.setattr(tuning, "_fastest", {})
@@ -358,9 +401,12 @@ def test_the_fastest_configuration_is_timed_once_and_not_in_a_capture(monkeypatc
     assert chosen("a") is configs[1] and timed == ["prepared", *configs]
     capturing[0] = True
     assert chosen("a") is configs[1] and chosen("b") is configs[0] and len(timed) == 4
-    logits, labels, ones, norm = tuning.scratch(torch.zeros(2, 3, 7), torch.float32)
+    rows = torch.zeros(2, 3, 7)
+    logits, out, labels, ones, norm = tuning.scratch(rows, rows, torch.float32)
     assert logits.shape == (1, 6, 7) and norm.shape == (2, 1, 6)
-    assert labels.shape == ones.shape == (1, 6)
+    assert labels.shape == ones.shape == (1, 6) and out.data_ptr() == logits.data_ptr()
+    logits, out, *_ = tuning.scratch(rows, rows.half(), torch.float32)
+    assert out.dtype == torch.float16 and alignment.vector(logits, out) == 8
 
 
 def test_an_unknown_label_gives_nan_and_reads_nothing() -> None:

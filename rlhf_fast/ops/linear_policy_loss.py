@@ -1,4 +1,4 @@
-"""linear_policy_loss: language-model head, PPO loss and their gradients in one pass."""
+"""linear_policy_loss: language-model head, policy loss and their gradients in one pass."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def linear_policy_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
+    ratio: str = "token",
+    loss: str = "ppo",
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
     entropy_coef: float = 0.0,
     ref_logp: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_estimator: str = "k3",
-    aggregation: str = "token-mean",
-    normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -45,24 +47,38 @@ def linear_policy_loss(
     Those two cost 8NHV, since their backward must make the logits again; here the loss is known
     while a chunk's logits exist, so they are overwritten with their gradient at once, and dX and
     dW are ready when the forward ends. The backward only scales them by the incoming gradient.
+    That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
+    of its log-probs, so ``ratio="sequence"`` is those two ops in one call: the logits are made
+    again in the backward, 8NHV.
 
-    Rows that cannot matter leave before the first matrix product: masked ones, and those of zero
-    advantage (or zero weight) when entropy_coef and kl_coef are 0. The statistics are means over
-    the tokens that stayed. Without grad mode (or where nothing requires grad): 2NHV, no gradients.
+    Rows that cannot matter leave before the first matrix product: masked ones, and, with token
+    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
+    statistics are means over the tokens that stayed. Without grad mode (or where nothing requires
+    grad): 2NHV, no gradients.
+
+    On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
+
+        operands                                   float32   16-bit
+        the product writes the logits, in float32        4        4
+        logp and entropy read them                       4        4
+        the gradient reads them ...                      4        4
+        ... and is written in the operands' dtype        4        2
+                                                        16       14
 
     H100, bf16, N=8192 H=4096 V=131072: 6NHV = 26.4 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 33.0 ms. The float32 logits (4.3 GB in all, 5 chunks) are written, read, read and
-    overwritten with their gradient, read and rounded to bfloat16: 5.5 passes, 23.6 GB at 3 TB/s,
-    7.9 ms: 40.9 ms predicted. dW is read and written once a chunk, 19 GB: 6.4 ms more where that
-    does not hide behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 27.4 GB are 9.1 ms:
-    17.5 ms, 2.1 times the products. Half of the rows out: half of it. Not measured on a GPU yet.
+    product are 33.0 ms; 15.0 GB at 3 TB/s are 5.0 ms: 38.0 ms predicted. (A gradient in float32
+    over the logits, rounded by a pass of its own, takes 22 bytes a logit and the same FLOPs:
+    40.9 ms.) dW is read and written once a chunk, 19 GB: 6.4 ms more where that does not hide
+    behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 17.4 GB are 5.8 ms: 14.2 ms, 1.7
+    times the products (with 22 bytes, 2.1). Half of the rows out: half of it. Not measured on a GPU
+    yet.
 
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
         labels: [..., T], int64, the sampled tokens; −100 does not count, whatever mask says.
-        old_logp, advantages, mask, ref_logp, weights: [..., T], and clip_low, clip_high,
-            dual_clip, entropy_coef, kl_coef, kl_estimator, aggregation, normalizer: as in
-            ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
+        old_logp, advantages, mask, weights, ref_logp: [..., T], and clip_low, clip_high,
+            dual_clip, ratio, loss, aggregation, normalizer, entropy_coef, kl_coef, kl_estimator:
+            as in ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
         temperature, softcap: as in ``token_logprobs``.
         compact, deterministic: as in ``linear_token_logprobs``.
 
@@ -83,7 +99,7 @@ def linear_policy_loss(
         check.like(name, x, "labels", labels)
     check.boolean_mask(mask, "labels", labels)
     policy_loss.check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
     )
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
     divisor, per_token = from_logits._temperature(temperature, labels, dtype)
@@ -92,33 +108,32 @@ def linear_policy_loss(
     def constant(x: Tensor | None) -> Tensor | None:
         return None if x is None else check.flat(x.detach(), dtype)
 
-    grad = torch.is_grad_enabled()
-    loss, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
-        head.hidden,
-        head.weight,
-        head.bias,
-        check.flat(labels),
-        constant(old_logp),
-        constant(advantages),
-        check.flat(mask & (labels != check.IGNORE_INDEX)),
-        constant(weights),
-        constant(ref_logp),
-        aggregate.checked(aggregation, normalizer, mask, dtype),
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
-        float(entropy_coef),
-        float(kl_coef),
-        kl_estimator,
-        aggregation,
-        divisor,
-        check.flat(per_token),
-        softcap,
-        compact,
-        deterministic,
-        [grad and x is not None and x.requires_grad for x in head[:3]],
-    )
-    return loss, PolicyStats(*stats.unbind())
+    counts = check.flat(mask & (labels != check.IGNORE_INDEX))
+    constants = constant(old_logp), constant(advantages), counts, constant(weights)
+    normalizer = aggregate.checked(aggregation, normalizer, mask, dtype)
+    dual_clip = None if dual_clip is None else float(dual_clip)
+    options = (float(clip_low), float(clip_high), dual_clip, float(entropy_coef), float(kl_coef),
+               kl_estimator, aggregation)  # fmt: skip
+    labels, per_token = check.flat(labels), check.flat(per_token)
+    if ratio == "token":
+        grad = torch.is_grad_enabled()
+        needs = [grad and x is not None and x.requires_grad for x in head[:3]]
+        total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
+            *head[:3], labels, *constants, constant(ref_logp), normalizer, *options, loss, divisor,
+            per_token, softcap, compact, deterministic, needs,
+        )  # fmt: skip
+    else:
+        logp, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
+            *head, labels.masked_fill(~counts, check.IGNORE_INDEX).view(-1), divisor,
+            None if per_token is None else per_token.view(-1), softcap, True, compact,
+            deterministic,
+        )  # fmt: skip
+        entropy = entropy if entropy_coef else entropy.detach()  # no gradient of zeros
+        total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
+            logp.view_as(counts), *constants, entropy.view_as(counts), constant(ref_logp),
+            normalizer, *options, ratio, loss,
+        )  # fmt: skip
+    return total, PolicyStats(*stats.unbind())
 
 
 def reference(
@@ -129,6 +144,7 @@ def reference(
     advantages: Tensor,
     mask: Tensor,
     *,
+    ratio: str = "token",
     entropy_coef: float = 0.0,
     kl_coef: float = 0.0,
     weights: Tensor | None = None,
@@ -148,11 +164,13 @@ def reference(
     )
     mask = mask & (labels != check.IGNORE_INDEX)
     shared = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
-    shared |= {"weights": weights, **options}
+    shared |= {"weights": weights, "ratio": ratio, **options}
     loss, stats = policy_loss.reference(
         logp, old_logp, advantages, mask, aggregation=aggregation, normalizer=normalizer, **shared
     )
-    matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
+    matters = mask
+    if ratio == "token":
+        matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     stayed = policy_loss.reference(logp, old_logp, advantages, matters, **shared)[1]
     return loss, stayed._replace(surrogate=stats.surrogate)
 
@@ -184,6 +202,7 @@ def _forward(
     kl_coef: float,
     kl_estimator: str,
     aggregation: str,
+    loss: str,
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
@@ -195,7 +214,7 @@ def _forward(
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
-    logp, entropy = old_logp.clone(), torch.zeros_like(old_logp)
+    logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     head = linear.Head(hidden, weight, bias)
     grads = linear.Gradients(head, linear.Needs(*needs))
@@ -216,24 +235,25 @@ def _forward(
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
             logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
-            part(ref_logp), None, *options, "token-sum", "token", "ppo",
+            part(ref_logp), None, *options, "token-sum", "token", loss,
         )  # fmt: skip
         scale = part(coefficient)
         torch.ops.rlhf_fast.token_logprobs_backward(
             d_logp * scale, d_entropy * scale if entropy_coef else None, logits, targets, norm,
-            entropy_ if entropy_coef else None, temperature, divisors, softcap, logits,
+            entropy_ if entropy_coef else None, temperature, divisors, softcap,
+            grads.dlogits(chunk)[None],
         )  # fmt: skip
         grads.add(chunk)
 
     def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
         return torch.ops.rlhf_fast.policy_loss(
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
-            aggregation, "token", "ppo",
+            aggregation, "token", loss,
         )[:2]  # fmt: skip
 
-    loss, stats = whole(mask, aggregation, normalizer)
+    total, stats = whole(mask, aggregation, normalizer)
     stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
-    return loss, stats, *grads.result()[:3]
+    return total, stats, *grads.result()[:3]
 
 
 def _fake(hidden, weight, bias, labels, old_logp, *rest):
@@ -253,7 +273,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     if grad is None:
-        return (None,) * 23
+        return (None,) * 24
     # loss.backward() comes with exactly 1: then dW needs no second copy. Looking costs a host sync
     # on a GPU, and cannot be traced.
     one = grad.device.type == "cpu" and detect_fake_mode([grad]) is None and grad.item() == 1
@@ -261,7 +281,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (g if one else (g * grad).to(g.dtype)) if needed else None
         for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
-    return *scaled, *(None,) * 20
+    return *scaled, *(None,) * 21
 
 
 def samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -299,9 +319,25 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("asymmetric, dual clip, softcap", draw(3, 12, 8, 33, **clips), two)
     for estimator in token_kl.ESTIMATORS:
         yield Sample(estimator, everything(2, 6, 4, 9, kl_estimator=estimator), three)
-    still = draw(3, 8, 4, 9)
-    still["advantages"][:, ::2] = 0.0
-    yield Sample("zero advantages", still, two)
+    for loss in policy_loss.LOSSES:
+        still = draw(3, 8, 4, 9, loss=loss)
+        still["advantages"][:, ::2] = 0.0
+        yield Sample(f"zero advantages, {loss}", still, two)
+        yield Sample(f"{loss}, everything", everything(3, 8, 4, 9, loss=loss), three)
+    cispo = {"loss": "cispo", "clip_low": 0.6, "clip_high": -0.3}
+    yield Sample("cispo, clipped below 1", draw(3, 12, 8, 33, **cispo), two)
+    for loss in ("ppo", "cispo"):
+        row = {"ratio": "sequence", "loss": loss, "clip_low": 0.02, "clip_high": 0.04}
+        scaled = draw(5, 7, 4, 11, **row, temperature=0.7, softcap=2.0)
+        yield Sample(f"sequence, {loss}", scaled, two)
+        full = everything(4, 9, 8, 33, **row, aggregation="seq-mean-token-mean")
+        yield Sample(f"sequence, {loss}, everything", full, three)
+    dual = {"ratio": "sequence", "dual_clip": 1.05}
+    yield Sample("sequence, dual clip", draw(9, 3, 4, 11, **dual), two)
+    impossible = draw(3, 8, 4, 9)
+    impossible["advantages"][:, ::2] = 0.0
+    impossible["old_logp"][:, ::2] = -torch.inf
+    yield Sample("zero advantages, impossible before", impossible, two)
     garbage = draw(3, 8, 4, 9)
     for name in ("old_logp", "advantages"):
         garbage[name] = garbage[name].masked_fill(~garbage["mask"], torch.nan)
@@ -346,8 +382,8 @@ KERNEL = define_kernel(
     "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
     "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float entropy_coef, "
-    "float kl_coef, str kl_estimator, str aggregation, float temperature, Tensor? per_token, "
-    "float? softcap, bool compact, bool deterministic, bool[] needs) "
+    "float kl_coef, str kl_estimator, str aggregation, str loss, float temperature, "
+    "Tensor? per_token, float? softcap, bool compact, bool deterministic, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,

@@ -107,15 +107,15 @@ def combined(
     return sums[1] - log_total, whole_entropy, torch.stack([whole, log_total])
 
 
-def gradient_in_place(arguments: tuple[Any, ...], elsewhere: Tensor) -> None:
-    """token_logprobs_backward over the logits themselves; rows `elsewhere` have no label here.
+def gradient(arguments: tuple[Any, ...], elsewhere: Tensor, out: Tensor) -> None:
+    """token_logprobs_backward into out; rows `elsewhere` have no label here.
 
     Those were given label 0: the gradient of that one logit is computed again without it.
     """
     grad_logp, grad_entropy, logits, _, norm, entropy, temperature, per_token, softcap = arguments
-    first = logits[..., :1].clone()
-    torch.ops.rlhf_fast.token_logprobs_backward(*arguments, logits)
+    first = logits[..., :1].clone()  # out may be logits
+    torch.ops.rlhf_fast.token_logprobs_backward(*arguments, out)
     exact = from_logits.softmax_gradient(
         grad_logp, grad_entropy, first, norm, entropy, temperature, per_token, softcap
     )
-    logits[..., :1] = torch.where(elsewhere.unsqueeze(-1), exact.to(logits.dtype), logits[..., :1])
+    out[..., :1] = torch.where(elsewhere.unsqueeze(-1), exact.to(out.dtype), out[..., :1])
