@@ -197,7 +197,8 @@ class PPOConfig(RunConfig):
     attn_implementation: str | None = option(
         None,
         choices=("eager", "sdpa", "flash_attention_2"),
-        help="unset: flash_attention_2 where it is installed and bf16 runs on a GPU, else sdpa",
+        help="unset: flash_attention_2 where it is installed, bf16 runs on a GPU and the model "
+        "supports it, else sdpa",
     )
     packing: bool | None = option(
         None,

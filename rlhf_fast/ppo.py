@@ -45,7 +45,7 @@ from rlhf_fast.experience import (
     score_all,
     slices,
 )
-from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, pick_attention, softcap
+from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, softcap
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.report import (
     Stopwatch,
@@ -86,7 +86,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         critic=config.estimator not in CRITIC_FREE,
         value_model=config.value_model,
         lora=lora_options(config),
-        attn_implementation=pick_attention(config.attn_implementation, device, bf16=config.bf16),
+        attn_implementation=config.attn_implementation,
         bf16=config.bf16,
         packing=config.packing,
     )
@@ -222,7 +222,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
         run.write("value_model", save_critic)
     if config.lora_r is not None:
-        run.write("adapter", policy.model.save_pretrained)
+        save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
+        run.write("adapter", save_adapter)
     after = evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
