@@ -204,7 +204,7 @@ def test_activation_checkpointing_runs_layers_twice(tiny_config, asked):
     )
     body, calls = LlamaModel(tiny_config), []
     for layer in body.layers:
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     layer_wise = SimpleNamespace(plugin=plugin, unit=lambda *_, **__: None)
     layer_wise.wrapped = partial(Sharder.wrapped, layer_wise)
     Sharder.layers(layer_wise, body, None)
