@@ -68,12 +68,13 @@ class RunConfig:
         None, help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …"
     )
 
-    # What may differ when a run is continued: the course of learning from there on, what changes
-    # no number but by rounding, and what is kept and shown. Anything else makes it another run.
-    changeable: ClassVar[set[str]] = {
-        "learning_rate", "max_grad_norm", "micro_batch_size", "device", "max_skipped_updates",
-        "save_every", "save_total_limit", "report_to", "output_dir", "resume", "overwrite",
+    # What makes a run this run: changed, its checkpoints would not fit, its place in the data would
+    # be lost, or its results could not be compared with those before it. All else may differ when
+    # it is continued, and counts from there on.
+    fixed: ClassVar[set[str]] = {
+        "model", "data", "split", "subset", "max_rows", "trainable_layers", "seed",
     }  # fmt: skip
+    length: ClassVar[str] = "steps"  # the option that says when a run is finished
 
     def __post_init__(self) -> None:
         if self.resume not in (True, False, "auto"):
@@ -122,7 +123,10 @@ class RewardConfig(RunConfig):
         0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
     )
 
-    changeable: ClassVar[set[str]] = RunConfig.changeable | {"epochs", "trunk_cache_mib"}
+    fixed: ClassVar[set[str]] = RunConfig.fixed | {
+        "eval_data", "eval_split", "eval_pairs", "batch_size", "max_tokens",
+    }  # fmt: skip
+    length: ClassVar[str] = "epochs"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +197,8 @@ class PPOConfig(RunConfig):
     attn_implementation: str | None = option(
         None,
         choices=("eager", "sdpa", "flash_attention_2"),
-        help="unset: flash_attention_2 where it is installed and bf16 runs on a GPU, else sdpa",
+        help="unset: flash_attention_2 where it is installed, bf16 runs on a GPU and the model "
+        "supports it, else sdpa",
     )
     packing: bool | None = option(
         None,
@@ -242,7 +247,11 @@ class PPOConfig(RunConfig):
     )
 
     # The KL from the frozen reference
-    beta: float = option(0.05, help="price of a nat of KL from the frozen reference")
+    beta: float = option(
+        0.05,
+        help="price of a nat of KL from the frozen reference; another one given on resume takes "
+        "the place of what it has adapted to",
+    )
     kl_in: str = option(
         "reward",
         choices=("reward", "loss"),
@@ -256,7 +265,7 @@ class PPOConfig(RunConfig):
     adaptive_kl_target: float | None = option(
         None,
         help="beta is multiplied by 1 + clip(KL/target − 1, ±0.2)·batch_size/kl_horizon after "
-        "each step, KL in nats a sequence (6.0 is usual); unset: beta is fixed",
+        "each step, KL in nats a sequence (6.0 is usual); unset: beta stays as it is",
     )
     kl_horizon: int = option(10_000, help="answers over which beta adapts to adaptive_kl_target")
 
@@ -268,7 +277,8 @@ class PPOConfig(RunConfig):
     lr_scheduler_type: str = option(
         "constant_with_warmup",
         choices=("constant_with_warmup", "linear", "cosine"),
-        help="both step sizes over the run's optimiser steps, after the warm-up",
+        help="both step sizes over the run's optimiser steps, after the warm-up; changed on "
+        "resume, it goes on as if it had been so from the beginning",
     )
     warmup_steps: int = option(0, help="optimiser steps in which the step sizes rise from 0")
     adam_beta1: float = option(0.9, help="Adam's β₁")
@@ -316,8 +326,10 @@ class PPOConfig(RunConfig):
     log_every: int = option(10, help="steps between printed lines; every step is in metrics.jsonl")
     sample_every: int | None = option(None, help="steps between printed tables of answers")
 
-    changeable: ClassVar[set[str]] = RunConfig.changeable | {
-        "steps", "value_learning_rate", "log_every", "sample_every",
+    fixed: ClassVar[set[str]] = RunConfig.fixed | {
+        "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
+        "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
+        "reward", "reward_weights", "judge", "max_new_tokens", "temperature", "top_k", "top_p",
     }  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -49,18 +49,19 @@ class Control(Updates):
             self.beta *= 1 + error * self.config.batch_size / self.config.kl_horizon
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"beta": self.beta}
+        return super().state_dict() | {"beta": self.beta, "given_beta": self.config.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.beta = state["beta"]
+        if state.get("given_beta", self.config.beta) == self.config.beta:  # else it was changed
+            self.beta = state["beta"]
 
 
 class Schedule:
     """Step sizes: the optimizer's own, times a function of the updates made.
 
-    Only their number is kept: torch's scheduler and the optimizer's state would bring the old step
-    sizes back where a run goes on with others.
+    It keeps nothing: torch's scheduler and the optimizer's state would bring the old step sizes
+    back where a run goes on with others.
     """
 
     def __init__(self, optimizer: Optimizer, name: str, warmup: int, updates: int) -> None:
@@ -77,9 +78,3 @@ class Schedule:
 
     def step(self) -> None:
         self.after(self.updates + 1)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.after(state["updates"])

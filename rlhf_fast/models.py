@@ -112,7 +112,7 @@ class Policy:
         if self.reference_model is not None:
             self.model.save_pretrained(folder, state_dict=state["model"])
         else:
-            merged(self.model).save_pretrained(folder)
+            merged(self.model, state["model"]).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file(state["value_head"], folder / "value_head.safetensors")
@@ -130,9 +130,18 @@ def load_policy(
     bf16: bool = False,
     packing: bool | None = None,
 ) -> Policy:
+    flash = has_flash_attention(device)
+    if attn_implementation == "flash_attention_2" and not flash:
+        where = (
+            "flash-attn is not installed" if device.type == "cuda" else f"not on device={device}"
+        )
+        raise InputError(f"attn_implementation={attn_implementation}: {where}")
     tokenizer = load_tokenizer(name, field="model")
     model = load_causal_lm(name, device, attn_implementation=attn_implementation)
     check_vocabulary(tokenizer, model, field="model", name=name)
+    prefer_flash = flash and bf16 and attn_implementation is None
+    if prefer_flash:
+        use_flash_attention(model)
     base = model.base_model
 
     body, trunk_layers, reference, reference_head = base, 0, None, model.get_output_embeddings()
@@ -152,6 +161,8 @@ def load_policy(
     value_body = value_head = None
     if value_model is not None:
         value_body, value_head = load_critic(value_model, tokenizer, device, attn_implementation)
+        if prefer_flash:
+            use_flash_attention(value_body)
     elif critic:
         value_head = new_value_head(model.get_output_embeddings().in_features, device)
 
@@ -172,7 +183,7 @@ def load_policy(
         bodies = {f"model={name}": base}
         if value_body is not None:
             bodies[f"value_model={value_model}"] = value_body
-        policy.packed = pick_packing(packing, attn_implementation, bodies)
+        policy.packed = pick_packing(packing, bodies)
     return policy
 
 
@@ -247,17 +258,20 @@ def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
         )
 
 
-def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with the adapters' products added to the weights."""
+def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
+    """A copy with the adapters' products added to the weights; state: the model's, whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    model = copy.deepcopy(model)
-    for name, module in list(model.named_modules()):
+    with torch.device("meta"):
+        copied = type(model)(model.config)
+        copied.add_adapter(model.peft_config["default"])
+    copied.load_state_dict(copy.deepcopy(state), assign=True)
+    for name, module in list(copied.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
-            model.set_submodule(name, module.get_base_layer())
-    model._hf_peft_config_loaded = False  # else only the adapters would be saved
-    return model
+            copied.set_submodule(name, module.get_base_layer())
+    copied._hf_peft_config_loaded = False  # else only the adapters would be saved
+    return copied
 
 
 def load_causal_lm(name: str, device: torch.device, **kwargs) -> PreTrainedModel:
@@ -542,27 +556,30 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted(i for i in ids if i is not None)
 
 
-def pick_attention(asked: str | None, device: torch.device, *, bf16: bool) -> str | None:
-    """flash_attention_2 where it can run; None is transformers' choice, SDPA for most models.
+def has_flash_attention(device: torch.device) -> bool:
+    return device.type == "cuda" and is_flash_attn_2_available()
 
-    Flash attention has kernels for 16-bit numbers on GPUs only.
+
+@torch.no_grad()
+def use_flash_attention(model: PreTrainedModel) -> None:
+    """Flash attention in place of transformers' choice, if the model runs with it.
+
+    transformers knows which classes support it, flash-attn which sizes of heads and which GPUs: a
+    short forward pass asks both. It is in bfloat16: there are no kernels for float32.
     """
-    flash = device.type == "cuda" and is_flash_attn_2_available()
-    if asked == "flash_attention_2" and not flash:
-        raise InputError(
-            f"attn_implementation={asked}: "
-            + (
-                "flash-attn is not installed"
-                if device.type == "cuda"
-                else f"not on device={device}"
-            )
-        )
-    return asked or ("flash_attention_2" if flash and bf16 else None)
+    before = model.config._attn_implementation
+    try:
+        model.set_attn_implementation("flash_attention_2")
+        with torch.autocast(model.device.type, torch.bfloat16):
+            model(torch.zeros(1, 8, dtype=torch.int64, device=model.device), use_cache=False)
+    except (ValueError, RuntimeError, ImportError):
+        model.set_attn_implementation(before)
 
 
-def pick_packing(asked: bool | None, attention: str | None, bodies: dict[str, nn.Module]) -> bool:
-    """Whether to pack (see packing.py): where flash attention runs, if all the bodies allow it."""
-    if asked is False or (asked is None and attention != "flash_attention_2"):
+def pick_packing(asked: bool | None, bodies: dict[str, PreTrainedModel]) -> bool:
+    """Whether to pack (see packing.py): where all run flash attention, if they allow it."""
+    flash = all(b.config._attn_implementation == "flash_attention_2" for b in bodies.values())
+    if asked is False or (asked is None and not flash):
         return False
     for name, body in bodies.items():
         if not can_pack(body):

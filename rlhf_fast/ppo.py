@@ -43,7 +43,7 @@ from rlhf_fast.experience import (
     score_all,
     slices,
 )
-from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, pick_attention, softcap
+from rlhf_fast.models import LoRA, Policy, load_policy, logit_divisor, softcap
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.report import (
     Stopwatch,
@@ -84,7 +84,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         critic=config.estimator not in CRITIC_FREE,
         value_model=config.value_model,
         lora=lora_options(config),
-        attn_implementation=pick_attention(config.attn_implementation, device, bf16=config.bf16),
+        attn_implementation=config.attn_implementation,
         bf16=config.bf16,
         packing=config.packing,
     )
@@ -101,10 +101,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         eps=config.adam_epsilon, weight_decay=config.weight_decay,
         fused=True,  # on a CPU, SmolLM2-135M: 41 to 65 ms against 347, two cores
     )  # fmt: skip
-    updates = config.steps * config.epochs * config.minibatches
-    scheduler = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, updates)
+    updates = config.epochs * config.minibatches  # in a step that target_kl does not end
+    scheduler = Schedule(
+        optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates
+    )
     control = Control(config)
-    state = {"scheduler": scheduler, "control": control}
     run.check_end(config.steps)
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
@@ -112,7 +113,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
-    first = workers.agreed(run.restore(weights, optimizer, **state), "step to go on from")
+    first = workers.agreed(run.restore(weights, optimizer, control=control), "step to go on from")
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main and workers.size > 1:
@@ -128,6 +129,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             set_seed(seed % 2**32)  # NumPy takes no larger one
             generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
+            scheduler.after(step * updates)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
             groups = config.batch_size // config.samples_per_prompt
@@ -142,7 +144,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             try:
                 scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
-                run.save_checkpoint(step, weights, optimizer, **state)
+                run.save_checkpoint(step, weights, optimizer, control=control)
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
             columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
@@ -209,7 +211,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                     asked = [prompt.prompt for prompt in batch[mine]]
                     console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save_checkpoint(step + 1, weights, optimizer, **state)
+                run.save_checkpoint(step + 1, weights, optimizer, control=control)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
@@ -218,7 +220,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
         run.write("value_model", save_critic)
     if config.lora_r is not None:
-        run.write("adapter", policy.model.save_pretrained)
+        save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
+        run.write("adapter", save_adapter)
     after = evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))

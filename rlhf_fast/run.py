@@ -61,7 +61,7 @@ class Run:
         self.changed = self.changed_options() if self.exists else {}
 
     def changed_options(self) -> dict[str, tuple[Any, Any]]:
-        """{name: (before, now)} of the options that were changed and may be."""
+        """{name: (before, now)} of the options that were changed, all of which may be."""
         path = self.folder / "config.yaml"
         try:
             earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ class Run:
             before, now = earlier.get(f.name, f.default), getattr(self.config, f.name)
             if before == now:
                 continue
-            if f.name not in self.config.changeable:
+            if f.name in self.config.fixed:
                 raise InputError(
                     f"{f.name}={now}, but the run in output_dir={self.folder} began with "
                     f"{f.name}={before}: set it back, or begin again with --overwrite"
@@ -85,7 +85,7 @@ class Run:
     @property
     def summary(self) -> dict[str, Any] | None:
         """The results of a finished run; None, too, of one whose end was moved."""
-        moved = {"steps", "epochs"} & self.changed.keys()
+        moved = self.config.length in self.changed
         return self.load("summary.json") if self.exists and not moved else None
 
     def check_end(self, steps: int) -> None:
@@ -183,7 +183,9 @@ class Run:
             for i, moments in state["optimizer"]["state"].items():
                 for name, moment in moments.items():
                     moments[name] = placed_like(moment, trained[i])
-            optimizer.load_state_dict(state["optimizer"])
+            # Its moments only: Adam's options are the config's, which may have changed.
+            options = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict(state["optimizer"] | {"param_groups": options})
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         if self.writes:

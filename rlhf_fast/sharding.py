@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_fast.config import InputError, PPOConfig, RunConfig
 
@@ -40,10 +42,13 @@ class Sharder:
         # A Linear returns a view, which must not be written to; nothing here does.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
-    def body_with_head(self, body: nn.Module, head: nn.Module) -> Sharded:
-        """One group for what the head and the body's embedding may share."""
-        self.layers(body, head.weight)
-        root = Sharded(body, head, self.plugin.reshard_after_forward)
+    def body_with_head(self, body: nn.Module, base: nn.Module, head: nn.Module) -> Sharded:
+        """One group for what the head and the body's embedding may share.
+
+        base: the whole model where the body is only its top layers; else the body.
+        """
+        self.layers(base, head.weight)
+        root = Sharded(body, base, head, self.plugin.reshard_after_forward)
         self.unit(root, reshard_after_forward=False)
         return root
 
@@ -55,6 +60,10 @@ class Sharder:
         wrapped = self.wrapped(body)
         for module in reversed(list(body.modules())[1:]):  # the inner ones first
             if wrapped(module) and not any(p is shared for p in module.parameters()):
+                if self.plugin.activation_checkpointing:
+                    module.forward = partial(
+                        checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False
+                    )
                 self.unit(module, reshard_after_forward=self.plugin.reshard_after_forward)
 
     def wrapped(self, body: nn.Module) -> Callable[[nn.Module], bool]:
@@ -81,6 +90,8 @@ class Sharder:
             mesh=self.mesh,
             mp_policy=self.precision,
             reshard_after_forward=reshard_after_forward,
+            # Embedding and head of a policy whose frozen layers the reference shares.
+            ignored_params={p for p in module.parameters() if isinstance(p, DTensor)},
         )
         # Every loss is divided by the count of the whole minibatch already: gradients are summed.
         module.set_gradient_divide_factor(1.0)
@@ -94,9 +105,9 @@ class Sharded(nn.Module):
     the head's, as a plain tensor, whose gradient is scattered along with the others.
     """
 
-    def __init__(self, body: nn.Module, head: nn.Module, reshard: bool) -> None:
+    def __init__(self, body: nn.Module, base: nn.Module, head: nn.Module, reshard: bool) -> None:
         super().__init__()
-        self.body, self.head, self.reshard_layers = body, head, reshard
+        self.body, self.base, self.head, self.reshard_layers = body, base, head, reshard
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.body(*args, **kwargs)
@@ -134,16 +145,9 @@ def check(plugin: FullyShardedDataParallelPlugin, config: RunConfig) -> None:
         raise InputError("accelerate's FSDP is for `rlhf-fast ppo`: use plain data parallelism")
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise InputError("accelerate's config asks for FSDP 1: set fsdp_version: 2")
-    for name in ("trainable_layers", "lora_r"):
-        if (value := getattr(config, name)) is not None:
-            raise InputError(
-                f"{name}={value} cannot be combined with accelerate's FSDP: train the whole model, "
-                "or launch with plain data parallelism (frozen weights have no optimizer state)"
-            )
     precision = plugin.mixed_precision_policy
     not_supported = {
         "fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_activation_checkpointing": plugin.activation_checkpointing,
         "fsdp_ignored_modules": plugin.ignored_modules is not None,
         "mixed_precision: fp16": precision is not None and precision.param_dtype == torch.float16,
     }

@@ -116,17 +116,19 @@ class Workers:
         # What is computed outside FSDP's modules, the losses, has their precision.
         policy.bf16 |= self.sharder.precision.param_dtype == torch.bfloat16
         policy.exact_decoding = False  # the head's weight is whole only after a pass of the body
-        policy.body = self.sharder.body_with_head(policy.body, policy.head)
-        policy.reference_model = self.sharder.body_with_head(
-            policy.reference_model, policy.reference_head
-        )
+        policy.body = self.sharder.body_with_head(policy.body, policy.model.base_model, policy.head)
+        if (reference := policy.reference_model) is not None:
+            policy.reference_model = self.sharder.body_with_head(
+                reference, reference, policy.reference_head
+            )
         if policy.value_body is not None:
             self.sharder.body(policy.value_body)
         if policy.value_head is not None:
             self.sharder.unit(policy.value_head, reshard_after_forward=True)
         # FSDP learns what its root is from the first call, and decoding calls what is inside it.
         with torch.no_grad():
-            policy.body(torch.zeros(1, 1, dtype=torch.int64, device=self.device))
+            tokens = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            policy.body(tokens, use_cache=False)
         policy.body.drop_whole()
 
     def in_step(self, passes: Sequence[Tensor], *, idle: Tensor) -> list[tuple[Tensor, bool]]:

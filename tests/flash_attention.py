@@ -49,6 +49,8 @@ def flash_attn_varlen_func(
 def attend(q, k, v, scale, causal, window, softcap) -> Tensor:
     """[n, heads, d]; as in flash-attn 2.1 and later, the last query sees the last key."""
     k, v = (x.repeat_interleave(q.size(1) // k.size(1), 1) for x in (k, v))
+    if q.size(-1) > 256:
+        raise RuntimeError("FlashAttention forward only supports head dimension at most 256")
     scores = torch.einsum("nhd,mhd->hnm", q, k).float() * (scale or q.size(-1) ** -0.5)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
@@ -71,9 +73,10 @@ def install(monkeypatch) -> None:
     check = PreTrainedModel._check_and_adjust_attn_implementation
 
     def adjust(self, attn_implementation, *args, **kwargs):
-        if attn_implementation == "flash_attention_2":
+        if attn_implementation == "flash_attention_2" and self._supports_flash_attn:
             return attn_implementation
         return check(self, attn_implementation, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", adjust)
+    monkeypatch.setattr("rlhf_fast.models.has_flash_attention", lambda device: True)
     calls.clear()

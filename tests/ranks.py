@@ -138,7 +138,9 @@ def train_each(file: str) -> None:
 
     def shard_and_look(self: ppo.Workers, policy: ppo.Policy) -> None:
         shard(self, policy)
-        weights = [*policy.trained().values(), *policy.reference_model.parameters()]
+        weights = {*policy.model.parameters(), *policy.trained().values()}
+        if policy.reference_model is not None:
+            weights |= {*policy.reference_model.parameters()}
         held = sum(p.to_local().numel() for p in weights)
         assert held < 0.51 * sum(p.numel() for p in weights)
 
@@ -147,6 +149,7 @@ def train_each(file: str) -> None:
     with open(file) as configs:
         for config in json.load(configs):
             ppo.train(PPOConfig(**config))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -37,4 +37,14 @@ def test_skipped_in_a_row():
     assert [counted.made(x) for x in (False, True, False, False)] == [True, True, True, False]
     again = control(max_skipped_updates=3)
     again.load_state_dict(counted.state_dict())
-    assert again.state_dict() == {"beta": 0.05, "skipped_in_a_row": 2}
+    assert again.state_dict() == {"beta": 0.05, "given_beta": 0.05, "skipped_in_a_row": 2}
+
+
+def test_the_given_beta_counts_where_it_was_changed():
+    adapted = control(beta=0.1, adaptive_kl_target=6.0)
+    adapted.adapt(100.0)
+    state = adapted.state_dict()
+    for beta, expected in ((0.1, adapted.beta), (0.2, 0.2)):
+        again = control(beta=beta)
+        again.load_state_dict(state)
+        assert again.beta == expected

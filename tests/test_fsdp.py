@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -73,7 +74,7 @@ def broken_off(config: PPOConfig, name: str) -> PPOConfig:
     """A copy of a finished run as it was after its checkpoint, to be continued."""
     folder = Path(config.output_dir).with_name(name)
     shutil.copytree(config.output_dir, folder)
-    for result in ("model", "value_model"):
+    for result in ("model", "value_model", "adapter"):
         shutil.rmtree(folder / result, ignore_errors=True)
     (folder / "summary.json").unlink()
     for path in (folder / "checkpoints").iterdir():
@@ -94,10 +95,13 @@ def untied_folder(tmp_path, tiny_tokenizer, tiny_config) -> str:
     return str(tmp_path / "untied")
 
 
+OPTIONS = {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
+
+
 def test_two_processes_give_the_numbers_of_one(
     configured, tmp_path, untied_folder, tiny_reward_folder
 ):
-    options = {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
+    options = OPTIONS.copy()
     # Tied embeddings, a value head on them; 3 rows a minibatch: one process has an idle pass.
     alone = configured("alone", minibatches=4, micro_batch_size=1, **options)
     together = replace(alone, output_dir=str(tmp_path / "together"))
@@ -143,26 +147,69 @@ def test_two_processes_give_the_numbers_of_one(
 
 
 @pytest.mark.parametrize(
-    ("plugin", "options", "message"),
+    "options",
     [
-        ({"fsdp_version": 1}, {}, "set fsdp_version: 2"),
-        ({}, {"trainable_layers": 1}, "trainable_layers=1 cannot be combined with .*FSDP"),
-        ({}, {"lora_r": 4}, "lora_r=4 cannot be combined with .*FSDP"),
-        ({"cpu_offload": True}, {}, "fsdp_offload_params"),
-        ({"activation_checkpointing": True}, {}, "fsdp_activation_checkpointing"),
-        ({"mixed_precision_policy": "fp16"}, {}, "mixed_precision: fp16"),
+        {"lora_r": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
+        {"trainable_layers": 2, "minibatches": 4, "micro_batch_size": 1},
+    ],
+    ids=["LoRA", "top layers"],
+)
+def test_frozen_weights_are_sharded_too(configured, tmp_path, options):
+    """The reference is the policy without adapters, or shares its frozen layers."""
+    alone = configured("alone", **OPTIONS | options)
+    together = replace(alone, output_dir=str(tmp_path / "together"))
+    ppo.train(alone)
+    several = [together, broken_off(alone, "by_one_then_two")]
+    (tmp_path / "several.json").write_text(json.dumps([asdict(each) for each in several]))
+    done = launch(
+        tmp_path,
+        [RANKS, str(tmp_path / "several.json")],
+        fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        fsdp_reshard_after_forward="lora_r" in options,
+        fsdp_activation_checkpointing=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_one = broken_off(together, "by_two_then_one")
+    ppo.train(by_one)
+    for run in (*several, by_one):
+        assert_same_run(alone, run)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"fsdp_version": 1}, "set fsdp_version: 2"),
+        ({"cpu_offload": True}, "fsdp_offload_params"),
+        ({"mixed_precision_policy": "fp16"}, "mixed_precision: fp16"),
     ],
 )
-def test_what_is_not_supported_is_refused(configured, plugin, options, message):
+def test_what_is_not_supported_is_refused(configured, plugin, message):
     plugin = FullyShardedDataParallelPlugin(**({"fsdp_version": 2} | plugin))
     with pytest.raises(InputError, match=message):
-        check(plugin, configured(**options))
+        check(plugin, configured())
 
 
 def test_only_ppo_is_sharded():
     config = RewardConfig(model="model", data="data", output_dir="out")
     with pytest.raises(InputError, match="FSDP is for `rlhf-fast ppo`"):
         check(FullyShardedDataParallelPlugin(fsdp_version=2), config)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_activation_checkpointing_runs_layers_twice(tiny_config, asked):
+    from transformers import LlamaModel
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", activation_checkpointing=asked
+    )
+    body, calls = LlamaModel(tiny_config), []
+    for layer in body.layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    layer_wise = SimpleNamespace(plugin=plugin, unit=lambda *_, **__: None)
+    layer_wise.wrapped = partial(Sharder.wrapped, layer_wise)
+    Sharder.layers(layer_wise, body, None)
+    body(torch.zeros(1, 4, dtype=torch.int64)).last_hidden_state.sum().backward()
+    assert len(calls) == (6 if asked else 3)
 
 
 def test_a_layer_that_the_model_has_not(tiny_config):

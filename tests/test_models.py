@@ -18,12 +18,12 @@ from rlhf_fast.models import (
     LoRA,
     check_vocabulary,
     choose_pad,
+    has_flash_attention,
     load_critic,
     load_policy,
     load_reward_model,
     load_tokenizer,
     new_reward_model,
-    pick_attention,
     pick_device,
     score_texts,
     score_tokens,
@@ -266,20 +266,21 @@ def test_adapters(tiny_policy_folder):
     assert (moved - before).abs().max() > 0.1
 
 
-def test_attention(monkeypatch):
-    gpu = torch.device("cuda")
-    assert pick_attention(None, CPU, bf16=True) is None
-    assert pick_attention("eager", CPU, bf16=False) == "eager"
+def test_flash_attention_that_is_not_there(tiny_policy_folder, monkeypatch):
+    def load(device: torch.device):
+        load_policy(
+            tiny_policy_folder, trainable_layers=None, device=device, bf16=True,
+            attn_implementation="flash_attention_2",
+        )  # fmt: skip
+
     with pytest.raises(InputError, match="flash_attention_2: not on device=cpu"):
-        pick_attention("flash_attention_2", CPU, bf16=True)
-    monkeypatch.setattr("rlhf_fast.models.is_flash_attn_2_available", lambda: False)
-    assert pick_attention(None, gpu, bf16=True) is None
+        load(CPU)
+    for there in (True, False):
+        monkeypatch.setattr("rlhf_fast.models.is_flash_attn_2_available", lambda there=there: there)
+        assert has_flash_attention(torch.device("cuda")) is there
+        assert not has_flash_attention(CPU)
     with pytest.raises(InputError, match="flash-attn is not installed"):
-        pick_attention("flash_attention_2", gpu, bf16=True)
-    monkeypatch.setattr("rlhf_fast.models.is_flash_attn_2_available", lambda: True)
-    assert pick_attention(None, gpu, bf16=True) == "flash_attention_2"
-    assert pick_attention(None, gpu, bf16=False) is None  # it has no float32
-    assert pick_attention("sdpa", gpu, bf16=True) == "sdpa"
+        load(torch.device("cuda"))
 
 
 def test_attention_implementation_is_the_models(tiny_policy_folder):

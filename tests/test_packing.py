@@ -4,6 +4,7 @@ With SDPA (eager where a model asks for it) on packed rows, and with flash atten
 calls it, its kernels replaced by PyTorch (flash_attention.py); the kernels' turn is in test_gpu.py.
 """
 
+from functools import partial
 from pathlib import Path
 
 import flash_attention
@@ -31,6 +32,11 @@ MODELS = {
     "Gemma2": {"head_dim": 16, "attn_logit_softcapping": 2.0, **WINDOW},
     "GPTNeoX": {},
 }
+OTHERS = {
+    "Lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "Bloom": {},
+    "WideHeads": {"head_dim": 264},
+}
 
 
 def tiny(name: str, vocab: int, **options):
@@ -50,8 +56,8 @@ def load(tmp_path, tiny_tokenizer):
     def folder(name: str) -> str:
         path = tmp_path / name
         if not path.exists():
-            options = MODELS.get(name, {"layer_types": ["conv", "full_attention", "conv"]})
-            tiny(name, len(tiny_tokenizer), **options).save_pretrained(path)
+            family = "Llama" if name == "WideHeads" else name
+            tiny(family, len(tiny_tokenizer), **(MODELS | OTHERS)[name]).save_pretrained(path)
             tiny_tokenizer.save_pretrained(path)
         return str(path)
 
@@ -209,6 +215,27 @@ def test_loading_with_flash_attention(load, flash):
     assert {call.dtype for call in flash_attention.calls} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "attention"),
+    [
+        ("Llama", {"bf16": True}, "flash_attention_2"),
+        ("Llama", {}, "sdpa"),  # it has no float32
+        ("Llama", {"bf16": True, "attn_implementation": "eager"}, "eager"),
+        ("Bloom", {"bf16": True}, "eager"),  # transformers has no flash attention for it
+        ("WideHeads", {"bf16": True}, "sdpa"),  # flash-attn has none for 264 numbers a head
+    ],
+)
+def test_flash_attention_is_chosen_where_it_runs(load, flash, name, options, attention):
+    policy = load(name, **options)
+    assert policy.model.config._attn_implementation == attention
+    assert policy.body.config._attn_implementation == attention
+    assert policy.packed == (attention == "flash_attention_2")
+    # A critic has its own; only together do they go without padding.
+    policy = load(value_model=load.folder(name), **options)
+    assert policy.value_body.config._attn_implementation == attention
+    assert policy.packed == (attention == "flash_attention_2")
+
+
 def test_packing_can_be_turned_off(load, flash):
     assert not load(attn_implementation=flash, packing=False).packed
 
@@ -246,7 +273,10 @@ def test_a_run_has_the_same_metrics(configured, load, flash, monkeypatch, option
 
     def metrics(name: str, attention: str | None, **more) -> list[dict]:
         forward_passes.clear()
-        monkeypatch.setattr(ppo, "pick_attention", lambda *args, **kwargs: attention)
+        forced = partial(load_policy, attn_implementation=attention)  # in float32, too
+        monkeypatch.setattr(
+            ppo, "load_policy", lambda *a, attn_implementation, **b: forced(*a, **b)
+        )
         config = configured(name, steps=2, micro_batch_size=3, **options, **more)
         ppo.train(config)
         rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
