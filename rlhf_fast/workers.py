@@ -2,6 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 2 -m rlhf_fast.cli ppo …  # whole models
     accelerate launch --config_file fsdp.yaml -m rlhf_fast.cli ppo …        # shards: sharding.py
+    accelerate launch --config_file deepspeed.yaml -m rlhf_fast.cli ppo …   # ZeRO: zero.py
 
 `--multi_gpu` makes accelerate start torch's launcher, and is right on a machine of CPUs, too: with
 `--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts one process unless
@@ -151,8 +152,8 @@ class Workers:
     def in_step(self, passes: Sequence[Tensor], *, idle: Tensor) -> list[tuple[Tensor, bool]]:
         """(rows, whether they count) of each of this process's passes over a minibatch.
 
-        Sharded weights are gathered by all processes together, so one that has fewer passes than
-        another makes up for them with `idle` rows that do not count.
+        Sharded weights are gathered, and ZeRO's gradients reduced, by all processes together, so
+        one that has fewer passes than another makes up for them with `idle` rows that do not count.
         """
         together = self.sharder is not None or self.zero is not None
         missing = self.largest(len(passes)) - len(passes) if together else 0

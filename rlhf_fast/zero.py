@@ -58,9 +58,9 @@ def engine_config(asked: dict[str, Any], config: RunConfig) -> dict[str, Any]:
             "accelerate's DeepSpeed is for `rlhf-fast ppo`: use plain data parallelism"
         )
     zero = asked["zero_optimization"]
-    if zero["stage"] not in (1, 2):
+    if (stage := zero.get("stage", 0)) not in (1, 2):
         raise InputError(
-            f"DeepSpeed's ZeRO stage {zero['stage']} is not supported: take stage 1 or 2. To shard "
+            f"DeepSpeed's ZeRO stage {stage} is not supported: take stage 1 or 2. To shard "
             "the weights, too, use distributed_type: FSDP with fsdp_version: 2 and "
             "fsdp_reshard_after_forward: true"
         )

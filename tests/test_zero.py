@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -16,6 +17,16 @@ from rlhf_fast import ppo
 from rlhf_fast.config import InputError, PPOConfig, RewardConfig
 from rlhf_fast.run import read_metrics
 from rlhf_fast.zero import asked_for, engine_config
+
+
+@pytest.fixture(autouse=True)
+def deepspeed_to_import(monkeypatch) -> None:
+    """It lies apart: accelerate and TRL would import it in every process that could."""
+    folder = Path(sys.prefix, "deepspeed-0.19.8")
+    if not folder.is_dir():
+        pytest.fail(f"missing: pip install --no-deps --target {folder} deepspeed==0.19.8")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
 
 
 def zero_launch(folder: Path, script: list[str], **deepspeed_config) -> CompletedProcess:
