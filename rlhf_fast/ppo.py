@@ -59,6 +59,7 @@ from rlhf_fast.rollout import Rollout, RolloutEngine, answer_hidden, decode, dec
 from rlhf_fast.run import Run, read_metrics
 from rlhf_fast.scorers import Scorer, load_function, load_scorer
 from rlhf_fast.sharding import gathered
+from rlhf_fast.stepper import Stepper
 from rlhf_fast.watch import warnings
 from rlhf_fast.workers import Workers
 
@@ -101,6 +102,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         eps=config.adam_epsilon, weight_decay=config.weight_decay,
         fused=True,  # on a CPU, SmolLM2-135M: 41 to 65 ms against 347, two cores
     )  # fmt: skip
+    stepper = workers.stepper(policy, optimizer, config.max_grad_norm)
     updates = config.epochs * config.minibatches  # in a step that target_kl does not end
     scheduler = Schedule(
         optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates
@@ -113,12 +115,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
-    first = workers.agreed(run.restore(weights, optimizer, control=control), "step to go on from")
+    first = workers.agreed(
+        run.restore(weights, stepper.optimizer, control=control), "step to go on from"
+    )
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main and workers.size > 1:
-        shared = f"each batch of {config.batch_size} answers"
-        shared += "" if workers.sharder is None else " and all weights (FSDP2)"
+        shared = f"each batch of {config.batch_size} answers{workers.sharing}"
         console.print(f"{workers.size} processes share {shared}")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
@@ -144,7 +147,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             try:
                 scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
-                run.save_checkpoint(step, weights, optimizer, control=control)
+                run.save_checkpoint(step, weights, stepper.optimizer, control=control)
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
             columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
@@ -162,8 +165,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
             # 5. Several passes over the batch, each in minibatches that cover it.
             stats = learn(
-                policy, rollout, old, advantages, returns, config, optimizer, scheduler, control,
-                weights, workers, generator,
+                policy, rollout, old, advantages, returns, config, stepper, scheduler, control,
+                workers, generator,
             )  # fmt: skip
             clock.lap("update")
 
@@ -211,7 +214,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                     asked = [prompt.prompt for prompt in batch[mine]]
                     console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
             if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save_checkpoint(step + 1, weights, optimizer, control=control)
+                run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
@@ -293,10 +296,9 @@ def learn(
     advantages: Tensor,
     returns: Tensor | None,
     config: PPOConfig,
-    optimizer: torch.optim.Optimizer,
+    stepper: Stepper,
     scheduler: Schedule,
     control: Control,
-    weights: dict[str, Tensor],
     workers: Workers,
     generator: torch.Generator,
 ) -> dict[str, float]:
@@ -322,7 +324,7 @@ def learn(
                 )  # fmt: skip
             apart = policy.value_body is not None
             if apart:  # the policy's graph is gone before the critic's is made
-                policy_part.backward()
+                stepper.backward(policy_part)
             with policy.precision():
                 values = predict_values(policy, hidden, rollout, part)
             share = m.sum() / tokens
@@ -336,7 +338,7 @@ def learn(
                 to_learn = config.value_coef * value_part if apart else loss
                 sums["loss/value_avg"] += value_part.detach()
                 sums["val/clipfrac_avg"] += value_stats.clipfrac * share
-            to_learn.backward()
+            stepper.backward(to_learn)
 
             sums["loss"] += loss.detach()
             sums["loss/policy_avg"] += policy_part.detach()
@@ -348,27 +350,24 @@ def learn(
             sums["val/ratio"] += distance * share
             sums["val/ratio_var"] += (policy_stats.ratio_var + distance**2) * share
         totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
-        workers.sum([totals, *gradients(weights)])
+        workers.sum([totals])
         sums = dict(zip(sums, totals, strict=True))
         sums["val/ratio_var"] -= sums["val/ratio"] ** 2
         sums["val/ratio"] += 1
 
         too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
         if too_far:
-            optimizer.zero_grad()
+            stepper.drop()
             break
-        norm = gathered(torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm))
-        finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
-        if finite:
-            optimizer.step()
+        norm, made = stepper.step(sums["loss"])
+        if made:
             for name, value in sums.items():
                 stats[name].append(value)
             stats["grad_norm"].append(norm)
-        else:  # one bad minibatch must not end a run, nor enter the weights
+        else:
             skipped += 1
-        optimizer.zero_grad()
         scheduler.step()
-        if not control.made(finite):
+        if not control.made(made):
             break
     return {
         **{name: torch.stack(values).mean().item() for name, values in stats.items()},
@@ -427,14 +426,6 @@ def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
     if config.aggregation == "token-sum":
         return tokens, torch.full_like(tokens, len(mask) * config.max_new_tokens)
     return tokens, mask.any(-1).sum()
-
-
-def gradients(weights: dict[str, Tensor]) -> list[Tensor]:
-    """Of every weight; zeros where this process had nothing to learn from."""
-    for p in weights.values():
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    return [p.grad for p in weights.values()]
 
 
 def load_engine(config: PPOConfig) -> RolloutEngine | None:

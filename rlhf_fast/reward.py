@@ -36,6 +36,7 @@ from rlhf_fast.models import (
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.report import console, progress_bar
 from rlhf_fast.run import Run
+from rlhf_fast.stepper import Stepper
 from rlhf_fast.trunk_cache import TrunkCache, fits
 from rlhf_fast.workers import Workers
 
@@ -77,6 +78,7 @@ def train(config: RewardConfig) -> dict:
     # A function of the step alone, so a resumed run needs no saved scheduler.
     schedule = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, steps)
     updates = Updates(config)
+    stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
     run.check_end(steps)
     run.begin()
     first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
@@ -99,28 +101,22 @@ def train(config: RewardConfig) -> dict:
                 part = mine[at : at + micro]
                 loss, stats = batch_loss(score, part, center_coef=config.center_coef)
                 share = len(part) / len(batch)
-                (loss * share).backward()
+                stepper.backward(loss * share)
                 sums["loss"] += loss.detach() * share
                 sums["accuracy"] += stats.accuracy * share
                 sums["margin"] += stats.gap * share
                 sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
-            gradients = [p.grad for p in weights.values() if p.grad is not None]
-            workers.sum([*sums.values(), *gradients])
-
-            norm = torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-            finite = bool(torch.isfinite(norm) & torch.isfinite(sums["loss"]))
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad()
+            workers.sum(sums.values())
+            norm, made = stepper.step(sums["loss"])
 
             row = {
                 "step": step + 1,
                 **{name: total.item() for name, total in sums.items()},
                 "grad_norm": norm.item(),
                 "lr": optimizer.param_groups[0]["lr"],
-                "skipped_updates": int(not finite),
+                "skipped_updates": int(not made),
             }
-            if not updates.made(finite):
+            if not updates.made(made):
                 dump = {"chosen": [pair.chosen for pair in batch]}
                 dump |= {"rejected": [pair.rejected for pair in batch], "statistics": row}
                 workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))

@@ -2,6 +2,7 @@
 
     accelerate launch --multi_gpu --num_processes 2 -m rlhf_fast.cli ppo …  # whole models
     accelerate launch --config_file fsdp.yaml -m rlhf_fast.cli ppo …        # shards: sharding.py
+    accelerate launch --config_file deepspeed.yaml -m rlhf_fast.cli ppo …   # ZeRO: zero.py
 
 `--multi_gpu` makes accelerate start torch's launcher, and is right on a machine of CPUs, too: with
 `--cpu`, or a config of `distributed_type: MULTI_CPU`, accelerate 1.15 starts one process unless
@@ -29,6 +30,7 @@ from accelerate.utils import (
     DistributedType,
     disable_fsdp_ram_efficient_loading,
     gather_object,
+    patch_environment,
 )
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -36,6 +38,8 @@ from torch.distributed.tensor import DTensor
 from rlhf_fast.config import InputError, RunConfig
 from rlhf_fast.models import Policy, pick_device
 from rlhf_fast.sharding import Sharder, check
+from rlhf_fast.stepper import Stepper
+from rlhf_fast.zero import ZeroStepper, asked_for
 
 SUPPORTED = {
     DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU,
@@ -44,7 +48,6 @@ SUPPORTED = {
 
 # What `accelerate launch` sets for a config. On CPUs accelerate would ignore them in silence.
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -75,9 +78,12 @@ class Workers:
         # accelerate takes CPUs only when told to, even where there is nothing else.
         cpu = (self.device.type if alone else config.device) == "cpu"
         cpu = cpu or not torch.accelerator.is_available()
-        self.accelerator = Accelerator(
-            cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
-        )
+        # The engine is ours to make (zero.py). Accelerate would ignore it on CPUs; on GPUs it would
+        # have transformers cut up every model that is loaded, where the config asks for stage 3.
+        with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
+            self.accelerator = Accelerator(
+                cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir
+            )
         if self.accelerator.distributed_type not in SUPPORTED:
             raise InputError(
                 f"accelerate's distributed_type={self.accelerator.distributed_type.value} is not "
@@ -101,10 +107,22 @@ class Workers:
                 plugin.set_mixed_precision(self.accelerator.mixed_precision)
             check(plugin, config)
             self.sharder = Sharder(plugin, self.device)
+        self.zero = None
+        if switched_on("ACCELERATE_USE_DEEPSPEED") and self.size > 1:
+            self.zero = asked_for(config)
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sharing(self) -> str:
+        """What each process has a part of, beside the batch, in words."""
+        if self.sharder is not None:
+            return " and all weights (FSDP2)"
+        if self.zero is not None:
+            return f" and Adam's moments (ZeRO-{self.zero['zero_optimization']['stage']})"
+        return ""
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -131,13 +149,21 @@ class Workers:
             policy.body(tokens, use_cache=False)
         policy.body.drop_whole()
 
+    def stepper(
+        self, policy: Policy, optimizer: torch.optim.AdamW, max_norm: float
+    ) -> Stepper | ZeroStepper:
+        if self.zero is not None:
+            return ZeroStepper(policy, optimizer, self.zero)
+        return Stepper(policy.trained().values(), optimizer, max_norm, self.sum)
+
     def in_step(self, passes: Sequence[Tensor], *, idle: Tensor) -> list[tuple[Tensor, bool]]:
         """(rows, whether they count) of each of this process's passes over a minibatch.
 
-        Sharded weights are gathered by all processes together, so one that has fewer passes than
-        another makes up for them with `idle` rows that do not count.
+        Sharded weights are gathered, and ZeRO's gradients reduced, by all processes together, so
+        one that has fewer passes than another makes up for them with `idle` rows that do not count.
         """
-        missing = 0 if self.sharder is None else self.largest(len(passes)) - len(passes)
+        together = self.sharder is not None or self.zero is not None
+        missing = self.largest(len(passes)) - len(passes) if together else 0
         return [(rows, True) for rows in passes] + [(idle, False)] * missing
 
     def share(self, size: int) -> slice:

@@ -112,6 +112,23 @@ def tiny_policy_folder(tmp_path_factory, tiny_tokenizer, tiny_config) -> str:
 
 
 @pytest.fixture(scope="session")
+def untied_folder(tmp_path_factory, tiny_tokenizer, tiny_config) -> str:
+    """The same with a head that is not the embedding."""
+    import copy
+
+    import torch
+    from transformers import LlamaForCausalLM
+
+    config = copy.deepcopy(tiny_config)
+    config.tie_word_embeddings = False
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("untied")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def tiny_reward_folder(tmp_path_factory, tiny_tokenizer, tiny_config) -> str:
     """A random reward model with its tokenizer."""
     import torch

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -129,14 +131,27 @@ def fail_in_a_group() -> None:
         os._exit(1)
 
 
-def train_each(file: str) -> None:
-    """PPO runs one after the other, by the configs in a JSON file."""
+def train_each(sharded_by: str, file: str) -> None:
+    """PPO runs one after the other, by the configs in a JSON file, under accelerate's."""
     from rlhf_fast import ppo
     from rlhf_fast.config import PPOConfig
 
-    shard = ppo.Workers.shard
+    look_at_shards() if sharded_by == "fsdp" else look_at_moments()
+    atexit.register(fail_in_a_group)  # called last, being the first
+    with open(file) as runs:
+        for config, options in json.load(runs):
+            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(options.get("stage"))
+            with broken() if options.get("broken") else contextlib.nullcontext():
+                ppo.train(PPOConfig(**config))
 
-    def shard_and_look(self: ppo.Workers, policy: ppo.Policy) -> None:
+
+def look_at_shards() -> None:
+    """Half of every weight must lie in this process."""
+    from rlhf_fast.workers import Workers
+
+    shard = Workers.shard
+
+    def shard_and_look(self, policy) -> None:
         shard(self, policy)
         weights = {*policy.model.parameters(), *policy.trained().values()}
         if policy.reference_model is not None:
@@ -144,13 +159,45 @@ def train_each(file: str) -> None:
         held = sum(p.to_local().numel() for p in weights)
         assert held < 0.51 * sum(p.numel() for p in weights)
 
-    ppo.Workers.shard = shard_and_look
-    atexit.register(fail_in_a_group)  # called last, being the first
-    with open(file) as configs:
-        for config in json.load(configs):
-            ppo.train(PPOConfig(**config))
-    dist.destroy_process_group()
+    Workers.shard = shard_and_look
+
+
+def look_at_moments() -> None:
+    """Half of Adam's moments must lie in this process."""
+    from rlhf_fast.workers import Workers
+
+    stepper = Workers.stepper
+
+    def stepper_and_look(self, policy, adam, max_norm):
+        made = stepper(self, policy, adam, max_norm)
+        held = sum(state["exp_avg"].numel() for state in adam.state.values())
+        assert held < 0.51 * sum(p.numel() for p in policy.trained().values()) + 8  # padding
+        return made
+
+    Workers.stepper = stepper_and_look
+
+
+@contextlib.contextmanager
+def broken() -> Iterator[None]:
+    """Row 5 of every batch has a NaN gradient, row 7 a NaN loss."""
+    from rlhf_fast import ppo
+
+    policy_term = ppo.policy_term
+
+    def term(policy, hidden, rollout, old, advantages, rows, *arguments, **options):
+        if 5 in rows:
+            hidden.register_hook(lambda gradient: gradient * float("nan"))
+        loss, stats = policy_term(
+            policy, hidden, rollout, old, advantages, rows, *arguments, **options
+        )
+        return loss * float("nan") if 7 in rows else loss, stats
+
+    ppo.policy_term = term
+    try:
+        yield
+    finally:
+        ppo.policy_term = policy_term
 
 
 if __name__ == "__main__":
-    train_each(sys.argv[1])
+    train_each(*sys.argv[1:])

@@ -2,97 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
-import shutil
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from safetensors.torch import load_file
-from test_workers import COMPARED
+from launches import RANKS, assert_same_run, broken_off, flags, launch_two, runs_file
 
 from rlhf_fast import ppo
-from rlhf_fast.config import InputError, PPOConfig, RewardConfig
-from rlhf_fast.run import read_metrics
+from rlhf_fast.config import InputError, RewardConfig
 from rlhf_fast.sharding import Sharder, check
 
-RANKS = str(Path(__file__).with_name("ranks.py"))
 
-
-def launch(folder: Path, script: list[str], **fsdp_config) -> subprocess.CompletedProcess:
-    """Two processes, by a config file as `accelerate config` writes it."""
+def fsdp_launch(folder: Path, script: list[str], **fsdp_config) -> CompletedProcess:
     config = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1,
-        "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
-        "fsdp_config": {
-            "fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False,
-            "fsdp_state_dict_type": "FULL_STATE_DICT",
-        } | fsdp_config,
+        "fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
     }  # fmt: skip
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    return subprocess.run(
-        [*command, "--config_file", str(folder / "accelerate.yaml"), *script],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def flags(config: PPOConfig) -> list[str]:
-    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
-    return [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
-
-
-def assert_same_run(config: PPOConfig, other: PPOConfig) -> None:
-    """Metrics of every step, and all that was written in the end."""
-    folder, others = Path(config.output_dir), Path(other.output_dir)
-    one, two = (read_metrics(each / "metrics.jsonl") for each in (folder, others))
-    assert len(one) == len(two) == config.steps
-    assert max(row["grad_norm"] for row in one) > config.max_grad_norm  # clipping is tested, too
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() & set(COMPARED):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (a["step"], name)
-    files = sorted(path.relative_to(folder) for path in folder.rglob("*.safetensors"))
-    assert files and files == sorted(p.relative_to(others) for p in others.rglob("*.safetensors"))
-    for file in files:
-        a, b = load_file(folder / file), load_file(others / file)
-        assert a.keys() == b.keys()
-        for name in a:
-            torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def broken_off(config: PPOConfig, name: str) -> PPOConfig:
-    """A copy of a finished run as it was after its checkpoint, to be continued."""
-    folder = Path(config.output_dir).with_name(name)
-    shutil.copytree(config.output_dir, folder)
-    for result in ("model", "value_model", "adapter"):
-        shutil.rmtree(folder / result, ignore_errors=True)
-    (folder / "summary.json").unlink()
-    for path in (folder / "checkpoints").iterdir():
-        if path.name != "step_2.pt":
-            path.unlink()
-    return replace(config, output_dir=str(folder), resume=True)
-
-
-@pytest.fixture
-def untied_folder(tmp_path, tiny_tokenizer, tiny_config) -> str:
-    from transformers import LlamaForCausalLM
-
-    config = copy.deepcopy(tiny_config)
-    config.tie_word_embeddings = False
-    torch.manual_seed(2)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "untied")
-    tiny_tokenizer.save_pretrained(tmp_path / "untied")
-    return str(tmp_path / "untied")
+    return launch_two(folder, script, "FSDP", fsdp_config=config | fsdp_config)
 
 
 OPTIONS = {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
@@ -106,7 +37,7 @@ def test_two_processes_give_the_numbers_of_one(
     alone = configured("alone", minibatches=4, micro_batch_size=1, **options)
     together = replace(alone, output_dir=str(tmp_path / "together"))
     ppo.train(alone)
-    done = launch(
+    done = fsdp_launch(
         tmp_path,
         ["-m", "rlhf_fast.cli", "ppo", *flags(together)],
         fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
@@ -130,10 +61,9 @@ def test_two_processes_give_the_numbers_of_one(
         broken_off(alone, "by_one_then_two"),
         broken_off(together, "by_two_then_two"),
     ]
-    (tmp_path / "several.json").write_text(json.dumps([asdict(each) for each in several]))
-    done = launch(
+    done = fsdp_launch(
         tmp_path,
-        [RANKS, str(tmp_path / "several.json")],
+        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
         fsdp_auto_wrap_policy="SIZE_BASED_WRAP",
         fsdp_min_num_params=5000,
         fsdp_reshard_after_forward=False,
@@ -160,10 +90,9 @@ def test_frozen_weights_are_sharded_too(configured, tmp_path, options):
     together = replace(alone, output_dir=str(tmp_path / "together"))
     ppo.train(alone)
     several = [together, broken_off(alone, "by_one_then_two")]
-    (tmp_path / "several.json").write_text(json.dumps([asdict(each) for each in several]))
-    done = launch(
+    done = fsdp_launch(
         tmp_path,
-        [RANKS, str(tmp_path / "several.json")],
+        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
         fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
         fsdp_reshard_after_forward="lora_r" in options,
         fsdp_activation_checkpointing=True,
@@ -223,7 +152,7 @@ def test_a_layer_that_the_model_has_not(tiny_config):
         Sharder.wrapped(SimpleNamespace(plugin=plugin), LlamaModel(tiny_config))
 
 
-@pytest.mark.parametrize("engine", ["DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+@pytest.mark.parametrize("engine", ["MEGATRON_LM", "PARALLELISM_CONFIG"])
 def test_other_engines_are_refused(configured, monkeypatch, engine):
     from rlhf_fast.workers import Workers
 

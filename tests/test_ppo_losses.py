@@ -46,10 +46,12 @@ def update(s: SimpleNamespace) -> tuple[dict[str, torch.Tensor], dict[str, float
     weights = s.policy.trained()
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.SGD(weights.values(), lr=LR)
+    workers = Workers(s.config)
     stats = ppo.learn(
-        s.policy, s.rollout, s.old, s.advantages, None, s.config, optimizer,
-        Schedule(optimizer, "constant_with_warmup", 0, 1), Control(s.config), weights,
-        Workers(s.config), torch.Generator().manual_seed(0),
+        s.policy, s.rollout, s.old, s.advantages, None, s.config,
+        workers.stepper(s.policy, optimizer, s.config.max_grad_norm),
+        Schedule(optimizer, "constant_with_warmup", 0, 1), Control(s.config), workers,
+        torch.Generator().manual_seed(0),
     )  # fmt: skip
     return {name: (before[name] - p.detach()) / LR for name, p in weights.items()}, stats
 

@@ -3,37 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 from types import SimpleNamespace
 
 import pytest
 import torch
+from launches import assert_same_metrics, flags, launch
 
 from rlhf_fast import ppo, reward
 from rlhf_fast.config import InputError, PPOConfig, RewardConfig
 from rlhf_fast.run import Run, read_metrics
 
-COMPARED = (
-    "objective/scores", "objective/kl", "objective/entropy", "loss/policy_avg", "loss/value_avg",
-    "grad_norm", "policy/entropy_avg", "policy/approxkl_avg", "val/clipfrac_avg", "val/ratio",
-    "val/explained_var", "val/num_eos_tokens", "val/answer_tokens", "objective/kl_coef", "lr",
-)  # fmt: skip
 
-
-def launch(config: PPOConfig | RewardConfig, processes: int) -> subprocess.CompletedProcess:
+def launch_ddp(config: PPOConfig | RewardConfig) -> CompletedProcess:
     command = "reward" if isinstance(config, RewardConfig) else "ppo"
-    options = {k: v if isinstance(v, list) else [v] for k, v in vars(config).items()}
-    flags = [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
-    line = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1",
-        f"--num_processes={processes}", "--mixed_precision=no", "--dynamo_backend=no",
-        "--main_process_port=0", "-m", "rlhf_fast.cli", command, *flags,
-    ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(line, capture_output=True, text=True, timeout=300, env=env)
+    options = ["--multi_gpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no",
+               "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
+    return launch(options, ["-m", "rlhf_fast.cli", command, *flags(config)])
 
 
 @pytest.mark.parametrize(
@@ -53,14 +40,10 @@ def test_two_processes_give_the_numbers_of_one(configured, options):
     together = configured("together", **options | {"device": device})
     together.data = alone.data
     ppo.train(alone)
-    done = launch(together, 2)
+    done = launch_ddp(together)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout  # without --multi_gpu a launch on a CPU starts one
-    one, two = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (alone, together))
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two, strict=True):
-        for name in a.keys() & set(COMPARED):
-            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), (a["step"], name)
+    assert_same_metrics(alone, together)
     assert (Path(together.output_dir) / "model" / "model.safetensors").is_file()
     kept = {p.name for p in (Path(together.output_dir) / "checkpoints").iterdir()}
     assert kept == {"step_2.pt", "step_3.pt"}
@@ -80,7 +63,7 @@ def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_j
         for name in ("one", "two")
     )  # fmt: skip
     summary = reward.train(one)
-    done = launch(two, 2)
+    done = launch_ddp(two)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout and done.stdout.count("held-out pair accuracy") == 1
     alone, shared = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (one, two))
@@ -104,7 +87,8 @@ def test_a_reward_that_fails_in_one_process_ends_all(configured, tmp_path):
         "    bad = os.environ['RANK'] == '1' and calls == 2\n"
         "    return [float('nan') if bad else 1.0] * len(prompts)\n"
     )
-    done = launch(configured(reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9), 2)
+    config = configured(reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
+    done = launch_ddp(config)
     assert done.returncode != 0
     assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
 
