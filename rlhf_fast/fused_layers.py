@@ -9,6 +9,7 @@ from itertools import chain
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -22,23 +23,20 @@ class FusedLayers:
     """A model's layers for one new token a row, over its cache of GrowingLayers."""
 
     def __init__(self, model: PreTrainedModel, cache: DynamicCache) -> None:
-        """AttributeError for a model that lacks a part that Llama has."""
-        self.base, self.cache = model.base_model, cache
-        self.layers = []
+        """AttributeError for a model that is not built of Llama's parts alone."""
+        self.base, self.cache, self.layers = model.base_model, cache, []
         for layer in self.base.layers:
-            norms = layer.input_layernorm, layer.post_attention_layernorm
             a, m = layer.self_attn, layer.mlp
+            norms = layer.input_layernorm, layer.post_attention_layernorm
             linear = a.q_proj, a.k_proj, a.v_proj, a.o_proj, m.gate_proj, m.up_proj, m.down_proj
-            modules = (norms[0], *linear[:4], norms[1], *linear[4:])
-            self.layers.append(
-                (
-                    [module.weight for module in modules],
-                    [getattr(module, "bias", None) for module in modules],
-                    (norms[0].variance_epsilon, norms[1].variance_epsilon, a.scaling),
-                )
-            )
-            if not all(type(module) is nn.Linear for module in linear):
-                raise AttributeError("a linear layer is another module: an adapter, say")
+            modules = norms[0], *linear[:4], norms[1], *linear[4:]
+            weights = [module.weight for module in modules]
+            biases = [getattr(module, "bias", None) for module in modules]
+            own = {x for x in [*weights, *biases] if x is not None}
+            if own != set(layer.parameters()) or any(type(x) is not nn.Linear for x in linear):
+                raise AttributeError("has parts of its own: a norm of queries, adapters")
+            scalars = norms[0].variance_epsilon, norms[1].variance_epsilon, a.scaling
+            self.layers.append((weights, biases, scalars))
 
     def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> tuple[list[Tensor], Tensor]:
         """New tokens [B, 1], their mask [B, t] (True = a token to attend to) and positions [B, 1]
@@ -86,6 +84,9 @@ def agrees(model: PreTrainedModel) -> bool:
     SmolLM3 leaves out some rotations), and some do another thing far from the start.
     """
     base = model.base_model
+    some = torch.linspace(-4, 4, 9)
+    if any(not torch.allclose(x.mlp.act_fn(some), F.silu(some)) for x in base.layers):
+        return False
     far = getattr(model.config, "max_position_embeddings", 9) - 1
     device = model.device
     ids = torch.arange(10, device=device).view(2, 5) % base.get_input_embeddings().weight.size(0)
