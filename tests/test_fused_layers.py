@@ -38,8 +38,8 @@ def arguments(rows, width, heads, kv_heads, size, inner, room, tokens, *, biased
     mask = torch.rand(rows, tokens, generator=generator) > 0.3
     mask[:, -1] = True
     cache = [draw(rows, kv_heads, room, size, scale=1.0) for _ in range(2)]
-    for stored in cache:  # padding may hold anything
-        stored[:, :, :tokens].transpose(1, 2)[~mask] = float("nan")
+    for stored, anything in zip(cache, (1e30, float("nan")), strict=True):  # at the padding
+        stored[:, :, :tokens].transpose(1, 2)[~mask] = anything
     angles = draw(rows, size // 2, scale=3.0).repeat(1, 2)
     hidden = draw(rows, width, scale=1.0)
     return [hidden, weights, biases, *cache, mask, angles.cos(), angles.sin(), 1e-5, 1e-2, 0.4]
@@ -71,6 +71,14 @@ def test_against_float64(shape, biased):
         assert torch.equal(cached.nan_to_num(), old.nan_to_num())  # nothing else is written
     for x, old in zip([given[0], *given[1]], [before[0], *before[1]], strict=True):
         assert torch.equal(x, old)
+
+
+def test_scores_beyond_what_exp_holds():
+    given = arguments(*SHAPES[2])
+    given[-1] = 100.0
+    exact = reference(*wide(given))
+    hidden = torch.ops.rlhf_fast.decoder_layer(*given)
+    torch.testing.assert_close(hidden.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_the_rows_beside_a_row_do_not_change_it():
