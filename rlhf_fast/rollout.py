@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from rlhf_fast import token_logprobs
+from rlhf_fast.fused_layers import fused_layers
+from rlhf_fast.kv_cache import growing_cache
 from rlhf_fast.models import Policy, logit_divisor, softcap, trunk_recorder
-from rlhf_fast.ops.thin_linear import thin_linear
+from rlhf_fast.ops.thin_linear import MOST_ROWS, thin_linear
 from rlhf_fast.packing import Packing, final_hidden, positions
 
 
@@ -141,6 +141,7 @@ def sample(
     steps = sampling.max_new_tokens
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
     cache = growing_cache(model, prompt_length + steps)
+    fused = fused_layers(model, cache)
 
     tokens = ids.new_zeros(batch, steps)
     answered = torch.zeros_like(tokens, dtype=torch.bool)
@@ -153,21 +154,24 @@ def sample(
     with trunk_recorder(model, trunk_layers) as recorded, thin_products(model):
         for t in range(steps):
             end = prompt_length + t
-            out = base(
-                new_ids,
-                attention_mask=attention[live, :end].long(),
-                position_ids=new_positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            if t and fused is not None and len(live) <= MOST_ROWS:
+                states, last = fused(new_ids, attention[live, :end], new_positions)
+            else:
+                out = base(
+                    new_ids,
+                    attention_mask=attention[live, :end].long(),
+                    position_ids=new_positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                last = out.last_hidden_state[:, -1]  # [B, H]
             if trunk_layers:
-                entered = recorded.pop()
+                entered = recorded.pop() if recorded else states[trunk_layers]
                 if trunk is None:
                     size = (batch, prompt_length + steps - 1, entered.size(-1))
                     trunk = entered.new_zeros(size)
                 trunk[live, end - entered.size(1) : end] = entered
 
-            last = out.last_hidden_state[:, -1]  # [B, H]
             if keep_hidden:
                 if hidden is None:
                     hidden = last.new_zeros(batch, steps, last.size(-1))
@@ -176,7 +180,8 @@ def sample(
             logits = head(last).float()  # [B, V]: this token's only
             if cap is not None:
                 logits = cap * torch.tanh(logits / cap)
-            logits = logits / divisor
+            if divisor != 1:
+                logits = logits / divisor
             token, logp = choose(logits, draws[live, t], sampling)
             tokens[live, t], logps[live, t] = token, logp
             answered[live, t] = attention[live, end] = True
@@ -223,60 +228,13 @@ def choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Te
     if sampling.temperature == 0:
         token = logits.argmax(-1)
         return token, token_logprobs(logits, token)
-    logits = logits / sampling.temperature
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
     if sampling.top_k:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
-    # In float32 the sum over 50,000 tokens is off by more than the rarest of them are likely.
-    cumulated = torch.softmax(logits, -1).double().cumsum(-1)
-    target = draw.double()[:, None] * cumulated[:, -1:]
-    # right=True: never a token of probability 0, which does not raise the sum.
-    token = torch.searchsorted(cumulated, target, right=True).squeeze(1)
-    token = token.clamp(max=logits.size(-1) - 1)
-    return token, token_logprobs(logits, token)
-
-
-class GrowingLayer(DynamicLayer):
-    """A layer of the KV cache with room for all tokens from the start.
-
-    DynamicLayer copies all keys and values for each new token, which is quadratic in the length.
-    (SmolLM2-135M on 2 CPU cores, 16 rows of 64 + 64 tokens: 7.7 s against 9.1 s, means of two runs
-    of 7.6, 7.8 and 8.4, 9.7; at 8 + 16 tokens no difference.)
-    """
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room, self.length = room, 0
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.stored = tuple(
-            new.new_empty(*new.shape[:2], self.room, new.size(-1))
-            for new in (key_states, value_states)
-        )
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start, self.length = self.length, self.length + key_states.size(-2)
-        for stored, new in zip(self.stored, (key_states, value_states), strict=True):
-            stored[:, :, start : self.length] = new
-        self.keys, self.values = (stored[:, :, : self.length] for stored in self.stored)
-        return self.keys, self.values
-
-    def reorder_cache(self, indices: Tensor) -> None:
-        """Keep these rows. (Every kind of layer has this method, and beams need not be as many.)"""
-        self.stored = tuple(stored[indices] for stored in self.stored)
-
-
-def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:
-    """The model's own kind of cache; its plain attention layers have room for `room` tokens."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    cache.layers = [
-        GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
+    return torch.ops.rlhf_fast.draw_tokens(logits.contiguous(), draw.double())
 
 
 def decodes_exactly(policy: Policy) -> bool:

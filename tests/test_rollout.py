@@ -254,6 +254,7 @@ def test_finished_rows_leave_the_batch(policy):
 
 
 def test_the_cache_with_room_is_the_models_own(policy, monkeypatch):
+    monkeypatch.setattr(rollout_module, "fused_layers", lambda model, cache: None)
     with_room = roll(policy, max_new_tokens=10, stop=(1,))
     monkeypatch.setattr(
         "rlhf_fast.rollout.growing_cache",

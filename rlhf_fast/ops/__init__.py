@@ -15,4 +15,6 @@ from . import (  # noqa: F401, I001
     pairwise_loss,
     masked,
     thin_linear,
+    decoder_layer,
+    draw_tokens,
 )
