@@ -207,7 +207,7 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
     assert large == MOVED.keys() | NARROW
     rounding = {
         key for key, (is_large, _, types, *_) in specializations.found.items()
-        if is_large and types.get("logits") == "*fp32" and types["out"] in ROUNDED
+        if is_large and types.get("logits") == "*fp32" and types.get("out") in ROUNDED
     }  # fmt: skip
     assert len(rounding) == 2 * (len(BACKWARD_CONFIGS) + 1)  # two kernels; fp16 in one
 

@@ -385,6 +385,10 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     x = draw(4, 40, spread=10.0, ratio="sequence")
     x["logp"] = x["logp"] + torch.tensor([[25.0], [-25.0], [0.0], [1.0]])
     yield Sample("sequence, ratio beyond the clamp", x, one)
+    # Of ratios below 1 no statistic is so large that its rounding hides another's error.
+    x = draw(4, 40, spread=0.0, ratio="sequence")
+    x["logp"] = x["old_logp"] - 80 * torch.rand(4, 40, generator=generator)
+    yield Sample("sequence, ratio far below the clamp", x, one)
     yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
     yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
     garbage = draw(3, 30) | extra(3, 30)
