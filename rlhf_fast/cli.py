@@ -49,8 +49,13 @@ def plot(argv: Sequence[str]) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
-    with replacing(target) as partial:
-        plot(metrics, partial)
+    if target.is_dir():
+        raise InputError(f"output={target} is a folder: expected a file to write")
+    try:
+        with replacing(target) as partial:
+            plot(metrics, partial)
+    except OSError as error:
+        raise InputError(f"output={target} cannot be written: {error.strerror}") from None
     print(target)
 
 

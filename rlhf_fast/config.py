@@ -10,6 +10,7 @@ import difflib
 import math
 import re
 from argparse import ArgumentDefaultsHelpFormatter
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -598,13 +599,20 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
     (YAML reads `1e-5` as a string and argparse as the number that was meant.)
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise InputError(f"config={path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"config={path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"config={path}: expected lines of `key: value`")
+    keys = Counter(key.value for key, _ in node.value)
+    for key, times in keys.items():
+        if times > 1:  # YAML itself would take the last
+            raise InputError(f"config={path}: {key} is there {times} times")
     types = {f.name: str(f.type) for f in fields(config_class)}
     flags = []
     for key, value in values.items():
@@ -623,7 +631,7 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
 
 def nearest(word: str, config_class: type, dashes: str = "") -> str:
     """` (did you mean …?)`, or nothing when no name is near."""
-    names = [f.name for f in fields(config_class)] + ["config"]
+    names = [f.name for f in fields(config_class)] + (["config"] if dashes else [])
     asked = word.lstrip("-").split("=")[0].replace("-", "_")
     found = difflib.get_close_matches(asked, names, n=1)
     return f" (did you mean {dashes}{found[0]}?)" if found else ""

@@ -7,7 +7,7 @@ columns hold either strings or conversations, lists of {"role", "content"}.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -105,7 +105,7 @@ def preference_pairs(
     """
     need_columns(rows, ("chosen", "rejected"), source)
     pairs = []
-    for index, row in enumerate(rows):
+    for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
         names = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
         check_texts({name: row[name] for name in names}, where)
@@ -145,7 +145,7 @@ def prompts(
                 f"beside an argument {name} of their own: rename it"
             )
     kept = []
-    for index, row in enumerate(rows):
+    for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
         if implicit:
             row |= extract_prompt(row["chosen"], row["rejected"], where)
@@ -160,6 +160,14 @@ def prompts(
         raise InputError(f"data={source}: no prompt is at most max_prompt_tokens={max_tokens} long")
     report_left_out(source, len(rows) - len(kept), len(rows), f"max_prompt_tokens={max_tokens}")
     return kept
+
+
+def numbered(rows: datasets.Dataset, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """enumerate(rows): text is decoded only when its row is read."""
+    try:
+        yield from enumerate(rows)
+    except UnicodeDecodeError as error:
+        raise InputError(f"data={source} is not UTF-8 text: {error}") from None
 
 
 def extract_prompt(chosen: Text, rejected: Text, where: str) -> dict[str, Text]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf_fast.config import GenerateConfig
+from rlhf_fast.config import GenerateConfig, InputError
 from rlhf_fast.data import pad, start, tokenize
 from rlhf_fast.models import (
     check_vocabulary,
@@ -25,6 +25,12 @@ def generate(config: GenerateConfig) -> list[str]:
     prompt = [{"role": "user", "content": config.prompt}] if config.chat else config.prompt
     text = start(prompt, tokenizer, f"prompt={config.prompt!r} with chat")
     ids, mask = pad([tokenize(*text, tokenizer)] * config.samples, side="left")
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and ids.size(1) + config.max_new_tokens > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the prompt has {ids.size(1)} "
+            f"and max_new_tokens={config.max_new_tokens}"
+        )
     sampling = Sampling(
         config.max_new_tokens, config.temperature, stop_tokens(model, tokenizer),
         config.top_k, config.top_p,

@@ -275,6 +275,11 @@ def merged(model: PreTrainedModel, state: dict[str, Tensor]) -> PreTrainedModel:
 
 
 def load_causal_lm(name: str, device: torch.device, **kwargs) -> PreTrainedModel:
+    architectures = load_config(name, field="model").architectures or [""]
+    if (
+        "SequenceClassification" in architectures[0]
+    ):  # with tied embeddings nothing would be missing
+        raise InputError(f"model={name} is a {architectures[0]}: expected a causal LM")
     model = load_model(AutoModelForCausalLM, name, field="model", device=device, **kwargs)
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise InputError(f"model={name} has no linear output head")
@@ -599,6 +604,6 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:200]
         raise InputError(f"device={name} cannot be used: {reason}") from None
     return device

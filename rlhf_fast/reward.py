@@ -68,6 +68,13 @@ def train(config: RewardConfig) -> dict:
     optimizer = torch.optim.AdamW(
         weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
     )
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(text) for pair in pairs + held_out for text in (pair.chosen, pair.rejected))
+    if room is not None and longest > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the longest text has "
+            f"{longest}: lower max_tokens={config.max_tokens}"
+        )
     lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
     steps = max(1, config.epochs * len(pairs) // config.batch_size)
     micro = config.micro_batch_size or config.batch_size

@@ -64,10 +64,11 @@ class Run:
         """{name: (before, now)} of the options that were changed, all of which may be."""
         path = self.folder / "config.yaml"
         try:
-            earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
+            earlier = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"output_dir={self.folder} holds a run whose config.yaml cannot be read: {error}"
+                f"output_dir={self.folder} holds a run whose config.yaml cannot be read: {reason}"
             ) from None
         changed = {}
         for f in fields(self.config):
@@ -104,7 +105,10 @@ class Run:
         for name, (before, now) in self.changed.items():
             if name not in ("output_dir", "resume", "overwrite"):
                 console.print(f"going on with {name}={now} (before: {before})")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"output_dir={self.folder} cannot be made: {error.strerror}") from None
         if not self.exists:  # a checkpoint left by a deleted run must not be resumed from
             for name in RESULTS:
                 remove(self.folder / name)
@@ -126,7 +130,12 @@ class Run:
 
     def load(self, name: str) -> Any:
         path = self.folder / name
-        return json.loads(path.read_text()) if path.is_file() else None
+        try:
+            return json.loads(path.read_text()) if path.is_file() else None
+        except ValueError as error:
+            raise InputError(
+                f"{path} cannot be read: {error}; without the file --resume makes it again"
+            ) from None
 
     def log(self, row: dict[str, float]) -> None:
         """Append a row; what is not finite becomes null, which JSON has and NaN it has not."""
@@ -142,7 +151,8 @@ class Run:
     def checkpoints(self) -> dict[int, Path]:
         """{step: file}, oldest first."""
         found = (self.folder / "checkpoints").glob("step_*.pt")
-        return dict(sorted((int(re.sub(r"\D", "", path.stem)), path) for path in found))
+        numbered = ((re.fullmatch(r"step_(\d+)", path.stem), path) for path in found)
+        return dict(sorted((int(match[1]), path) for match, path in numbered if match))
 
     def save_checkpoint(
         self,
@@ -175,7 +185,7 @@ class Run:
         step = 0
         if self.exists and (found := self.checkpoints()):
             step, path = found.popitem()
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = self.read_checkpoint(path, weights, parts)
             with torch.no_grad():
                 for name, tensor in weights.items():
                     tensor.copy_(placed_like(state["weights"][name], tensor))
@@ -193,6 +203,23 @@ class Run:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.metrics) if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
         return step
+
+    def read_checkpoint(
+        self, path: Path, weights: dict[str, Tensor], parts: dict[str, Stateful]
+    ) -> dict[str, Any]:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # of a file that was cut or changed torch raises many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{path} cannot be read: {reason}; without the file --resume goes on from the "
+                "checkpoint before it"
+            ) from None
+        fits = isinstance(state, dict) and {"step", "weights", "optimizer", *parts} <= state.keys()
+        shapes = {name: w.shape for name, w in weights.items()}
+        if not fits or {name: w.shape for name, w in state["weights"].items()} != shapes:
+            raise InputError(f"{path} is not a checkpoint of what is trained here: another model?")
+        return state
 
     def stop_with_the_batch(self, step: int, batch: dict[str, Any]) -> None:
         """Keep what no update could be made from, and end the run."""
@@ -240,8 +267,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}, line {number} cannot be read: {error}") from None
+    return rows
 
 
 @contextmanager

@@ -32,11 +32,13 @@ from accelerate.utils import (
     gather_object,
     patch_environment,
 )
+from rich.markup import escape
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_fast.config import InputError, RunConfig
 from rlhf_fast.models import Policy, pick_device
+from rlhf_fast.report import console
 from rlhf_fast.sharding import Sharder, check
 from rlhf_fast.stepper import Stepper
 from rlhf_fast.zero import ZeroStepper, asked_for
@@ -235,11 +237,22 @@ class Workers:
             raise InputError(f"report_to={config['report_to']} cannot start: {reason}") from error
 
     def log(self, row: dict[str, float]) -> None:
-        self.accelerator.log(row, step=row["step"])
+        self.track(lambda: self.accelerator.log(row, step=row["step"]))
+
+    def track(self, action: Callable[[], Any]) -> None:
+        """A tracker that fails, its server gone perhaps, must not cost the run: metrics.jsonl has
+        all that it would have shown."""
+        try:
+            action()
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warning = f"a tracker failed, the run goes on without: {escape(reason)}"
+            console.print(f"[bold yellow]{warning}[/]")
+            self.accelerator.trackers = []
 
     def end(self) -> None:
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            self.track(tracker.finish)
 
 
 def tracker_names(config: RunConfig) -> list[str]:

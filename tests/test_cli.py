@@ -37,6 +37,28 @@ def test_errors_are_one_line(argv, message, capsys):
     assert message in captured.err
 
 
+def test_a_plot_takes_no_folders_place(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").touch()
+    row = {"step": 1, "objective/scores": 0.0}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    for output, reason in (
+        ("model", "is a folder"),
+        ("no/where.png", "cannot be written: No such file"),
+    ):
+        assert main(["plot", str(tmp_path), "--output", str(tmp_path / output)]) == 2
+        assert f"{output} {reason}" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "model"]
+    assert (tmp_path / "model" / "weights").exists()
+
+
+def test_more_than_the_model_reads(tiny_policy_folder, capsys):
+    flags = ["--model", tiny_policy_folder, "--prompt", "the film", "--max_new_tokens"]
+    assert main(["generate", *flags, "127"]) == 2
+    assert "at most 128 tokens, but the prompt has 2 and max_new" in capsys.readouterr().err
+    assert main(["generate", *flags, "126"]) == 0
+
+
 def test_help_needs_no_transformers_model(tmp_path):
     """--help answers without the modules that train."""
     code = (

@@ -28,19 +28,25 @@ def test_yaml_gives_values_and_flags_win(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learnin_rate: 1", "unknown key learnin_rate (did you mean learning_rate?)"),
+        ("learnin_rate: 1", r"unknown key learnin_rate \(did you mean learning_rate\?\)"),
         ("batch_size: [1, 2]", "batch_size is a list, expected one value"),
         ("batch_size: many", "--batch_size"),
         ("- a\n- b", "expected lines of `key: value`"),
         ("a: [", "is not YAML"),
+        ("steps: 1\n\tbatch_size: 8", "is not YAML: .* that cannot start any token"),
+        ("steps: 1\nbeta: 0.1\nsteps: 2", "steps is there 2 times"),
+        ("config: other.yaml", "unknown key config"),
+        ("steps: 1.5", "--steps: invalid int value: '1.5'"),
+        ("steps: yes", "--steps: invalid int value: 'True'"),
+        ("caf\xe9: 1", "is not UTF-8 text: "),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
     file = tmp_path / "c.yaml"
-    file.write_text(text)
-    with pytest.raises(InputError) as error:
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message) as error:
         parse_ppo("--config", str(file))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "mean config" not in str(error.value)
 
 
 def test_missing_yaml():

@@ -275,3 +275,14 @@ def test_batches_cover_every_row_once_an_epoch(size, batch):
     assert all(sorted(p) == list(range(size)) for p in passes)
     assert len({tuple(p) for p in passes}) > 1  # shuffled anew
     assert batch_indices(size, batch, 5, seed=1) != batch_indices(size, batch, 5, seed=2)
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen"])
+def test_text_that_is_not_utf8(tmp_path, tiny_tokenizer, name):
+    file = tmp_path / "latin.jsonl"
+    row = '{"prompt": "the film", "chosen": "a", "rejected": "b"}'.replace("film", "caf\xe9")
+    file.write_bytes((row + "\n").encode("latin-1") * 3)
+    rows = load_rows(str(file))
+    read = prompts if name == "prompt" else preference_pairs
+    with pytest.raises(InputError, match="data=here is not UTF-8 text: .*byte 0xe9"):
+        read(rows, tiny_tokenizer, source="here", max_tokens=64)

@@ -146,6 +146,11 @@ def test_language_model_is_no_reward_model(tiny_policy_folder):
         load_reward_model(tiny_policy_folder, field="reward", device=CPU)
 
 
+def test_reward_model_is_no_policy(tiny_reward_folder):
+    with pytest.raises(InputError, match="is a LlamaForSequenceClassification: expected a causal"):
+        load_policy(tiny_reward_folder, trainable_layers=None, device=CPU)
+
+
 def test_reward_model_with_two_scores(save_model, tiny_config):
     config = copy.deepcopy(tiny_config)
     config.num_labels = 2

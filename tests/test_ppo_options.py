@@ -372,6 +372,19 @@ def test_a_tracker_that_cannot_start(configured, monkeypatch):
         ppo.train(configured(report_to="tensorboard"))
 
 
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_tracker_that_fails_costs_nothing(configured, monkeypatch, capsys, method):
+    def fails(*_, **__):
+        raise ConnectionError("server [gone]")
+
+    monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", fails)
+    config = configured(steps=2, report_to="tensorboard")
+    assert ppo.train(config)["seconds"] > 0
+    assert len(metrics(config)) == 2
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.count("goes on without: ConnectionError: server [gone]") == 1  # and is told once
+
+
 def test_trackers_that_are_not_there(configured):
     with pytest.raises(InputError, match="report_to=tensorbord: expected one of .*tensorboard"):
         ppo.train(configured(report_to="tensorbord"))

@@ -282,6 +282,13 @@ def test_a_run_is_made_longer(configured):
     assert train(longer) == summary
 
 
+def test_texts_longer_than_the_model_reads(configured, write_jsonl):
+    rows = [{"chosen": "good " * (120 + i), "rejected": "bad"} for i in range(10)]
+    config = configured(data=write_jsonl(rows, "long.jsonl"), max_tokens=512, eval_pairs=2)
+    with pytest.raises(InputError, match="at most 128 tokens, .* text has 129: lower max_tokens=5"):
+        train(config)
+
+
 def test_too_few_pairs(configured):
     with pytest.raises(InputError, match="has 5 pairs: too few to hold out 5"):
         train(configured(max_rows=5, eval_pairs=5))

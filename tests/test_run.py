@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -257,3 +258,71 @@ def test_options_that_came_later_have_their_default(make):
     file.unlink()
     with pytest.raises(InputError, match="config.yaml cannot be read: .*No such file"):
         Run(make())
+
+
+# ------------------------------------------------------------------- files changed by other hands
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:700])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (cut, "step_4.pt cannot be read: .*zip archive.*without the file --resume goes on from"),
+        (lambda path: path.write_bytes(b""), "step_4.pt cannot be read: "),
+        (lambda path: torch.save([1], path), "step_4.pt is not a checkpoint of what is trained"),
+        (lambda path: torch.save({"step": 4}, path), "step_4.pt is not a checkpoint of what"),
+    ],
+    ids=["cut", "empty", "a list", "incomplete"],
+)
+def test_a_checkpoint_that_cannot_be_used(make, spoil, message):
+    advance(make())
+    run, weights, optimizer, counter = start(make())
+    spoil(run.checkpoints()[4])
+    with pytest.raises(InputError, match=message):
+        run.restore(weights, optimizer, counter=counter)
+    assert weights["w"].sum() == 0
+    run.checkpoints()[4].unlink()  # as the message says
+    assert run.restore(weights, optimizer, counter=counter) == 3
+
+
+def test_a_checkpoint_of_another_model(make):
+    advance(make())
+    run, _, optimizer, counter = start(make())
+    for weights in ({"w": torch.zeros(2, 500)}, {"v": torch.zeros(1000)}):
+        with pytest.raises(InputError, match="step_4.pt is not a checkpoint .* another model"):
+            run.restore(weights, optimizer, counter=counter)
+
+
+def test_a_file_of_the_users_own_among_the_checkpoints(make):
+    advance(make())
+    folder = Path(make().output_dir) / "checkpoints"
+    shutil.copy(folder / "step_4.pt", folder / "step_best.pt")
+    assert list(Run(make()).checkpoints()) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.yaml", "", "config.yaml cannot be read: 'NoneType'"),
+        ("config.yaml", "- a", "config.yaml cannot be read"),
+        ("config.yaml", "a: [\n", "config.yaml cannot be read: while parsing"),
+        ("summary.json", "{", "summary.json cannot be read: .*without the file --resume makes it"),
+        ("metrics.jsonl", "{}\nxyz\n", "metrics.jsonl, line 2 cannot be read: Expecting value"),
+    ],
+)
+def test_a_file_that_cannot_be_read(make, name, text, message):
+    advance(make())
+    (Path(make().output_dir) / name).write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        run, weights, optimizer, counter = start(make())
+        assert run.summary is None or run.restore(weights, optimizer, counter=counter)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_made(make, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="output_dir=.*file/run cannot be made: Not a directory"):
+        Run(make("file/run")).begin()
