@@ -325,7 +325,7 @@ def _pictures(records: list[Record]) -> Iterator[str]:
         "linear": "the linear ops at three vocabularies: time and extra memory",
         "scale": "time and memory against N, V, H, T and the share of rows that matter",
         "step": "a PPO step: samples a second and peak memory",
-        "accuracy": "errors against float64, by op and dtype",
+        "accuracy": "errors against float64 by op and dtype, the backward from random gradients",
     }
     for name, text in texts.items():
         if any(record["suite"] == name.split("-")[0] for record in records):

@@ -77,6 +77,12 @@ def test_generate(tiny_policy_folder, capsys):
     assert main(["generate", *flags, "--samples", "2", "--temperature", "0"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
+    for narrow in (["--top_k", "1"], ["--top_p", "1e-6"]):  # nothing is left to chance
+        assert main(["generate", *flags, *narrow]) == 0
+        assert capsys.readouterr().out.strip() == first
+    for seed in ("0", "1"):
+        assert main(["generate", *flags, "--samples", "3", "--seed", seed]) == 0
+        assert (capsys.readouterr().out.splitlines() == lines) is (seed == "0")
     assert main(["generate", *flags, "--chat", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.strip() != first  # the template reached the model
     tab = ["generate", "--model", tiny_policy_folder, "--prompt"]

@@ -14,7 +14,7 @@ from rlhf_fast import reward
 from rlhf_fast.config import InputError, RewardConfig
 from rlhf_fast.data import batch_indices, preference_pairs
 from rlhf_fast.models import load_reward_model, load_tokenizer, new_reward_model, score_texts
-from rlhf_fast.reward import batch_loss, score_rows, similar_lengths, train
+from rlhf_fast.reward import batch_loss, load_pairs, score_rows, similar_lengths, train
 from rlhf_fast.run import Run, read_metrics
 
 
@@ -75,11 +75,37 @@ def test_scores_of_held_out_texts_are_normalised(configured, write_jsonl, pairs)
     assert scores.std().item() == pytest.approx(1, abs=1e-4)
 
 
-def test_micro_batches_change_nothing(configured):
-    whole, cut = configured("whole", max_rows=60, eval_pairs=20), None
+def test_micro_batches_change_nothing_but_how_much_is_held(configured, monkeypatch):
+    sizes: list[int] = []
+
+    def spied(score, pairs, **options):
+        sizes.append(len(pairs))
+        return batch_loss(score, pairs, **options)
+
+    monkeypatch.setattr(reward, "batch_loss", spied)
+    whole = configured("whole", max_rows=60, eval_pairs=20)
     cut = configured("cut", max_rows=60, eval_pairs=20, micro_batch_size=3)
-    train(whole), train(cut)
+    train(whole)
+    assert sizes == [8] * 5
+    sizes.clear()
+    train(cut)
+    assert sizes == [3, 3, 2] * 5
     assert losses(cut) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "moves"), [(1.0, True), (1e-12, False)])
+def test_gradients_are_clipped(configured, tiny_tokenizer, max_grad_norm, moves):
+    """Far below Adam's epsilon nothing is left of them."""
+    config = configured(max_rows=48, max_grad_norm=max_grad_norm)
+    before = new_reward_model(
+        config.model, tiny_tokenizer, trainable_layers=None, seed=config.seed, device="cpu"
+    )
+    train(config)
+    after, _ = load_reward_model(
+        str(Path(config.output_dir) / "model"), field="x", device=torch.device("cpu")
+    )
+    moved = (after.score.weight - before.score.weight).abs().max()
+    assert (moved > 1e-3) if moves else (moved < 1e-6)
 
 
 def test_margin_and_centring_enter_the_loss(configured, write_jsonl, pairs):
@@ -177,8 +203,13 @@ def test_split_of_its_own_for_held_out_pairs(configured, pairs, tmp_path):
     datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in made.items()}).save_to_disk(
         tmp_path / "splits"
     )
-    config = configured(data=str(tmp_path / "splits"), eval_split="test", eval_pairs=None, epochs=3)
+    splits = str(tmp_path / "splits")
+    config = configured(data=splits, eval_split="test", eval_pairs=None, epochs=3)
     assert train(config)["accuracy"] < 0.1  # learnt from train, judged by test
+    tokenizer = load_tokenizer(config.model, field="model")
+    other = configured(eval_data=splits, eval_split="test", eval_pairs=None)
+    learnt, held_out = load_pairs(other, tokenizer)
+    assert (len(learnt), len(held_out)) == (160, 30)
 
 
 def test_a_reward_model_is_trained_further(configured, write_jsonl, pairs):
