@@ -1,6 +1,7 @@
 """Decoding steps of the Llama family on a CPU: a layer is one op in place of some 90 small ones.
 
-SmolLM2-135M, two cores, a token of 8 + 24: TODO.
+SmolLM2-135M on two cores, 1, 16 and 64 rows of 8 + 24 tokens: 25, 33 and 112 ms a token, by its own
+modules 40, 53 and 155. (Reading the weights takes 16 ms, the products of 16 rows 22 to 24.)
 """
 
 from __future__ import annotations
@@ -83,12 +84,8 @@ def agrees(model: PreTrainedModel) -> bool:
     Names of parts do not say what a model does with them (Granite multiplies what a layer adds,
     SmolLM3 leaves out some rotations), and some do another thing far from the start.
     """
-    base = model.base_model
-    some = torch.linspace(-4, 4, 9)
-    if any(not torch.allclose(x.mlp.act_fn(some), F.silu(some)) for x in base.layers):
-        return False
-    far = getattr(model.config, "max_position_embeddings", 9) - 1
-    device = model.device
+    base, device = model.base_model, model.device
+    far = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", 9) - 1
     ids = torch.arange(10, device=device).view(2, 5) % base.get_input_embeddings().weight.size(0)
     mask = torch.ones(2, 5, dtype=torch.bool, device=device)
     mask[1, :2] = False
@@ -105,8 +102,10 @@ def agrees(model: PreTrainedModel) -> bool:
     own = step(slice(4, 5))[:, -1]
     for layer in cache.layers:
         layer.length -= 1
+    some = torch.linspace(-4, 4, 9, device=device)  # small weights hardly tell SiLU from GELU
     try:
         _, fused = FusedLayers(model, cache)(ids[:, 4:], mask, positions[:, 4:])
-    except (RuntimeError, TypeError):  # parts of Llama's names with other shapes or arguments
+        silu = all(torch.allclose(x.mlp.act_fn(some), F.silu(some)) for x in base.layers)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # Llama's names, other insides
         return False
-    return torch.allclose(fused, own, rtol=1e-4, atol=1e-4)
+    return silu and torch.allclose(fused, own, rtol=1e-4, atol=1e-4)

@@ -27,6 +27,10 @@ COMPARED = (
     "policy/updates", "skipped_updates",
 )  # fmt: skip
 
+# Adam's step is lr·g/(|g| + ε): with its usual ε, 1e-5, a gradient of that size turns a rounding of
+# 1e-8 into a step that differs by 1e-3 of lr.
+SMOOTH_ADAM = {"adam_epsilon": 1e-3}
+
 
 def launch(options: list[str], script: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(

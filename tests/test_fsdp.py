@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
-from launches import RANKS, assert_same_run, broken_off, flags, launch_two, runs_file
+from launches import RANKS, SMOOTH_ADAM, assert_same_run, broken_off, flags, launch_two, runs_file
 
 from rlhf_fast import ppo
 from rlhf_fast.config import InputError, RewardConfig
@@ -26,7 +26,7 @@ def fsdp_launch(folder: Path, script: list[str], **fsdp_config) -> CompletedProc
     return launch_two(folder, script, "FSDP", fsdp_config=config | fsdp_config)
 
 
-OPTIONS = {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
+OPTIONS = SMOOTH_ADAM | {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
 
 
 def test_two_processes_give_the_numbers_of_one(

@@ -101,6 +101,16 @@ def test_padding_costs_no_digit():
     assert torch.equal(layer(*padded), layer(*given))
 
 
+def test_what_does_not_fit_is_refused():
+    """Angles of half a head: a model that rotates only a part of it."""
+    given = arguments(*SHAPES[2])
+    with pytest.raises(RuntimeError, match="do not fit"):
+        torch.ops.rlhf_fast.decoder_layer(*given[:6], given[6][:, :8], given[7][:, :8], *given[8:])
+    given[6] = given[6].t().contiguous().t()
+    with pytest.raises(RuntimeError, match="contiguous"):
+        torch.ops.rlhf_fast.decoder_layer(*given)
+
+
 def test_opcheck():
     given = mapped(torch.nan_to_num, arguments(*SHAPES[1]))
     torch.library.opcheck(torch.ops.rlhf_fast.decoder_layer.default, tuple(given))

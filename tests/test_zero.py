@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from accelerate import DeepSpeedPlugin
-from launches import RANKS, assert_same_run, broken_off, flags, launch_two, runs_file
+from launches import RANKS, SMOOTH_ADAM, assert_same_run, broken_off, flags, launch_two, runs_file
 from ranks import broken
 
 from rlhf_fast import ppo
@@ -53,7 +53,7 @@ def assert_same_checkpoint(config: PPOConfig, other: PPOConfig) -> None:
 def test_two_processes_give_the_numbers_of_one(
     configured, tmp_path, untied_folder, tiny_reward_folder
 ):
-    options = {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
+    options = SMOOTH_ADAM | {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
     # Tied embeddings, a value head on them; 3 rows a minibatch: one process has an idle pass.
     alone = configured("alone", minibatches=4, micro_batch_size=1, **options)
     together = replace(alone, output_dir=str(tmp_path / "together"))
