@@ -198,7 +198,7 @@ KERNEL = define_kernel(
     fake=lambda rewards, *_: (torch.empty_like(rewards), torch.empty_like(rewards)),
     triton="gae:gae",
 )
-OP = register(
+register(
     Op(
         "gae",
         gae,

@@ -167,7 +167,7 @@ KERNEL = define_kernel(
     fake=lambda rewards, *_: (torch.empty_like(rewards), torch.empty_like(rewards)),
     triton="gae:gae_packed",
 )
-OP = register(
+register(
     Op(
         "gae_packed",
         gae_packed,

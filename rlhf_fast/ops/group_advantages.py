@@ -103,7 +103,7 @@ def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
     return shape["B"] * shape["G"] * 2 * 4, 0
 
 
-OP = register(
+register(
     Op(
         "group_advantages",
         group_advantages,

@@ -135,7 +135,7 @@ KERNEL = define_kernel(
     fake=lambda scores, logp, ref_logp, mask, beta, estimator: torch.empty_like(logp),
     triton="kl_penalized_rewards:kl_penalized_rewards",
 )
-OP = register(
+register(
     Op(
         "kl_penalized_rewards",
         kl_penalized_rewards,

@@ -47,6 +47,7 @@ def linear_policy_loss(
     Those two cost 8NHV, since their backward must make the logits again; here the loss is known
     while a chunk's logits exist, so they are overwritten with their gradient at once, and dX and
     dW are ready when the forward ends. The backward only scales them by the incoming gradient.
+    (16-bit ones are rounded by then, and once more where that is not a power of two.)
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
     of its log-probs, so ``ratio="sequence"`` is those two ops in one call: the logits are made
     again in the backward, 8NHV.
@@ -391,7 +392,7 @@ KERNEL = define_kernel(
     backward=_autograd,
     setup_context=_setup_context,
 )
-OP = register(
+register(
     Op(
         "linear_policy_loss",
         linear_policy_loss,

@@ -512,7 +512,7 @@ BACKWARD = define_kernel(
     fake=_backward_fake,
     engine=True,
 )
-OP = register(
+register(
     Op(
         "linear_token_kl",
         linear_token_kl,

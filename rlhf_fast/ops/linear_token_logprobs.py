@@ -312,7 +312,7 @@ BACKWARD = define_kernel(
     fake=_backward_fake,
     engine=True,
 )
-OP = register(
+register(
     Op(
         "linear_token_logprobs",
         linear_token_logprobs,

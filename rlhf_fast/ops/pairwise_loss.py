@@ -149,7 +149,7 @@ KERNEL = define_kernel(
     backward=_autograd,
     setup_context=_setup_context,
 )
-OP = register(
+register(
     Op(
         "pairwise_loss",
         pairwise_loss,

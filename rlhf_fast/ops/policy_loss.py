@@ -434,7 +434,7 @@ KERNEL = define_kernel(
     backward=_autograd,
     setup_context=_setup_context,
 )
-OP = register(
+register(
     Op(
         "policy_loss",
         policy_loss,

@@ -133,7 +133,7 @@ BACKWARD = define_kernel(
     fake=lambda grad, logp, ref_logp, estimator: torch.empty_like(grad),
     triton="token_kl:token_kl_backward",
 )
-OP = register(
+register(
     Op(
         "token_kl",
         token_kl,

@@ -319,7 +319,7 @@ BACKWARD = define_kernel(
     fake=lambda *_: None,
     triton="token_logprobs:token_logprobs_backward",
 )
-OP = register(
+register(
     Op(
         "token_logprobs",
         token_logprobs,

@@ -223,7 +223,7 @@ KERNEL = define_kernel(
     backward=_autograd,
     setup_context=_setup_context,
 )
-OP = register(
+register(
     Op(
         "value_loss",
         value_loss,
