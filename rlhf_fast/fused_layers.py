@@ -1,7 +1,8 @@
 """Decoding steps of the Llama family on a CPU: a layer is one op in place of some 90 small ones.
 
 SmolLM2-135M on two cores, 1, 16 and 64 rows of 8 + 24 tokens: 26, 40 and 142 ms a token, by its own
-modules in the same run 41, 55 and 175. (Reading the weights takes 16 ms, the products of 16 rows 22 to 24.)
+modules in the same run 41, 55 and 175. (Reading the weights takes 16 ms, the products of 16 rows
+22 to 24.)
 """
 
 from __future__ import annotations
