@@ -162,7 +162,7 @@ def inside():
     from rlhf_fast.ops import linear
     from rlhf_fast.ops.registry import KERNELS
 
-    linear._free.clear()  # memory that an earlier, larger call left
+    linear._memory.clear()  # memory that an earlier, larger call left
 
     class Inside(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

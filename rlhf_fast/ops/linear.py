@@ -29,7 +29,7 @@ DETERMINISTIC_ROWS = 128
 Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
 
 _budget: int | None = None
-_free: dict[torch.dtype, Tensor] = {}  # memory of the last chunks on CPU, by dtype
+_memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
 
 
 @contextlib.contextmanager
@@ -39,7 +39,8 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
     what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
     rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
-    half as much again. On CPU the memory is kept for the next call.
+    half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
+    to its backward, which begins with the chunk that lies there.
     """
     global _budget
     check.number("n_bytes", n_bytes, above=0)
@@ -158,6 +159,11 @@ class Head(NamedTuple):
         return [main] if self.low is None else [main, (self.low, self.up)]
 
 
+def needs_gradient(head: Head) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+
+
 class Chunk(NamedTuple):
     """Some rows' logits. They lie in a buffer that the next chunk overwrites; so may the caller."""
 
@@ -167,10 +173,29 @@ class Chunk(NamedTuple):
     padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
 
 
+class Memory(NamedTuple):
+    """What the chunks of a loop lay in, and what lies there still: the last chunk of a forward pass
+    (its inputs empty), which the backward of the same statistics need not make again."""
+
+    whole: Tensor
+    last: Chunk | None = None
+    norm: Tensor | None = None
+
+
+def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
+    """The memory in which the forward pass that computed `norm` left its last chunk; None where
+    another loop has taken it since."""
+    key = (hidden.device, logits_dtype(hidden), slot)
+    memory = _memory.get(key)
+    if memory is None or memory.norm is None or memory.norm.data_ptr() != norm.data_ptr():
+        return None
+    return memory if _memory.pop(key, None) is memory else None
+
+
 def kept_rows(keep: Tensor) -> Tensor | None:
     """Indices of the rows to compute; None when that is all of them.
 
-    On CUDA this is the engine's one host sync: the number of rows is a tensor shape.
+    A host sync on CUDA: the number of rows is a tensor shape.
     """
     index = keep.nonzero().squeeze(-1)
     return None if index.numel() == keep.numel() else index
@@ -188,48 +213,80 @@ def chunks(
     compact: bool = True,
     deterministic: bool = False,
     buffers: int = 1,
+    slot: int = 0,
+    leave_for: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> Iterator[Chunk]:
     """The logits of the rows that `keep` [N] names, chunk by chunk.
 
     compact: rows that are not kept leave before the first product, which waits for a GPU. False:
         all rows are there, those not kept with inputs of zero.
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
-    buffers: how many loops like this one, over the same rows, share the memory budget.
+    buffers: how many loops like this one, over the same rows, share the memory budget; this one is
+        number `slot` of them.
+    leave_for: the row statistics of a forward pass: its last chunk is left for ``left_by``.
+    memory: what ``left_by`` found. The chunk in it comes first, unless a third of its rows are not
+        kept: 4NHV for all of them is then more than 6NHV for the others.
     """
-    hidden, weight, bias = head.hidden, head.weight, head.bias
-    index = kept_rows(keep) if compact else None
-    total = hidden.shape[0] if index is None else index.numel()
-    vocab, device, dtype = weight.shape[0], hidden.device, logits_dtype(hidden)
-    wide = dtype != hidden.dtype
-    if deterministic:
-        size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
-    else:
-        size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
-    whole, buffer = chunk_buffer(size, vocab, dtype, device)
+    vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
+    key = (device, dtype, slot)
     # autocast was applied by check_head; inside, products keep the dtypes they are given
     with torch.autocast(device.type, enabled=False):
+        if memory is None:
+            memory = _memory.pop(key, None)  # nobody else can have it until it is put back
+            if device.type != "cpu":  # torch knows which stream it belongs to
+                memory = None
+        else:
+            last = memory.last
+            kept = keep[last.rows]
+            if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
+                yield last._replace(inputs=inputs_of(head, last.rows, kept))
+                if isinstance(last.rows, slice):
+                    keep = keep[: last.rows.start]
+                else:
+                    keep = keep.index_fill(0, last.rows, False)
+        index = kept_rows(keep) if compact else None
+        total = keep.shape[0] if index is None else index.numel()
+        if deterministic:
+            size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
+        else:
+            size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
+        whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
+        last = None
         for start in range(0, total, max(size, 1)):
             stop = min(start + size, total)
             rows = slice(start, stop) if index is None else index[start:stop]
-            inputs = [take(x, rows) for x, _ in head.products]
-            if not compact:
-                inputs = [x.masked_fill(~keep[rows].unsqueeze(-1), 0.0) for x in inputs]
+            inputs = inputs_of(head, rows, None if compact else keep[rows])
+            operands = inputs
             if deterministic:
                 operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
-            else:
-                operands = inputs
             padded = buffer[: operands[0].shape[0]]
-            if bias is not None and not wide:
-                torch.addmm(bias, operands[0], weight.t(), out=padded)
-            else:
-                _accumulate(padded, operands[0], weight.t(), first=True)
-            if bias is not None and wide:
-                padded.add_(bias)
-            if head.low is not None:
-                _accumulate(padded, operands[1], head.up.t(), first=False)
-            yield Chunk(rows, padded[: stop - start], inputs, padded)
-    if device.type == "cpu":
-        _free[dtype] = whole
+            make_logits(head, operands, padded)
+            last = Chunk(rows, padded[: stop - start], inputs, padded)
+            yield last
+    if last is not None and leave_for is not None:
+        _memory[key] = Memory(whole, last._replace(inputs=[]), leave_for)
+    elif device.type == "cpu":
+        _memory[key] = Memory(whole)
+
+
+def inputs_of(head: Head, rows: Tensor | slice, keep: Tensor | None) -> list[Tensor]:
+    """Some rows of what the products take, of zeros where not kept (None: all are)."""
+    inputs = [take(x, rows) for x, _ in head.products]
+    if keep is None:
+        return inputs
+    return [x.masked_fill(~keep.unsqueeze(-1), 0.0) for x in inputs]
+
+
+def make_logits(head: Head, inputs: list[Tensor], out: Tensor) -> None:
+    if head.bias is not None and out.dtype == head.bias.dtype:
+        torch.addmm(head.bias, inputs[0], head.weight.t(), out=out)
+    else:
+        _accumulate(out, inputs[0], head.weight.t(), first=True)
+        if head.bias is not None:
+            out.add_(head.bias)
+    if head.low is not None:
+        _accumulate(out, inputs[1], head.up.t(), first=False)
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
@@ -245,27 +302,29 @@ def logits_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def chunk_buffer(
-    rows: int, vocab: int, dtype: torch.dtype, device: torch.device
+    whole: Tensor | None, rows: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(memory, the same as [rows, vocab]). On CPU the rows lie side by side
-    (csrc/token_logprobs_columns.h says why), and the last call's memory is used again: torch keeps
-    none there, and fresh pages cost 5 % of the three products at N=512, H=576, V=49152. (Fresh
-    pages of 2 MiB were no way out: 2 % in a good round, 20 % in every other one on a virtual
-    machine that hands free ones back to its host.)
+    """(memory, the same as [rows, vocab]); `whole` again where that is enough.
+
+    On CPU the rows lie side by side (csrc/token_logprobs_columns.h says why), and the last call's
+    memory is used again: torch keeps none there, and fresh pages cost 5 % of the three products at
+    N=512, H=576, V=49152. (Fresh pages of 2 MiB were no way out: 2 % in a good round, 20 % in every
+    other one on a virtual machine that hands free ones back to its host.)
     """
-    if device.type != "cpu":
-        whole = aligned_rows(rows, vocab, dtype, device)
-        return whole, whole
-    whole = _free.pop(dtype, None)  # nobody else can have it until it is put back
-    if whole is None or whole.numel() < rows * vocab:
-        whole = torch.empty(rows * vocab, dtype=dtype)
-    return whole, whole[: rows * vocab].view(vocab, rows).t()
+    width = vocab if device.type == "cpu" else aligned(vocab)
+    if whole is None or whole.numel() < rows * width:
+        whole = torch.empty(rows * width, dtype=dtype, device=device)
+    used = whole[: rows * width]
+    if device.type == "cpu":
+        return whole, used.view(vocab, rows).t()
+    return whole, used.view(rows, width)[:, :vocab]
 
 
-def aligned_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, vocab], each row at a multiple of 32 bytes whatever the vocabulary: the row kernels
-    and cuBLAS move 16 bytes at a time, and a row's sums are grouped the same way in every place."""
-    return torch.empty((rows, math.ceil(vocab / 16) * 16), dtype=dtype, device=device)[:, :vocab]
+def aligned(vocab: int) -> int:
+    """The distance of two rows of a chunk on a GPU: each starts at a multiple of 32 bytes whatever
+    the vocabulary. The row kernels and cuBLAS move 16 bytes at a time, and a row's sums are grouped
+    the same way in every place."""
+    return math.ceil(vocab / 16) * 16
 
 
 class Needs(NamedTuple):
@@ -306,9 +365,9 @@ class Gradients:
         dtype = self.head.hidden.dtype
         if chunk.padded.dtype == dtype:
             return chunk.padded
-        if self.narrow is None:  # no chunk is larger than the first
-            self.narrow = aligned_rows(*chunk.padded.shape, dtype, chunk.padded.device)
-        return self.narrow[: chunk.padded.shape[0]]
+        rows, vocab = chunk.padded.shape
+        self.narrow, padded = chunk_buffer(self.narrow, rows, vocab, dtype, chunk.padded.device)
+        return padded
 
     def add(self, chunk: Chunk) -> None:
         """One chunk, whose gradient has been written to dlogits(chunk)."""

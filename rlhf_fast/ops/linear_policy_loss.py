@@ -44,13 +44,13 @@ def linear_policy_loss(
     """PPO's clipped policy loss straight from hidden states, in 6NHV FLOPs and no [N, V] tensor.
 
     The numbers of ``policy_loss`` on the log-probs and entropies of ``linear_token_logprobs``.
-    Those two cost 8NHV, since their backward must make the logits again; here the loss is known
-    while a chunk's logits exist, so they are overwritten with their gradient at once, and dX and
-    dW are ready when the forward ends. The backward only scales them by the incoming gradient.
+    Those two cost up to 8NHV, since their backward makes the logits of all chunks but the last
+    again; here the loss is known while a chunk's logits exist, so they are overwritten with their
+    gradient at once, and dX and dW are ready when the forward ends. The backward only scales them
+    by the incoming gradient.
     (16-bit ones are rounded by then, and once more where that is not a power of two.)
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
-    of its log-probs, so ``ratio="sequence"`` is those two ops in one call: the logits are made
-    again in the backward, 8NHV.
+    of its log-probs, so ``ratio="sequence"`` is those two ops in one call.
 
     Rows that cannot matter leave before the first matrix product: masked ones, and, with token
     ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
@@ -127,7 +127,7 @@ def linear_policy_loss(
         logp, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
             *head, labels.masked_fill(~counts, check.IGNORE_INDEX).view(-1), divisor,
             None if per_token is None else per_token.view(-1), softcap, True, compact,
-            deterministic,
+            deterministic, linear.needs_gradient(head),
         )  # fmt: skip
         entropy = entropy if entropy_coef else entropy.detach()  # no gradient of zeros
         total, stats, *_ = torch.ops.rlhf_fast.policy_loss(

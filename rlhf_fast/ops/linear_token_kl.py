@@ -51,11 +51,13 @@ def linear_token_kl(
     NaN; through logp alone, or with a gradient of exactly 0 for the KL, nothing does.
 
     FLOPs: 4NHV forward; 8·N'HV backward, N' the rows with gradient (6·N'HV for a frozen weight).
-    Where no gradient comes through kl the reference is not computed again: 6·N'HV.
+    Where no gradient comes through kl the reference is not computed again: 6·N'HV. The last chunk
+    of both is kept as in ``linear_token_logprobs``: 8NHV in all where one chunk holds everything.
     H100, bf16, N=8192 H=4096 V=131072, forward: 17.6 TFLOP at the 800 TFLOP/s of a large cuBLAS
     product are 22.0 ms; writing and reading both float32 logits (17.2 GB at 3 TB/s) adds 5.7 ms:
-    27.7 ms predicted. Backward: 35.2 TFLOP are 44.0 ms; both logits written and read, a gradient
-    written in 16 bits (18 bytes, 19.3 GB) are 6.4 ms: 50.4 ms predicted. Not measured on a GPU yet.
+    27.7 ms predicted. Backward, the last of 9 chunks kept: 33.3 TFLOP are 41.6 ms; both logits
+    written and read, a gradient written in 16 bits (18 bytes, less the kept chunk's 8: 18.4 GB) are
+    6.1 ms: 47.7 ms predicted. Not measured on a GPU yet.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -99,6 +101,7 @@ def linear_token_kl(
         direction == "reverse",
         compact,
         deterministic,
+        linear.needs_gradient(head),
     )
     return tuple(x.reshape(labels.shape) for x in (logp, ref_logp, kl))
 
@@ -256,12 +259,22 @@ def _rows_fake(logits, ref_logits, labels, *_):
 
 
 def _chunks(
-    head: linear.Head, ref: linear.Head, keep: Tensor, compact: bool, deterministic: bool
+    heads: tuple[linear.Head, linear.Head],
+    keep: Tensor,
+    how: dict[str, bool],
+    leave_for: Tensor | None = None,
+    memories: tuple[linear.Memory | None, linear.Memory | None] = (None, None),
 ) -> Iterator[tuple[linear.Chunk, Tensor]]:
     """(the policy's chunk, the reference's logits [n, V]) of the same rows."""
-    how = {"compact": compact, "deterministic": deterministic, "buffers": 2}
-    own, other = linear.chunks(head, keep, **how), linear.chunks(ref, keep, **how)
-    for chunk, ref_chunk in zip(own, other, strict=True):
+    if None in memories:  # or one would begin with the rows that it still has, the other not
+        memories = (None, None)
+    loops = (
+        linear.chunks(
+            head, keep, **how, buffers=2, slot=slot, leave_for=leave_for, memory=memories[slot]
+        )
+        for slot, head in enumerate(heads)
+    )
+    for chunk, ref_chunk in zip(*loops, strict=True):
         yield chunk, ref_chunk.logits
 
 
@@ -293,13 +306,16 @@ def _forward(
     reverse: bool,
     compact: bool,
     deterministic: bool,
+    backward_follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [N], norm, ref_norm [2, N]); 0 in the rows that are ignored."""
     heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     norm = logp.new_zeros((2, *labels.shape))
     outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
-    for chunk, ref_logits in _chunks(*heads, labels != check.IGNORE_INDEX, compact, deterministic):
+    how = {"compact": compact, "deterministic": deterministic}
+    leave_for = norm if backward_follows else None
+    for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
         of_rows = torch.ops.rlhf_fast.logits_kl(
             chunk.logits[None],
             ref_logits[None],
@@ -336,10 +352,12 @@ def _backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where not needed."""
-    head, ref = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
-    grads = linear.Gradients(head, linear.Needs(*needs))
-    for chunk, ref_logits in _chunks(head, ref, matters, compact, deterministic):
+    grads = linear.Gradients(heads[0], linear.Needs(*needs))
+    how = {"compact": compact, "deterministic": deterministic}
+    memories = tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
+    for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
@@ -375,7 +393,8 @@ def _backward_fake(grad_logp, grad_kl, hidden, weight, bias, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, per_token, ctx.softcap, ctx.reverse, ctx.compact, ctx.same = inputs
+    *inputs, ctx.reverse, ctx.compact, ctx.same, _ = inputs
+    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
@@ -383,7 +402,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     if grad_logp is None and grad_kl is None:
         return None, None, None, *nothing
     *heads, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
@@ -497,7 +516,8 @@ HEADS = (
 )
 FORWARD = define_kernel(
     f"linear_token_kl({HEADS}float temperature, Tensor? per_token, float? softcap, bool reverse, "
-    "bool compact, bool deterministic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool compact, bool deterministic, bool backward_follows) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
     engine=True,

@@ -34,13 +34,16 @@ def linear_token_logprobs(
     only one chunk at a time (``rlhf_fast.chunk_budget`` sets how large), so memory does not grow
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
+    It begins with the forward's last chunk, whose logits still lie there if no other linear op has
+    run since and two thirds of its rows have a gradient.
 
-    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4N'HV for a frozen weight).
+    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4N'HV for a frozen weight),
+    less 2NHV of the last chunk: 6NHV in all where one chunk holds everything.
     H100, bf16, N=8192 H=4096 V=131072, forward: 8.8 TFLOP at the 800 TFLOP/s of a large cuBLAS
     product are 11.0 ms; writing and reading the float32 logits (8 bytes each, 8.6 GB at 3 TB/s,
-    chunk by chunk) adds 2.9 ms: 13.9 ms predicted. Backward: 26.4 TFLOP are 33.0 ms; logits
-    written and read, their gradient written in 16 bits (10 bytes, 10.7 GB) are 3.6 ms: 36.6 ms
-    predicted. Not measured on a GPU yet.
+    chunk by chunk) adds 2.9 ms: 13.9 ms predicted. Backward, the last of 5 chunks kept: 24.7 TFLOP
+    are 30.9 ms; logits written and read, their gradient written in 16 bits (10 bytes, less the kept
+    chunk's 4: 9.9 GB) are 3.3 ms: 34.2 ms predicted. Not measured on a GPU yet.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -81,6 +84,7 @@ def linear_token_logprobs(
         entropy,
         compact,
         deterministic,
+        linear.needs_gradient(head),
     )
     if group is None:
         check.labels(labels, "hidden", hidden, head.weight.shape[0])
@@ -128,13 +132,15 @@ def _forward(
     entropy: bool,
     compact: bool,
     deterministic: bool,
+    backward_follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored."""
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
     head, keep = linear.Head(hidden, weight, bias, low, up), labels != check.IGNORE_INDEX
-    for chunk in linear.chunks(head, keep, compact=compact, deterministic=deterministic):
+    how = {"compact": compact, "deterministic": deterministic}
+    for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
         rows = chunk.rows
         logp_, entropy_, norm_ = torch.ops.rlhf_fast.token_logprobs(
             chunk.logits[None],
@@ -181,7 +187,8 @@ def _backward(
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     head = linear.Head(hidden, weight, bias, low, up)
     grads = linear.Gradients(head, linear.Needs(*needs))
-    for chunk in linear.chunks(head, matters, compact=compact, deterministic=deterministic):
+    how = {"compact": compact, "deterministic": deterministic}
+    for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
@@ -222,7 +229,8 @@ def _backward_fake(grad_logp, grad_entropy, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.temperature, per_token, ctx.softcap, ctx.entropy, ctx.compact, ctx.same = inputs
+    *inputs, ctx.entropy, ctx.compact, ctx.same, _ = inputs
+    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
@@ -230,7 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
-    nothing = (None,) * 7
+    nothing = (None,) * 8
     if grad_logp is None and grad_entropy is None:
         return (None,) * 5 + nothing
     *tensors, per_token, norm, entropy = ctx.saved_tensors
@@ -297,7 +305,8 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor labels, "
 FORWARD = define_kernel(
     f"linear_token_logprobs({HEAD}float temperature, Tensor? per_token, float? softcap, "
-    "bool entropy, bool compact, bool deterministic) -> (Tensor, Tensor, Tensor)",
+    "bool entropy, bool compact, bool deterministic, bool backward_follows) "
+    "-> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
     engine=True,

@@ -53,11 +53,10 @@ class _VocabParallel(torch.autograd.Function):
         whole_logp, whole_entropy, whole_norm = combined(logp, entropy, norm, elsewhere, group)
         for x in (whole_logp, whole_entropy, *whole_norm):
             x.masked_fill_(ignored, 0.0) if x.numel() else x
+        norm.copy_(whole_norm)  # in place: the engine knows by it the chunk that it has left
         ctx.set_materialize_grads(False)
         ctx.options, ctx.group = options, group
-        ctx.save_for_backward(
-            hidden, weight, bias, low, up, local, elsewhere, whole_norm, whole_entropy
-        )
+        ctx.save_for_backward(hidden, weight, bias, low, up, local, elsewhere, norm, whole_entropy)
         if not options[3]:
             ctx.mark_non_differentiable(whole_entropy)
         return whole_logp, whole_entropy
@@ -65,7 +64,7 @@ class _VocabParallel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         *head, local, elsewhere, norm, entropy = ctx.saved_tensors
-        temperature, per_token, softcap, _, compact, deterministic = ctx.options
+        temperature, per_token, softcap, _, compact, deterministic, _ = ctx.options
         if grad_logp is None and grad_entropy is None:
             return (None,) * 9
         if grad_logp is None:
