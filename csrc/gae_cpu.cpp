@@ -82,7 +82,7 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S boot
 }
 template <class S>
 RLHF_INLINE void scan(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
-  if (s.dones || s.gamma_lambda == 0) {
+  if (s.dones) {
     scan_row<true>(s, first, steps, bootstrap);
   } else {
     scan_row<false>(s, first, steps, bootstrap);
