@@ -41,6 +41,10 @@ def masked_statistics(rank: int, folder: str) -> None:
         "kept": rf.masked_whiten(values, mask, shift_mean=False, group=group),
         "empty": rf.masked_whiten(values, torch.zeros_like(mask), group=group),
     }
+    own_group = [dist.new_group([r]) for r in range(2)][rank]
+    for function in (rf.masked_mean, rf.masked_whiten):
+        of_one = function(values, mask, group=own_group)
+        torch.testing.assert_close(of_one, function(values, mask))
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -83,6 +87,12 @@ def part_of_the_vocabulary(rank: int, folder: str, splits: list[int]) -> None:
     alone = rf.linear_token_logprobs(**x | own | {"entropy": False}, group=group)
     leaves = (x["hidden"], down, own["weight"], own["bias"], own["lora"][1])
     grads = torch.autograd.grad(weighted(logp, entropy), leaves)
+    own_group = [dist.new_group([r]) for r in range(len(splits))][rank]
+    of_one = rf.linear_token_logprobs(**x, group=own_group)  # who is not in the group has no say
+    single = rf.linear_token_logprobs(**x)
+    both = [(*y, *torch.autograd.grad(weighted(*y), x["hidden"])) for y in (of_one, single)]
+    for got, want in zip(*both, strict=True):
+        torch.testing.assert_close(got, want)
     errors = []
     for bad in (V, -1):
         wrong = x["labels"].clone()

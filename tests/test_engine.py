@@ -58,6 +58,28 @@ def test_an_inplace_backward_makes_no_second_tensor_of_the_logits(inplace: bool)
     assert torch.equal(logits, before) is not inplace
 
 
+@pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_a_row_without_gradient_is_not_looked_at(name: str, side_by_side: bool) -> None:
+    """Its logits may be NaN, its label any."""
+    logits, ones = torch.randn(1, 3, 40), torch.ones(1, 3)
+    logits[0, 1] = torch.nan
+    logits = logits.mT.contiguous().mT if side_by_side else logits
+    labels, g, norm = (
+        torch.tensor([[3, 4, 5]]),
+        torch.tensor([[1.0, 0.0, 1.0]]),
+        torch.ones(2, 1, 3),
+    )
+    out = torch.full_like(logits, torch.nan)
+    if name == "token_logprobs":
+        arguments = (g, g, logits, labels, norm, ones, 1.0, None, None)
+    else:
+        arguments = (g, g, logits, logits, labels, norm, norm, ones, 1.0, None, None, True)
+    getattr(torch.ops.rlhf_fast, f"{name}_backward")(*arguments, out)
+    assert not out[0, 1].any() and out[0, ::2].isfinite().all() and out[0, ::2].any()
+
+
 @pytest.mark.parametrize("rows", [1, 7, 16, 64, 96, 200])
 def test_chunks_change_nothing_but_rounding(rows: int) -> None:
     hidden, weight, labels = inputs()
@@ -129,6 +151,39 @@ def test_autocast_runs_the_head_in_its_dtype() -> None:
     torch.testing.assert_close(logp, rf.token_logprobs(plain, labels))
     logp.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss"])
+def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
+    x, generator = kl_inputs(), torch.Generator().manual_seed(2)
+    x["bias"] = torch.randn(V, generator=generator).requires_grad_()
+    ref = {name: x.pop(name) for name in ("ref_hidden", "ref_weight")}
+    if op == "linear_token_kl":
+        x |= ref | {"ref_bias": torch.randn(V, generator=generator)}
+    elif op == "linear_policy_loss":
+        shape = ("hidden", (4, -1, H)), ("labels", (4, -1))
+        x |= {name: x[name].detach().view(size) for name, size in shape}
+        x["hidden"].requires_grad_()
+        constants = {"old_logp": x["labels"] / -100, "advantages": x["labels"] / V - 0.5}
+        x |= constants | {"mask": x["labels"] > 100}
+    else:
+        x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
+                     torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
+
+    def results(cast) -> list[torch.Tensor]:
+        head = {"hidden", "weight", "bias", "lora", *ref, "ref_bias"} & x.keys()
+        made = x | {k: tuple(map(cast, x[k])) if k == "lora" else cast(x[k]) for k in head}
+        out = getattr(rf, op)(**made)
+        out = out[0] + out[2] if op == "linear_token_kl" else out[0] if "mask" in x else out
+        leaves = [y for k in ("hidden", "weight", "bias") for y in (x[k],)]
+        leaves += x["lora"][:2] if "lora" in x else ()
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = results(lambda y: y)
+    wanted = results(lambda y: y.bfloat16() if isinstance(y, torch.Tensor) else y)
+    for got, want in zip(ours, wanted, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
 def test_float64_constants_beside_float32_hidden_states() -> None:

@@ -118,9 +118,15 @@ def inputs(op: str, chosen: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor
 
 
 def results(function, x: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
+    """Outputs, and the gradients through each of them alone and through all together."""
     outputs = tensors(function(**x))
-    total = sum((1 + i) * (y * y).sum() for i, y in enumerate(outputs) if y.requires_grad)
-    return outputs + list(torch.autograd.grad(total, leaves))
+    ways = [(y * y).sum() for y in outputs if y.requires_grad]
+    grads = [
+        grad
+        for way in (*ways, sum(ways))
+        for grad in torch.autograd.grad(way, leaves, retain_graph=True, allow_unused=True)
+    ]
+    return outputs + [grad for grad in grads if grad is not None]
 
 
 @pytest.mark.parametrize("op", OPTIONS)
