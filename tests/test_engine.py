@@ -46,6 +46,16 @@ def test_no_tensor_is_larger_than_a_chunk(inside) -> None:
     assert 16 * V <= largest.numel < N * V / 4
 
 
+def test_the_backward_of_a_loss_in_one_pass_makes_nothing() -> None:
+    """The gradients are there: no second copy, and no zeros for what has no gradient."""
+    hidden, weight, labels = inputs()
+    constants = (torch.full((N,), -7.0), torch.linspace(-1, 1, N), labels >= 0)
+    loss, _ = rf.linear_policy_loss(hidden, weight, labels, *constants)
+    with Largest() as largest:
+        torch.autograd.grad(loss, (hidden, weight))
+    assert largest.numel == hidden.numel()  # a view of its gradient
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_an_inplace_backward_makes_no_second_tensor_of_the_logits(inplace: bool) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -183,6 +183,9 @@ def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     keep = torch.arange(N) < 5
     (chunk,) = linear.chunks(head, keep, deterministic=True)
     assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)
+    with rf.chunk_budget(32 * V * 4):  # two loops share it
+        (chunk,) = linear.chunks(head, keep, deterministic=True, buffers=2)
+    assert chunk.padded.shape == (16, V)
 
 
 @pytest.mark.parametrize(
