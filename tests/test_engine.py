@@ -352,6 +352,28 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, mon
         assert torch.equal(got, want) and got.any()
 
 
+def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) -> None:
+    """The numbers of the same operands in float32."""
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, labels = inputs(requires_grad=False)
+    shapes = (V,), (3, H), (V, 3)
+    parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, w, bias, down, up = (y.bfloat16().to(dtype) for y in parts)
+        with AsOnAGPU():
+            results.append(rf.linear_token_logprobs(x, w, labels, bias=bias))
+            low = (
+                (x @ down.t()).bfloat16().to(dtype)
+            )  # rounded on a GPU too, before the last product
+            head = linear.Head(x, w, bias, low, up)
+            (chunk,) = linear.chunks(head, labels >= 0)
+            results.append(chunk.logits.clone())
+    for narrow, wide in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+
+
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:
     with rf.chunk_budget(10):
         assert linear.chunk_rows(3, 10**9, 4, "cuda") == 1
