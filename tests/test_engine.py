@@ -214,20 +214,23 @@ def test_cpp_refuses_tensors_of_another_type_than_the_first() -> None:
         torch.ops.rlhf_fast.gae(x, x.double(), mask, None, None, 1.0, 1.0, True)
 
 
-def test_16_bit_weight_gradients_accumulate_in_float32() -> None:
-    """Many chunks into one bfloat16 dW must not be worse than one product."""
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_16_bit_weight_gradients_accumulate_in_float32(of: str) -> None:
+    """Many chunks into one bfloat16 gradient must not be worse than one product."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, 8, generator=generator).bfloat16()
-    weight = torch.randn(40, 8, generator=generator).bfloat16().requires_grad_()
+    weight, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((40, 8), (40,)))
     labels = torch.randint(40, (256,), generator=generator)
 
-    def gradient(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(rf.linear_token_logprobs(x, w, labels).sum(), w)[0].double()
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        x, w, b = (y.to(dtype).requires_grad_() for y in (hidden, weight, bias))
+        logp = rf.linear_token_logprobs(x, w, labels, bias=b)
+        return torch.autograd.grad(logp.sum(), w if of == "weight" else b)[0].double()
 
-    exact = gradient(weight.detach().double().requires_grad_(), hidden.double())
-    one = (gradient(weight, hidden) - exact).abs().max()
+    exact = gradient(torch.float64)
+    one = (gradient(torch.bfloat16) - exact).abs().max()
     with rf.chunk_budget(4 * 40 * 2):  # 64 chunks of 4 rows
-        many = (gradient(weight, hidden) - exact).abs().max()
+        many = (gradient(torch.bfloat16) - exact).abs().max()
     assert many <= 1.5 * one
 
 

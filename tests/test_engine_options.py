@@ -281,12 +281,14 @@ class Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("frozen", "products"), [("nothing", 3), ("weight", 2), ("all", 1)])
+@pytest.mark.parametrize(
+    ("frozen", "products"), [("nothing", 3), ("weight", 2), ("hidden", 2), ("all", 1)]
+)
 def test_no_gradient_is_made_that_nobody_asked_for(inside, frozen: str, products: int) -> None:
     hidden, weight, labels = draw()
-    arguments = policy_inputs(hidden.requires_grad_(), weight, labels)
+    arguments = policy_inputs(hidden.requires_grad_(frozen != "hidden"), weight, labels)
     arguments["mask"][:] = True
-    weight.requires_grad_(frozen == "nothing")
+    weight.requires_grad_(frozen != "weight")
     counter, names = FlopCounterMode(display=False), Names()
     with torch.set_grad_enabled(frozen != "all"), counter, names, inside:
         loss, _ = rf.linear_policy_loss(**arguments)
