@@ -31,13 +31,14 @@ def adapter(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     ).requires_grad_()
 
 
-def test_an_adapter_equals_the_merged_head() -> None:
+@pytest.mark.parametrize("trunk", ["trained", "frozen"])
+def test_an_adapter_equals_the_merged_head(trunk: str) -> None:
     hidden, weight, labels = draw(torch.float64)
-    hidden.requires_grad_()
+    hidden.requires_grad_(trunk == "trained")
     down, up = adapter(torch.float64)
     ours = rf.linear_token_logprobs(hidden, weight, labels, lora=(down, up, 0.5), entropy=True)
     merged = rf.linear_token_logprobs(hidden, weight + 0.5 * up @ down, labels, entropy=True)
-    leaves = (hidden, down, up)
+    leaves = (hidden, down, up) if hidden.requires_grad else (down, up)
     got = torch.autograd.grad(ours[0].sum() + ours[1].sum(), leaves)
     want = torch.autograd.grad(merged[0].sum() + merged[1].sum(), leaves)
     for a, b in zip((*ours, *got), (*merged, *want), strict=True):

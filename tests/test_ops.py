@@ -306,13 +306,23 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_op
-def test_opcheck(op: Op) -> None:
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        pytest.param(op, dtype, id=f"{op.name}-{str(dtype).removeprefix('torch.')}")
+        for op in OPS.values()
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.float32
+        or VOCABULARY_SIZED & inspect.signature(op.function).parameters.keys()
+    ],
+)
+def test_opcheck(op: Op, dtype: torch.dtype) -> None:
     """torch.library.opcheck on each kernel: schema, fake tensors, autograd, AOT dispatch."""
     recorder = Recorder()
     for sample in list(op.samples(torch.Generator().manual_seed(0)))[:8]:
+        narrow = tuple(VOCABULARY_SIZED) if dtype == torch.bfloat16 else None
         with recorder:
-            run(op.function, arguments(sample, torch.float32), sample.grads)
+            run(op.function, arguments(sample, dtype, narrow), sample.grads)
     assert set(recorder.calls) >= {kernel.name for kernel in op.kernels}
     for kernel in op.kernels:
         args = recorder.calls[kernel.name]
