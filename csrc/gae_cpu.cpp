@@ -37,7 +37,7 @@ RLHF_INLINE Doubles shifted(Doubles v, Doubles fill) {
 }
 
 // p X + q; where `drops`, p = 0 drops even a NaN: an episode does not see the one after it. Without
-// episodes' ends no p is 0, and the scan takes three quarters of the time.
+// episodes' ends the scan does not look, and takes three quarters of the time.
 template <bool drops, class V>
 RLHF_INLINE V applied(V p, V X, V q) {
   return q + (drops ? select(p, p * X, V{}) : p * X);

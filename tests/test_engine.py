@@ -239,9 +239,12 @@ def test_chunks_are_of_like_size_and_within_the_budget(total: int) -> None:
     rows = linear.chunk_rows(total, 49152, 4, "cpu")
     chunks = -(-total // rows)
     assert rows <= linear.CPU_ROWS and rows * chunks - total < 16 * chunks
+    assert rows == total or rows % 16 == 0
     assert chunks == (1 if total <= 512 else total // 512 + 1)
     with rf.chunk_budget(2**20):
         assert linear.chunk_rows(total, 49152, 4, "cpu") <= 5
+    with rf.chunk_budget(100 * 1000 * 4):
+        assert linear.chunk_rows(1089, 1000, 4, "cpu") == 100  # 11 chunks of 99, and not of 112
     gpu = linear.chunk_rows(total, 131072, 4, "cuda")
     assert gpu * 131072 * 4 <= linear.GPU_BYTES
 
