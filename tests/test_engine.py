@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,6 +282,13 @@ def test_on_a_gpu_every_row_of_a_chunk_starts_at_a_boundary_of_16_bytes(monkeypa
     monkeypatch.setattr(linear, "chunk_buffer", lambda *size: (None, linear.aligned_rows(*size)))
     for x, y in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_on_a_gpu_logits_of_16_bit_operands_are_float32() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert linear.logits_dtype(on_a_gpu) == torch.float32
+    assert linear.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.bfloat16
 
 
 class AsOnAGPU(TorchDispatchMode):
