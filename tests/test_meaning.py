@@ -107,7 +107,7 @@ def test_gae_packed_is_gae_padded_bit_for_bit(holes: str) -> None:
 
 
 def test_group_advantages_by_hand() -> None:
-    scores = torch.tensor([1.0, 2.0, 6.0, 0.1, 0.1, 0.1])
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.9, 0.9, 0.9])  # 0.9 is not the rounded mean of three
     std = math.sqrt((4 + 1 + 9) / 2)
     expected = {
         "grpo": [-2 / (std + 0.5), -1 / (std + 0.5), 3 / (std + 0.5)],
