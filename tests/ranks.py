@@ -41,6 +41,7 @@ def masked_statistics(rank: int, folder: str) -> None:
         "kept": rf.masked_whiten(values, mask, shift_mean=False, group=group),
         "empty": rf.masked_whiten(values, torch.zeros_like(mask), group=group),
     }
+    assert rf.masked_mean(values, torch.zeros_like(mask), group=group) == 0
     own_group = [dist.new_group([r]) for r in range(2)][rank]
     for function in (rf.masked_mean, rf.masked_whiten):
         of_one = function(values, mask, group=own_group)
