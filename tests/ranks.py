@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
+from rlhf_fast.ops import linear
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -94,6 +95,16 @@ def part_of_the_vocabulary(rank: int, folder: str, splits: list[int]) -> None:
     both = [(*y, *torch.autograd.grad(weighted(*y), x["hidden"])) for y in (of_one, single)]
     for got, want in zip(*both, strict=True):
         torch.testing.assert_close(got, want)
+    how = []
+    chunks = linear.chunks
+    linear.chunks = lambda *args, **options: how.append(options) or chunks(*args, **options)
+    options = {"temperature": 0.7, "compact": False, "deterministic": True}
+    parts = rf.linear_token_logprobs(**x | own | options, group=group)
+    whole = rf.linear_token_logprobs(**x | options)
+    both = [(*y, *torch.autograd.grad(weighted(*y), x["hidden"])) for y in (parts, whole)]
+    for got, want in zip(*both, strict=True):
+        torch.testing.assert_close(got, want)
+    assert how == [{"compact": False, "deterministic": True}] * 4  # forward and backward of both
     errors = []
     for bad in (V, -1):
         wrong = x["labels"].clone()
