@@ -247,6 +247,15 @@ def test_an_infinite_kl_that_nobody_uses_leaves_the_gradient_of_logp() -> None:
     torch.testing.assert_close(out, one_hot - x.softmax(-1))
 
 
+def test_a_probability_that_becomes_0_where_the_reference_has_none() -> None:
+    """Token 0 makes KL(p || q) infinite until token 100 leaves p nothing there."""
+    x, ref_logits = torch.zeros(2, 1, 1, 131)
+    x[..., 100], ref_logits[..., 0] = 200.0, -torch.inf
+    arguments = (x, ref_logits, torch.tensor([[100]]), 1.0, None, None, True)
+    kl = KERNELS["logits_kl"].launcher(*arguments)[2]
+    torch.testing.assert_close(kl, torch.tensor([[130.0]]).log())
+
+
 def test_a_gradient_through_the_kl_alone() -> None:
     x, ref_logits = torch.randn(2, 1, 2, 5)
     labels, zero = torch.tensor([[1, 2]]), torch.zeros(1, 2)
