@@ -28,6 +28,14 @@ def test_token_logprobs_is_the_categorical_distribution() -> None:
     torch.testing.assert_close(entropy, oracle.entropy())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_temperatures_may_have_a_dtype_of_their_own(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 33), torch.randint(33, (2,))
+    ours = rf.token_logprobs(logits, labels, temperature=torch.tensor([0.5, 1.5], dtype=dtype))
+    plain = rf.token_logprobs(logits, labels, temperature=torch.tensor([0.5, 1.5]))
+    assert ours.dtype == torch.float32 and torch.equal(ours, plain)
+
+
 def test_uniform_entropy_is_log_v() -> None:
     _, entropy = rf.token_logprobs(torch.zeros(1, 50257), torch.tensor([3]), entropy=True)
     assert entropy.item() == pytest.approx(math.log(50257), abs=1e-5)
