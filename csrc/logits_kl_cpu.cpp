@@ -25,7 +25,7 @@ struct PairSums {
     const double down_a = static_cast<double>(max_a[i]) - top_a;
     const double down_b = static_cast<double>(max_b[i]) - top_b;
     if (sum_a[i] > 0) {
-      const double factor = std::exp(down_a);
+      const double factor = down_a < -87.3 ? 0 : std::exp(down_a);  // as exp() in sum_pairs has it
       // what was infinite with p > 0 is nothing once p has become 0
       gap[i] = factor > 0 ? factor * (gap[i] + (down_a - down_b) * sum_a[i]) : 0;
       sum_a[i] *= factor;

@@ -42,6 +42,11 @@ def masked_statistics(rank: int, folder: str) -> None:
         "kept": rf.masked_whiten(values, mask, shift_mean=False, group=group),
         "empty": rf.masked_whiten(values, torch.zeros_like(mask), group=group),
     }
+    assert rf.masked_mean(values, torch.zeros_like(mask), group=group) == 0
+    own_group = [dist.new_group([r]) for r in range(2)][rank]
+    for function in (rf.masked_mean, rf.masked_whiten):
+        of_one = function(values, mask, group=own_group)
+        torch.testing.assert_close(of_one, function(values, mask))
     torch.save(result, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
@@ -88,6 +93,26 @@ def part_of_the_vocabulary(rank: int, folder: str, splits: list[int]) -> None:
     assert found[0] is not None  # the chunk that the forward left
     linear.left_by = left_by
     alone = rf.linear_token_logprobs(**x | own | {"entropy": False}, group=group)
+    own_group = [dist.new_group([r]) for r in range(len(splits))][rank]
+    of_one = rf.linear_token_logprobs(**x, group=own_group)  # who is not in the group has no say
+    single = rf.linear_token_logprobs(**x)
+    both = [(*y, *torch.autograd.grad(weighted(*y), x["hidden"])) for y in (of_one, single)]
+    for got, want in zip(*both, strict=True):
+        torch.testing.assert_close(got, want)
+    how, chunks = [], linear.chunks
+
+    def noted(*args, compact, deterministic, **rest):
+        how.append((compact, deterministic))
+        return chunks(*args, compact=compact, deterministic=deterministic, **rest)
+
+    linear.chunks = noted
+    options = {"temperature": 0.7, "compact": False, "deterministic": True}
+    parts = rf.linear_token_logprobs(**x | own | options, group=group)
+    whole = rf.linear_token_logprobs(**x | options)
+    both = [(*y, *torch.autograd.grad(y[1].sum(), x["hidden"])) for y in (parts, whole)]
+    for got, want in zip(*both, strict=True):
+        torch.testing.assert_close(got, want)
+    assert how == [(False, True)] * 4  # forward and backward of both
     errors = []
     for bad in (V, -1):
         wrong = x["labels"].clone()

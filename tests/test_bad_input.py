@@ -219,6 +219,183 @@ CASES += [  # the same options, the same errors
 ]
 
 
+FULL = {  # arguments that are right
+    "token_logprobs": (logits, labels),
+    "linear_token_logprobs": (hidden, weight, labels),
+    "linear_token_kl": TIED,
+    "linear_policy_loss": (hidden, weight, labels, x, x, mask),
+}
+LINEAR = tuple(FULL)[1:]
+ones, nan = torch.ones(2, 3), float("nan")
+CASES += [
+    (name, FULL[name], options, kind, message)
+    for names, options, kind, message in [
+        (FULL, {"temperature": True}, TypeError, "temperature must be a number, got bool"),
+        (FULL, {"temperature": nan}, ValueError, "temperature must be finite"),
+        (FULL, {"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
+        (FULL, {"temperature": torch.tensor(1.0)}, ValueError, "temperature must have the shape"),
+        (FULL, {"temperature": ones.int()}, TypeError, "temperature must be float32"),
+        (FULL, {"temperature": ones.to("meta")}, ValueError, "temperature must be on the device"),
+        (
+            FULL,
+            {"temperature": ones - 1},
+            ValueError,
+            r"temperature\[0, 0\] is 0.0, not finite and",
+        ),
+        (FULL, {"temperature": ones * nan}, ValueError, r"temperature\[0, 0\] is nan"),
+        (FULL, {"softcap": 0.0}, ValueError, "softcap must be above 0"),
+        (FULL, {"softcap": True}, TypeError, "softcap must be a number, got bool"),
+        (
+            FULL,
+            {"softcap": torch.tensor(2.0)},
+            TypeError,
+            "softcap must be a number, got a float32",
+        ),
+        (LINEAR, {"bias": 1.0}, TypeError, "bias must be a tensor, got float"),
+        (LINEAR, {"bias": torch.zeros(1, 5)}, ValueError, r"bias must be \[V\] = \[5\]"),
+        (
+            LINEAR,
+            {"bias": torch.zeros(5).double()},
+            TypeError,
+            "bias must have the dtype of hidden",
+        ),
+        (LINEAR, {"bias": torch.zeros(5).to("meta")}, ValueError, "bias must be on the device of"),
+        (LINEAR, {"compact": None}, TypeError, "compact must be True or False, got NoneType"),
+        (LINEAR, {"compact": "no"}, TypeError, "compact must be True or False, got str"),
+        (LINEAR, {"deterministic": 1}, TypeError, "deterministic must be True or False, got int"),
+        (tuple(FULL)[:2], {"entropy": "yes"}, TypeError, "entropy must be True or False, got str"),
+        (
+            tuple(FULL)[:2],
+            {"entropy": ones},
+            TypeError,
+            "entropy must be True or False, got a float",
+        ),
+        (
+            ["token_logprobs"],
+            {"inplace_backward": 1},
+            TypeError,
+            "inplace_backward must be True or",
+        ),
+    ]
+    for name in names
+]
+CASES += [
+    (name, (*given, *FULL[name][3:]), {}, kind, message)
+    for name in LINEAR
+    for given, kind, message in [
+        ((None, weight, labels), TypeError, "hidden must be a tensor, got NoneType"),
+        ((hidden.int(), weight, labels), TypeError, "hidden must be float32"),
+        (
+            (torch.tensor(1.0), weight, labels),
+            ValueError,
+            "hidden must have at least one dimension",
+        ),
+        ((hidden, None, labels), TypeError, "weight must be a tensor"),
+        ((hidden, weight[None], labels), ValueError, r"weight must be \[V, H\]"),
+        ((hidden, weight.to("meta"), labels), ValueError, "weight must be on the device of hidden"),
+        ((hidden, weight, None), TypeError, "labels must be a tensor"),
+        ((hidden, weight, labels.float()), TypeError, "labels must be int64"),
+        ((hidden, weight, labels[..., None]), ValueError, "labels must have the leading shape"),
+        ((hidden, weight, outside(-1)), ValueError, r"labels\[1, 2\] is -1"),
+        ((hidden, weight[:0], labels), ValueError, r"labels\[0, 0\] is 0, outside \[0, 0\)"),
+    ]
+]
+KL, PPO = FULL["linear_token_kl"], FULL["linear_policy_loss"]
+CASES += [
+    ("linear_token_kl", (*KL[:3], None), {}, TypeError, "ref_hidden must be a tensor"),
+    (
+        "linear_token_kl",
+        (*KL[:3], hidden.to("meta")),
+        {},
+        ValueError,
+        "ref_hidden must be on the d",
+    ),
+    ("linear_token_kl", (*KL, weight.double()), {}, TypeError, "ref_weight must have the dtype of"),
+    (
+        "linear_token_kl",
+        (*KL, weight.to("meta")),
+        {},
+        ValueError,
+        "ref_weight must be on the devic",
+    ),
+    ("linear_token_kl", KL, {"direction": None}, ValueError, "direction must be one of reverse, f"),
+    ("linear_policy_loss", (*PPO[:5], mask.int()), {}, TypeError, "mask must be bool"),
+    (
+        "linear_policy_loss",
+        (*PPO[:5], mask.to("meta")),
+        {},
+        ValueError,
+        "mask must be on the device",
+    ),
+    ("linear_policy_loss", (*PPO[:5], None), {}, TypeError, "mask must be a tensor"),
+    ("linear_policy_loss", (*PPO[:3], None, x, mask), {}, TypeError, "old_logp must be a tensor"),
+    (
+        "linear_policy_loss",
+        (*PPO[:4], x[0], mask),
+        {},
+        ValueError,
+        "advantages must have the shape",
+    ),
+    (
+        "linear_policy_loss",
+        (hidden[0, 0], weight, labels[0, 0], x[0, 0], x[0, 0], mask[0, 0]),
+        {},
+        ValueError,
+        r"hidden must be \[..., T, H\]",
+    ),
+]
+LOSSES = ("policy_loss", "linear_policy_loss")
+FULL["policy_loss"] = (x, x, x, mask)
+CASES += [
+    (name, FULL[name], options, kind, message)
+    for name in LOSSES
+    for options, kind, message in [
+        ({"clip_low": -0.1}, ValueError, "clip_low must be at least 0"),
+        ({"clip_low": "0.2"}, TypeError, "clip_low must be a number, got str"),
+        ({"clip_high": True}, TypeError, "clip_high must be a number, got bool"),
+        ({"dual_clip": nan}, ValueError, "dual_clip must be finite"),
+        ({"ratio": None}, ValueError, "ratio must be one of"),
+        ({"loss": None}, ValueError, "loss must be one of"),
+        ({"normalizer": True}, TypeError, "normalizer must be a number, got bool"),
+        ({"normalizer": torch.ones(1)}, ValueError, "normalizer must be a 0-dim tensor"),
+        ({"normalizer": torch.tensor(True)}, TypeError, "normalizer must be a number, got a bool"),
+        ({"normalizer": torch.tensor(-3)}, ValueError, "normalizer must be finite and at least 0"),
+        ({"normalizer": torch.tensor(nan)}, ValueError, "normalizer must be finite and at least 0"),
+        ({"normalizer": ones[0, 0].to("meta")}, ValueError, "normalizer must be on the device of"),
+        ({"weights": x[0]}, ValueError, "weights must have the shape of"),
+        ({"weights": 1.0}, TypeError, "weights must be a tensor, got float"),
+        ({"ref_logp": x.int()}, TypeError, "ref_logp must be float32"),
+        ({"entropy_coef": nan}, ValueError, "entropy_coef must be finite"),
+        ({"kl_coef": nan, "ref_logp": x}, ValueError, "kl_coef must be finite"),
+        ({"kl_coef": None}, TypeError, "kl_coef must be a number, got NoneType"),
+        ({"kl_estimator": "k4"}, ValueError, "kl_estimator must be one of k1, k2, k3, abs"),
+    ]
+]
+CASES += [
+    (
+        name,
+        args,
+        {"group": "world"},
+        TypeError,
+        "group must be a ProcessGroup of this rank, got str",
+    )
+    for name, args in [
+        ("linear_token_logprobs", FULL["linear_token_logprobs"]),
+        ("masked_mean", (x, mask)),
+        ("masked_whiten", (x, mask)),
+    ]
+]
+CASES += [
+    (
+        "masked_whiten",
+        (x, mask),
+        {"shift_mean": "no"},
+        TypeError,
+        "shift_mean must be True or Fals",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "args", "options", "kind", "message"), CASES,
     ids=[f"{c[0]}: {c[4][:24]}" for c in CASES],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,16 @@ def test_no_tensor_is_larger_than_a_chunk(inside) -> None:
     assert 16 * V <= largest.numel < N * V / 4
 
 
+def test_the_backward_of_a_loss_in_one_pass_makes_nothing() -> None:
+    """The gradients are there: no second copy, and no zeros for what has no gradient."""
+    hidden, weight, labels = inputs()
+    constants = (torch.full((N,), -7.0), torch.linspace(-1, 1, N), labels >= 0)
+    loss, _ = rf.linear_policy_loss(hidden, weight, labels, *constants)
+    with Largest() as largest:
+        torch.autograd.grad(loss, (hidden, weight))
+    assert largest.numel == hidden.numel()  # a view of its gradient
+
+
 @pytest.mark.parametrize("inplace", [True, False])
 def test_an_inplace_backward_makes_no_second_tensor_of_the_logits(inplace: bool) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -56,6 +67,28 @@ def test_an_inplace_backward_makes_no_second_tensor_of_the_logits(inplace: bool)
     (gradient,) = torch.autograd.grad(logp.sum(), logits)
     assert (gradient.data_ptr() == logits.data_ptr()) is inplace
     assert torch.equal(logits, before) is not inplace
+
+
+@pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_a_row_without_gradient_is_not_looked_at(name: str, side_by_side: bool) -> None:
+    """Its logits may be NaN, its label any."""
+    logits, ones = torch.randn(1, 3, 40), torch.ones(1, 3)
+    logits[0, 1] = torch.nan
+    logits = logits.mT.contiguous().mT if side_by_side else logits
+    labels, g, norm = (
+        torch.tensor([[3, 4, 5]]),
+        torch.tensor([[1.0, 0.0, 1.0]]),
+        torch.ones(2, 1, 3),
+    )
+    out = torch.full_like(logits, torch.nan)
+    if name == "token_logprobs":
+        arguments = (g, g, logits, labels, norm, ones, 1.0, None, None)
+    else:
+        arguments = (g, g, logits, logits, labels, norm, norm, ones, 1.0, None, None, True)
+    getattr(torch.ops.rlhf_fast, f"{name}_backward")(*arguments, out)
+    assert not out[0, 1].any() and out[0, ::2].isfinite().all() and out[0, ::2].any()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 16, 64, 96, 200])
@@ -131,6 +164,39 @@ def test_autocast_runs_the_head_in_its_dtype() -> None:
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss"])
+def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
+    x, generator = kl_inputs(), torch.Generator().manual_seed(2)
+    x["bias"] = torch.randn(V, generator=generator).requires_grad_()
+    ref = {name: x.pop(name) for name in ("ref_hidden", "ref_weight")}
+    if op == "linear_token_kl":
+        x |= ref | {"ref_bias": torch.randn(V, generator=generator)}
+    elif op == "linear_policy_loss":
+        shape = ("hidden", (4, -1, H)), ("labels", (4, -1))
+        x |= {name: x[name].detach().view(size) for name, size in shape}
+        x["hidden"].requires_grad_()
+        constants = {"old_logp": x["labels"] / -100, "advantages": x["labels"] / V - 0.5}
+        x |= constants | {"mask": x["labels"] > 100}
+    else:
+        x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
+                     torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
+
+    def results(cast) -> list[torch.Tensor]:
+        head = {"hidden", "weight", "bias", "lora", *ref, "ref_bias"} & x.keys()
+        made = x | {k: tuple(map(cast, x[k])) if k == "lora" else cast(x[k]) for k in head}
+        out = getattr(rf, op)(**made)
+        out = out[0] + out[2] if op == "linear_token_kl" else out[0] if "mask" in x else out
+        leaves = [y for k in ("hidden", "weight", "bias") for y in (x[k],)]
+        leaves += x["lora"][:2] if "lora" in x else ()
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = results(lambda y: y)
+    wanted = results(lambda y: y.bfloat16() if isinstance(y, torch.Tensor) else y)
+    for got, want in zip(ours, wanted, strict=True):
+        assert got.dtype == torch.float32 and torch.equal(got, want)
+
+
 def test_float64_constants_beside_float32_hidden_states() -> None:
     hidden, weight, labels = inputs()
     old_logp, advantages = -7 * torch.ones(N), torch.randn(N, generator=torch.manual_seed(0))
@@ -149,20 +215,23 @@ def test_cpp_refuses_tensors_of_another_type_than_the_first() -> None:
         torch.ops.rlhf_fast.gae(x, x.double(), mask, None, None, 1.0, 1.0, True)
 
 
-def test_16_bit_weight_gradients_accumulate_in_float32() -> None:
-    """Many chunks into one bfloat16 dW must not be worse than one product."""
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_16_bit_weight_gradients_accumulate_in_float32(of: str) -> None:
+    """Many chunks into one bfloat16 gradient must not be worse than one product."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(256, 8, generator=generator).bfloat16()
-    weight = torch.randn(40, 8, generator=generator).bfloat16().requires_grad_()
+    weight, bias = (torch.randn(*size, generator=generator).bfloat16() for size in ((40, 8), (40,)))
     labels = torch.randint(40, (256,), generator=generator)
 
-    def gradient(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return torch.autograd.grad(rf.linear_token_logprobs(x, w, labels).sum(), w)[0].double()
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        x, w, b = (y.to(dtype).requires_grad_() for y in (hidden, weight, bias))
+        logp = rf.linear_token_logprobs(x, w, labels, bias=b)
+        return torch.autograd.grad(logp.sum(), w if of == "weight" else b)[0].double()
 
-    exact = gradient(weight.detach().double().requires_grad_(), hidden.double())
-    one = (gradient(weight, hidden) - exact).abs().max()
+    exact = gradient(torch.float64)
+    one = (gradient(torch.bfloat16) - exact).abs().max()
     with rf.chunk_budget(4 * 40 * 2):  # 64 chunks of 4 rows
-        many = (gradient(weight, hidden) - exact).abs().max()
+        many = (gradient(torch.bfloat16) - exact).abs().max()
     assert many <= 1.5 * one
 
 
@@ -171,9 +240,12 @@ def test_chunks_are_of_like_size_and_within_the_budget(total: int) -> None:
     rows = linear.chunk_rows(total, 49152, 4, "cpu")
     chunks = -(-total // rows)
     assert rows <= linear.CPU_ROWS and rows * chunks - total < 16 * chunks
+    assert rows == total or rows % 16 == 0
     assert chunks == (1 if total <= 512 else total // 512 + 1)
     with rf.chunk_budget(2**20):
         assert linear.chunk_rows(total, 49152, 4, "cpu") <= 5
+    with rf.chunk_budget(100 * 1000 * 4):
+        assert linear.chunk_rows(1089, 1000, 4, "cpu") == 100  # 11 chunks of 99, and not of 112
     gpu = linear.chunk_rows(total, 131072, 4, "cuda")
     assert gpu * 131072 * 4 <= linear.GPU_BYTES
 
@@ -215,6 +287,13 @@ def test_on_a_gpu_every_row_of_a_chunk_starts_at_a_boundary_of_16_bytes(monkeypa
     monkeypatch.setattr(linear, "chunk_buffer", as_on_a_gpu)
     for x, y in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(x, y)
+
+
+def test_on_a_gpu_logits_of_16_bit_operands_are_float32() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
+        assert linear.logits_dtype(on_a_gpu) == torch.float32
+    assert linear.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.bfloat16
 
 
 class AsOnAGPU(TorchDispatchMode):
@@ -290,6 +369,28 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, mon
         rounded, _ = gradients_of_float32_logits(op, **options)
     for got, want in zip(ours, rounded, strict=True):
         assert torch.equal(got, want) and got.any()
+
+
+def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) -> None:
+    """The numbers of the same operands in float32."""
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight, labels = inputs(requires_grad=False)
+    shapes = (V,), (3, H), (V, 3)
+    parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        x, w, bias, down, up = (y.bfloat16().to(dtype) for y in parts)
+        with AsOnAGPU():
+            results.append(rf.linear_token_logprobs(x, w, labels, bias=bias))
+            low = (
+                (x @ down.t()).bfloat16().to(dtype)
+            )  # rounded on a GPU too, before the last product
+            head = linear.Head(x, w, bias, low, up)
+            (chunk,) = linear.chunks(head, labels >= 0)
+            results.append(chunk.logits.clone())
+    for narrow, wide in zip(results[:2], results[2:], strict=True):
+        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:

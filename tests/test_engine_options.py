@@ -31,13 +31,14 @@ def adapter(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Ten
     ).requires_grad_()
 
 
-def test_an_adapter_equals_the_merged_head() -> None:
+@pytest.mark.parametrize("trunk", ["trained", "frozen"])
+def test_an_adapter_equals_the_merged_head(trunk: str) -> None:
     hidden, weight, labels = draw(torch.float64)
-    hidden.requires_grad_()
+    hidden.requires_grad_(trunk == "trained")
     down, up = adapter(torch.float64)
     ours = rf.linear_token_logprobs(hidden, weight, labels, lora=(down, up, 0.5), entropy=True)
     merged = rf.linear_token_logprobs(hidden, weight + 0.5 * up @ down, labels, entropy=True)
-    leaves = (hidden, down, up)
+    leaves = (hidden, down, up) if hidden.requires_grad else (down, up)
     got = torch.autograd.grad(ours[0].sum() + ours[1].sum(), leaves)
     want = torch.autograd.grad(merged[0].sum() + merged[1].sum(), leaves)
     for a, b in zip((*ours, *got), (*merged, *want), strict=True):
@@ -96,7 +97,8 @@ def test_compact_off_reads_nothing_back(inside, ratio: str, read: int) -> None:
         logp = rf.linear_token_logprobs(*leaves, kept, compact=compact)
         other = 0.9 * arguments["hidden"].detach()
         _, _, kl = rf.linear_token_kl(*leaves, kept, other, compact=compact)
-        total = loss + logp.sum() + kl.sum()
+        beside, _, _ = rf.linear_token_kl(*leaves, kept, other, compact=compact)
+        total = loss + logp.sum() + kl.sum() + beside.sum()
         return [loss, logp, *torch.autograd.grad(total, leaves, torch.full((), 0.5)), kl]
 
     plain = losses(compact=True)
@@ -142,7 +144,7 @@ def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
     assert differences(deterministic=False) > 0  # else this test would show nothing
 
 
-@pytest.mark.parametrize("op", ["token", "sequence", "linear_token_kl"])
+@pytest.mark.parametrize("op", ["token", "sequence", "logp beside the kl", "kl"])
 def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     """The gradient of one row alone, and among 95 others."""
     generator = torch.Generator().manual_seed(0)
@@ -154,14 +156,15 @@ def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
     def gradient(rows: slice, deterministic: bool) -> torch.Tensor:
         x = hidden[rows].clone().requires_grad_()
         y, how = labels[rows], {"deterministic": deterministic}
-        if op != "linear_token_kl":  # linear_policy_loss, sequences of one token
+        if op in ("token", "sequence"):  # linear_policy_loss, sequences of one token
             constants = (other[rows, 0] - 8, other[rows, 1], torch.ones_like(y, dtype=torch.bool))
             total, _ = rf.linear_policy_loss(
                 x[:, None], weight, y[:, None], *(c[:, None] for c in constants), ratio=op,
                 entropy_coef=0.1, aggregation="token-sum", **how,
             )  # fmt: skip
         else:
-            total = rf.linear_token_kl(x, weight, y, other[rows], **how)[2].sum()
+            logp, _, kl = rf.linear_token_kl(x, weight, y, other[rows], **how)
+            total = kl.sum() if op == "kl" else logp.sum()
         return torch.autograd.grad(total, x)[0]
 
     def same(deterministic: bool) -> bool:
@@ -181,6 +184,9 @@ def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     keep = torch.arange(N) < 5
     (chunk,) = linear.chunks(head, keep, deterministic=True)
     assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)
+    with rf.chunk_budget(32 * V * 4):  # two loops share it
+        (chunk,) = linear.chunks(head, keep, deterministic=True, buffers=2)
+    assert chunk.padded.shape == (16, V)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +239,65 @@ def test_every_loss_by_token_is_one_pass(inside, options, forward, backward) -> 
 
 
 @pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        ({}, 3 * N // 4, 0),
+        ({"weights": "half"}, 3 * N // 8, 0),
+        ({"entropy_coef": 0.1}, 3 * N // 2, 0),
+        ({"kl_coef": 0.1}, 3 * N // 2, 0),
+        ({"ratio": "sequence"}, N // 2, 3 * N // 2),  # each log-prob moves the ratio of all
+        ({"ratio": "sequence", "loss": "cispo"}, N // 2, 3 * N // 4),
+    ],
+    ids=str,
+)
+def test_rows_that_cannot_matter_leave_the_loss(inside, options, forward, backward) -> None:
+    """Half of the rows are masked, half of the others have no advantage. In rows of one product."""
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
+    row = torch.arange(N).view(4, -1)
+    arguments["mask"] = row % 2 == 0
+    arguments["advantages"] = torch.where(row % 4 == 0, 0.0, 1.0)
+    if "weights" in options:
+        options = {"weights": (row % 8 < 4).float()}
+    if "kl_coef" in options:
+        options = {**options, "ref_logp": arguments["old_logp"]}
+    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with first, inside:
+        loss, _ = rf.linear_policy_loss(**arguments, **options)
+    with second, inside:
+        loss.backward()
+    flops = first.get_total_flops(), second.get_total_flops()
+    assert flops == (forward * GEMM // N, backward * GEMM // N)
+
+
+class Names(TorchDispatchMode):
+    """The ops that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "products"), [("nothing", 3), ("weight", 2), ("hidden", 2), ("all", 1)]
+)
+def test_no_gradient_is_made_that_nobody_asked_for(inside, frozen: str, products: int) -> None:
+    hidden, weight, labels = draw()
+    arguments = policy_inputs(hidden.requires_grad_(frozen != "hidden"), weight, labels)
+    arguments["mask"][:] = True
+    weight.requires_grad_(frozen != "weight")
+    counter, names = FlopCounterMode(display=False), Names()
+    with torch.set_grad_enabled(frozen != "all"), counter, names, inside:
+        loss, _ = rf.linear_policy_loss(**arguments)
+    assert counter.get_total_flops() == products * GEMM
+    assert loss.requires_grad == ("token_logprobs_backward" in names.seen) == (frozen != "all")
+
+
+@pytest.mark.parametrize(
     "options", [{"loss": "cispo"}, {"loss": "reinforce"}, {"ratio": "sequence"}], ids=str
 )
 def test_every_loss_compiles_to_the_numbers_of_eager(options: dict) -> None:
@@ -276,13 +341,20 @@ def test_more_than_2_to_the_31_logits() -> None:
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
     logits[-1, -1] = 5.0
     labels = torch.full((rows,), vocab - 1)
-    logp, entropy = rf.token_logprobs(logits, labels, entropy=True)
+    logits.requires_grad_()
+    logp, entropy = rf.token_logprobs(
+        logits.view(rows, vocab), labels, entropy=True, inplace_backward=True
+    )
     exact = torch.log_softmax(logits[-1].double(), -1)
     torch.testing.assert_close(logp[-1].double(), exact[-1], rtol=1e-6, atol=0)
     torch.testing.assert_close(
         entropy[-1].double(), -(exact.exp() * exact).sum(), rtol=1e-6, atol=0
     )
     torch.testing.assert_close(logp[0].double(), -torch.tensor(vocab).double().log())
+    (gradient,) = torch.autograd.grad(logp[-2:].sum(), logits)
+    assert gradient.data_ptr() == logits.data_ptr() and not gradient[:-2].any()
+    torch.testing.assert_close(gradient[-1, -1].double(), 1 - exact[-1].exp(), rtol=4e-3, atol=0)
+    assert gradient[-2, -1] == 1 and 0 < -gradient[-2, 0] < 1e-5
 
 
 @pytest.mark.slow

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_ops import Fallbacks
 from torch.distributions import Categorical
 
 import rlhf_fast as rf
@@ -24,6 +26,14 @@ def test_token_logprobs_is_the_categorical_distribution() -> None:
     oracle = Categorical(logits=logits / 0.7)
     torch.testing.assert_close(logp, oracle.log_prob(labels))
     torch.testing.assert_close(entropy, oracle.entropy())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_temperatures_may_have_a_dtype_of_their_own(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(2, 33), torch.randint(33, (2,))
+    ours = rf.token_logprobs(logits, labels, temperature=torch.tensor([0.5, 1.5], dtype=dtype))
+    plain = rf.token_logprobs(logits, labels, temperature=torch.tensor([0.5, 1.5]))
+    assert ours.dtype == torch.float32 and torch.equal(ours, plain)
 
 
 def test_uniform_entropy_is_log_v() -> None:
@@ -105,7 +115,7 @@ def test_gae_packed_is_gae_padded_bit_for_bit(holes: str) -> None:
 
 
 def test_group_advantages_by_hand() -> None:
-    scores = torch.tensor([1.0, 2.0, 6.0, 0.1, 0.1, 0.1])
+    scores = torch.tensor([1.0, 2.0, 6.0, 0.9, 0.9, 0.9])  # 0.9 is not the rounded mean of three
     std = math.sqrt((4 + 1 + 9) / 2)
     expected = {
         "grpo": [-2 / (std + 0.5), -1 / (std + 0.5), 3 / (std + 0.5)],
@@ -217,7 +227,8 @@ def test_linear_token_kl_is_what_k1_estimates(direction: str) -> None:
     assert k1.mean() == pytest.approx(kl.item(), rel=0.05)
 
 
-def test_linear_token_kl_where_a_probability_is_0() -> None:
+@pytest.mark.parametrize("kernels", [contextlib.nullcontext, Fallbacks])
+def test_linear_token_kl_where_a_probability_is_0(kernels) -> None:
     """p = 0 adds nothing to KL(p || q); q = 0 where p > 0 makes it infinite, and harms no one who
     does not use it."""
     inf, eye = math.inf, torch.eye(3)
@@ -226,8 +237,9 @@ def test_linear_token_kl_where_a_probability_is_0() -> None:
     labels, zero = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 3)
 
     def kl(bias: torch.Tensor, ref_bias: torch.Tensor, direction: str) -> tuple[torch.Tensor, ...]:
-        return rf.linear_token_kl(hidden, eye, labels, zero, eye, direction=direction, bias=bias,
-                                  ref_bias=ref_bias)  # fmt: skip
+        with kernels():
+            return rf.linear_token_kl(hidden, eye, labels, zero, eye, direction=direction,
+                                      bias=bias, ref_bias=ref_bias)  # fmt: skip
 
     for direction in ("reverse", "forward"):
         assert kl(bias, ref_bias, direction)[2].tolist() == [inf, inf]
@@ -239,7 +251,8 @@ def test_linear_token_kl_where_a_probability_is_0() -> None:
 
     logp, _, infinite = kl(wide, narrow, "reverse")
     unused = torch.where(torch.tensor([False, False]), infinite, 0.0)
-    (grad,) = torch.autograd.grad((logp + unused).sum(), hidden)
+    with kernels():
+        (grad,) = torch.autograd.grad((logp + unused).sum(), hidden)
     torch.testing.assert_close(grad, torch.tensor([[2.0, -1.0, -1.0]] * 2) / 3)
 
 
@@ -376,6 +389,25 @@ def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(
             logp, old, advantages, mask, aggregation=aggregation, ratio=ratio, loss=kind
         )
         torch.testing.assert_close(own, whole[0])
+
+
+@pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
+def test_micro_batches_of_the_value_loss_add_up_to_the_batch(aggregation: str) -> None:
+    values, old, returns = torch.randn(3, 6, 9).double()
+    mask = torch.rand(6, 9) > 0.4
+    mask[1] = False
+    counts = {"token-mean": mask.sum(), "token-sum": torch.tensor(100)}
+    n = counts.get(aggregation, mask.any(1).sum())
+
+    def gradient(rows: slice) -> torch.Tensor:
+        x = values[rows].clone().requires_grad_()
+        loss, _ = rf.value_loss(x, old[rows], returns[rows], mask[rows], aggregation=aggregation,
+                                normalizer=n)  # fmt: skip
+        return torch.cat([loss[None], torch.autograd.grad(loss, x)[0].flatten()])
+
+    whole, parts = gradient(slice(0, 6)), [gradient(slice(i, i + 2)) for i in range(0, 6, 2)]
+    torch.testing.assert_close(sum(x[0] for x in parts), whole[0])
+    torch.testing.assert_close(torch.cat([x[1:] for x in parts]), whole[1:])
 
 
 def test_value_loss_by_hand() -> None:

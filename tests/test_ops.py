@@ -171,6 +171,95 @@ def test_16_bit_per_token_inputs_give_float32(op: Op) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def one_for_each_option(op: Op) -> list[Sample]:
+    """The first sample, and each that brings an argument, or a choice, which none before it had."""
+    seen: set = set()
+    chosen = []
+    for sample in op.samples(torch.Generator().manual_seed(0)):
+        options = {
+            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor))
+            for name, x in sample.arguments.items()
+        }
+        if options - seen:
+            chosen.append(sample)
+        seen |= options
+    return chosen
+
+
+every_option = pytest.mark.parametrize(
+    ("op", "sample"),
+    [
+        pytest.param(op, sample, id=f"{op.name}: {sample.name}")
+        for op in OPS.values()
+        for sample in one_for_each_option(op)
+    ],
+)
+
+
+def apart(x: object) -> object:
+    """x with strides of no contiguous tensor and NaN (or garbage) in the gaps."""
+    if isinstance(x, tuple):
+        return tuple(map(apart, x))
+    if not isinstance(x, Tensor) or not x.dim():
+        return x
+    junk = torch.full_like(x, torch.nan if x.is_floating_point() else 1)
+    return torch.stack([x.detach(), junk], -1)[..., 0].requires_grad_(x.requires_grad)
+
+
+@every_option
+def test_inputs_of_any_strides(op: Op, sample: Sample) -> None:
+    made = arguments(sample, torch.float64)
+    inplace = bool(sample.arguments.get("inplace_backward"))
+    expected = run(op.function, made, sample.grads, inplace)
+    ours = run(op.function, {k: apart(x) for k, x in made.items()}, sample.grads, inplace)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@every_option
+def test_an_incoming_gradient_that_is_one_number(op: Op, sample: Sample) -> None:
+    """As a sum's is: all strides are 0."""
+
+    def gradients(function) -> tuple[Tensor, ...]:
+        made = arguments(sample, torch.float64)
+        leaves = [made[name] for name in sample.grads]
+        if sample.arguments.get("inplace_backward"):
+            made["logits"] = made["logits"] * 1.0
+        outputs = [x for x in tensors(function(**made)) if x.requires_grad]
+        total = sum((2 + i) * x.sum() for i, x in enumerate(outputs))
+        return torch.autograd.grad(total, leaves)
+
+    if not sample.grads:
+        return
+    for got, want in zip(gradients(op.function), gradients(op.reference), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@every_option
+def test_constants_get_no_gradient(op: Op, sample: Sample) -> None:
+    """Whatever may carry a gradient and is none of the differentiable inputs changes nothing."""
+    made = arguments(Sample("", sample.arguments), torch.float64)
+    for name, x in made.items():
+        if name not in sample.grads and isinstance(x, Tensor) and x.is_floating_point():
+            x.requires_grad_()
+    assert not any(x.requires_grad for x in tensors(op.function(**made)))
+
+
+@every_option
+def test_one_float64_input_makes_the_result_float64(op: Op, sample: Sample) -> None:
+    """The vocabulary-sized inputs decide for themselves; of the others each does."""
+    if VOCABULARY_SIZED & set(sample.arguments):
+        return
+    for name, x in sample.arguments.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
+            continue
+        mixed = arguments(Sample("", sample.arguments), torch.float64, only=(name,))
+        widened = arguments(Sample("", mixed), torch.float64)
+        ours, exact = tensors(op.function(**mixed)), tensors(op.reference(**widened))
+        for got, want in zip(ours, exact, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
 @every_op
 def test_gradcheck(op: Op, one_thread) -> None:
     """Numerical gradients in float64, through the C++ kernels where they are built."""
@@ -217,13 +306,23 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@every_op
-def test_opcheck(op: Op) -> None:
+@pytest.mark.parametrize(
+    ("op", "dtype"),
+    [
+        pytest.param(op, dtype, id=f"{op.name}-{str(dtype).removeprefix('torch.')}")
+        for op in OPS.values()
+        for dtype in (torch.float32, torch.bfloat16)
+        if dtype == torch.float32
+        or VOCABULARY_SIZED & inspect.signature(op.function).parameters.keys()
+    ],
+)
+def test_opcheck(op: Op, dtype: torch.dtype) -> None:
     """torch.library.opcheck on each kernel: schema, fake tensors, autograd, AOT dispatch."""
     recorder = Recorder()
     for sample in list(op.samples(torch.Generator().manual_seed(0)))[:8]:
+        narrow = tuple(VOCABULARY_SIZED) if dtype == torch.bfloat16 else None
         with recorder:
-            run(op.function, arguments(sample, torch.float32), sample.grads)
+            run(op.function, arguments(sample, dtype, narrow), sample.grads)
     assert set(recorder.calls) >= {kernel.name for kernel in op.kernels}
     for kernel in op.kernels:
         args = recorder.calls[kernel.name]
@@ -244,16 +343,16 @@ def _grad_argument(op: Op, kernel, index: int) -> bool:
     return schema.arguments[index].name in sample.grads
 
 
-@every_op
-def test_compile(op: Op) -> None:
+@every_option
+def test_compile(op: Op, sample: Sample) -> None:
     """fullgraph=True, and the numbers of eager."""
-    for sample in list(op.samples(torch.Generator().manual_seed(0)))[:3]:
-        eager = run(op.function, arguments(sample, torch.float32), sample.grads)
-        torch._dynamo.reset()
-        compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
-        ours = run(compiled, arguments(sample, torch.float32), sample.grads)
-        for got, want in zip(ours, eager, strict=True):
-            torch.testing.assert_close(got, want)
+    inplace = bool(sample.arguments.get("inplace_backward"))
+    eager = run(op.function, arguments(sample, torch.float32), sample.grads, inplace)
+    torch._dynamo.reset()
+    compiled = torch.compile(op.function, fullgraph=True, backend="aot_eager")
+    ours = run(compiled, arguments(sample, torch.float32), sample.grads, inplace)
+    for got, want in zip(ours, eager, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")

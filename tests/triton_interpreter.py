@@ -177,6 +177,14 @@ def test_more_than_one_block(name: str, shape: dict[str, int]) -> None:
         run(op.workload(shape, torch.Generator().manual_seed(0), "cpu", dtype), op, dtype)
 
 
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_softcap_and_temperature_in_every_block(name: str) -> None:
+    shape, generator = {"N": 2, "V": 20001, "H": 8}, torch.Generator().manual_seed(0)
+    sample = OPS[name].workload(shape, generator, "cpu", torch.float32)
+    options = {"softcap": 1.5, "temperature": torch.tensor([0.6, 1.4])}
+    run(Sample("", sample.arguments | options, sample.grads), OPS[name], torch.float32)
+
+
 @pytest.mark.parametrize("holes", ["skip", "zero"])
 def test_gae_carries_across_blocks(holes: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -239,6 +247,15 @@ def test_an_infinite_kl_that_nobody_uses_leaves_the_gradient_of_logp() -> None:
     torch.testing.assert_close(out, one_hot - x.softmax(-1))
 
 
+def test_a_probability_that_becomes_0_where_the_reference_has_none() -> None:
+    """Token 0 makes KL(p || q) infinite until token 100 leaves p nothing there."""
+    x, ref_logits = torch.zeros(2, 1, 1, 131)
+    x[..., 100], ref_logits[..., 0] = 200.0, -torch.inf
+    arguments = (x, ref_logits, torch.tensor([[100]]), 1.0, None, None, True)
+    kl = KERNELS["logits_kl"].launcher(*arguments)[2]
+    torch.testing.assert_close(kl, torch.tensor([[130.0]]).log())
+
+
 def test_a_gradient_through_the_kl_alone() -> None:
     x, ref_logits = torch.randn(2, 1, 2, 5)
     labels, zero = torch.tensor([[1, 2]]), torch.zeros(1, 2)
@@ -250,6 +267,30 @@ def test_a_gradient_through_the_kl_alone() -> None:
     KERNELS["logits_kl_backward"].launcher(zero, zero + 1, *arguments)
     log_p, log_q = x.log_softmax(-1), ref_logits.log_softmax(-1)
     torch.testing.assert_close(out, log_p.exp() * (log_p - log_q - kl[..., None]))
+
+
+def test_a_gradient_through_the_entropy_alone() -> None:
+    x, labels, zero = torch.randn(1, 2, 5), torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    _, entropy, norm = KERNELS["token_logprobs"].launcher(x, labels, 1.0, None, None, True, False)
+    out = torch.full_like(x, torch.nan)
+    arguments = (zero, zero + 1, x, labels, norm, entropy, 1.0, None, None, out)
+    KERNELS["token_logprobs_backward"].launcher(*arguments)
+    log_p = x.log_softmax(-1)
+    torch.testing.assert_close(out, -log_p.exp() * (log_p + entropy[..., None]))
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_a_row_without_gradient_is_not_looked_at(name: str) -> None:
+    logits, ones, norm = torch.randn(1, 3, 40), torch.ones(1, 3), torch.ones(2, 1, 3)
+    logits[0, 1] = torch.nan
+    labels, g = torch.tensor([[3, 4, 5]]), torch.tensor([[1.0, 0.0, 1.0]])
+    out = torch.full_like(logits, torch.nan)
+    if name == "token_logprobs":
+        arguments = (g, g, logits, labels, norm, ones, 1.0, None, None)
+    else:
+        arguments = (g, g, logits, logits, labels, norm, norm, ones, 1.0, None, None, True)
+    KERNELS[f"{name}_backward"].launcher(*arguments, out)
+    assert not out[0, 1].any() and out[0, ::2].isfinite().all() and out[0, ::2].any()
 
 
 def shifted(vocab: int, dtype: torch.dtype, gap: int, seed: int = 0) -> Tensor:

@@ -52,7 +52,12 @@ def checked(
     if isinstance(normalizer, Tensor):
         check.shaped("normalizer", normalizer, [], "a 0-dim tensor")
         check.same_device("normalizer", normalizer, "mask", like)
-        return normalizer.detach().to(dtype)
+        if normalizer.dtype == torch.bool or normalizer.is_complex():
+            raise TypeError(f"normalizer must be a number, got {check.describe(normalizer)}")
+        n = normalizer.detach().to(dtype)
+        if check.values_can_be_read(n) and not 0 <= n.item() < torch.inf:
+            raise ValueError(f"normalizer must be finite and at least 0, got {n.item()}")
+        return n
     check.number("normalizer", normalizer, above=0)
     return torch.full((), float(normalizer), dtype=dtype, device=like.device)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
 
@@ -143,6 +144,16 @@ def number(name: str, x: object, *, low: float | None = None, above: float | Non
         raise ValueError(f"{name} must be at least {low}, got {x}")
     if above is not None and x <= above:
         raise ValueError(f"{name} must be above {above}, got {x}")
+
+
+def flag(name: str, x: object) -> None:
+    if not isinstance(x, bool):
+        raise TypeError(f"{name} must be True or False, got {describe(x)}")
+
+
+def process_group(name: str, x: object) -> None:
+    if not isinstance(x, ProcessGroup):
+        raise TypeError(f"{name} must be a ProcessGroup of this rank, got {describe(x)}")
 
 
 def choice(name: str, x: object, choices: tuple[str, ...]) -> None:

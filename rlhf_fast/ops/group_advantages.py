@@ -84,7 +84,7 @@ def reference(
 def samples(generator: torch.Generator) -> Iterator[Sample]:
     for method in METHODS:
         scores = torch.randn(24, generator=generator)
-        scores[6:12] = 0.1
+        scores[6:12] = 0.3  # of which the rounded mean of six is not 0.3
         arguments = {"scores": scores, "group_size": 6, "method": method}
         yield Sample(method, arguments)
     yield Sample("pairs", {"scores": torch.randn(10, generator=generator), "group_size": 2})

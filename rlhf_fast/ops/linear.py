@@ -114,7 +114,7 @@ def check_head(
                 f"{name} must have the dtype of {hidden_name}, {hidden.dtype}; "
                 f"got {check.describe(x)}. Cast one of them, or use autocast"
             )
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     low = None if down is None else scale * (rows @ down.t())
     return Head(rows, weight, bias, low, up)
 

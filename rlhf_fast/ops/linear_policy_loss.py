@@ -103,8 +103,11 @@ def linear_policy_loss(
         clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
     )
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
-    divisor, per_token = from_logits._temperature(temperature, labels, dtype)
+    counting = labels.masked_fill(~mask, check.IGNORE_INDEX)
+    divisor, per_token = from_logits._temperature(temperature, counting, dtype)
     from_logits._softcap(softcap)
+    check.flag("compact", compact)
+    check.flag("deterministic", deterministic)
 
     def constant(x: Tensor | None) -> Tensor | None:
         return None if x is None else check.flat(x.detach(), dtype)

@@ -88,6 +88,8 @@ def linear_token_kl(
     check.labels(labels, "hidden", hidden, weight.shape[0])
     divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
     from_logits._softcap(softcap)
+    check.flag("compact", compact)
+    check.flag("deterministic", deterministic)
     tied = ref_weight is None
     logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
         *head[:3],

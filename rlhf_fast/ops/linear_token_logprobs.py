@@ -77,6 +77,8 @@ def linear_token_logprobs(
     accumulator = check.accumulator(hidden)
     divisor, per_token = from_logits._temperature(temperature, labels, accumulator)
     from_logits._softcap(softcap)
+    for name, x in (("entropy", entropy), ("compact", compact), ("deterministic", deterministic)):
+        check.flag(name, x)
     options = (
         divisor,
         None if per_token is None else per_token.reshape(-1),
@@ -92,6 +94,7 @@ def linear_token_logprobs(
             *head, labels.reshape(-1), *options
         )
     else:
+        check.process_group("group", group)
         logp, entropy_ = vocab_parallel.linear_token_logprobs(head, labels, options, group, hidden)
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp

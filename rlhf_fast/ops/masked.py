@@ -32,6 +32,8 @@ def masked_mean(values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None
     """
     check.floating("values", values)
     check.boolean_mask(mask, "values", values)
+    if group is not None:
+        check.process_group("group", group)
     dtype = check.accumulator(values)
     local = torch.ops.rlhf_fast.masked_mean(
         values.to(dtype).reshape(-1).contiguous(), mask.reshape(-1).contiguous()
@@ -78,6 +80,9 @@ def masked_whiten(
     """
     check.floating("values", values)
     check.boolean_mask(mask, "values", values)
+    check.flag("shift_mean", shift_mean)
+    if group is not None:
+        check.process_group("group", group)
     dtype = check.accumulator(values)
     flat_values = values.detach().to(dtype).reshape(-1).contiguous()
     flat_mask = mask.reshape(-1).contiguous()

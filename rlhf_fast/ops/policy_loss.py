@@ -94,7 +94,7 @@ def policy_loss(
         loss: ppo, cispo or reinforce.
         aggregation: token-mean, seq-mean-token-mean, seq-mean-token-sum or token-sum.
         normalizer: > 0; the global count under gradient accumulation or data parallelism, a
-            float or a 0-dim tensor; None: this call's own count.
+            float or a 0-dim tensor (of which 0 gives a loss of 0); None: this call's own count.
         weights: [..., T], importance weights on the surrogate; constants.
         entropy: [..., T], nats, with gradient; needed for entropy_coef, else only a statistic.
         entropy_coef: c_H.

@@ -58,6 +58,8 @@ def token_logprobs(
     check.labels(labels, "logits", logits, logits.shape[-1])
     divisor, per_token = _temperature(temperature, labels, check.accumulator(logits))
     _softcap(softcap)
+    check.flag("entropy", entropy)
+    check.flag("inplace_backward", inplace_backward)
 
     rows = _rows(logits)
     logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
@@ -228,7 +230,16 @@ def _temperature(
     if not isinstance(temperature, Tensor):
         check.number("temperature", temperature, above=0.0)
         return float(temperature), None
+    check.tensor("labels", labels)
     check.like("temperature", temperature, "labels", labels)
+    if check.values_can_be_read(temperature):
+        right = (temperature > 0) & (temperature < torch.inf)
+        wrong = ~right & (labels != check.IGNORE_INDEX)
+        if bool(wrong.any()):
+            where = wrong.nonzero()[0].tolist()
+            raise ValueError(
+                f"temperature{where} is {float(temperature[tuple(where)])}, not finite and above 0"
+            )
     return 1.0, temperature.detach().to(dtype)
 
 
@@ -278,6 +289,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield sample("one row", logits(77), labels(vocab=77), entropy=True)
     yield sample("no rows", logits(0, 5), labels(0, vocab=5), entropy=True)
     yield sample("4-D", logits(2, 2, 3, 40), labels(2, 2, 3, vocab=40), entropy=True)
+    yield sample("vocab 5000", logits(3, 5000), labels(3, vocab=5000), entropy=True)
     masked = logits(4, 200)
     masked[:, 64:] = -torch.inf
     yield sample("-inf columns", masked, labels(4, vocab=64), entropy=True)

@@ -180,6 +180,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(mode, x, one)
         yield Sample(f"{mode}, normalizer", draw(5, 37, aggregation=mode, normalizer=7.5), one)
     yield Sample("no clip", draw(4, 50, clip=None, old_values=None), one)
+    yield Sample("no clip, old values", draw(4, 50, clip=None), one)
     yield Sample("tight clip", draw(4, 50, clip=0.01), one)
     constant = draw(3, 8)
     constant["returns"][:] = 2.5
