@@ -206,9 +206,10 @@ def chunks(
     else:
         size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
     whole, buffer = chunk_buffer(size, vocab, dtype, device)
-    # autocast was applied by check_head; inside, products keep the dtypes they are given
-    with torch.autocast(device.type, enabled=False):
-        for start in range(0, total, max(size, 1)):
+    for start in range(0, total, max(size, 1)):
+        # Autocast was applied by check_head; products keep the dtypes they are given. It is on
+        # again at the yield: of two loops side by side, the one that began first ends first.
+        with torch.autocast(device.type, enabled=False):
             stop = min(start + size, total)
             rows = slice(start, stop) if index is None else index[start:stop]
             inputs = [take(x, rows) for x, _ in head.products]
@@ -227,7 +228,7 @@ def chunks(
                 padded.add_(bias)
             if head.low is not None:
                 _accumulate(padded, operands[1], head.up.t(), first=False)
-            yield Chunk(rows, padded[: stop - start], inputs, padded)
+        yield Chunk(rows, padded[: stop - start], inputs, padded)
     if device.type == "cpu":
         _free[dtype] = whole
 
@@ -321,7 +322,8 @@ class Gradients:
             if d_x is not None and plain:
                 torch.mm(dlogits, w, out=d_x[chunk.rows])
             elif d_x is not None:
-                d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
+                product = torch.mm(padded, w, out=padded.new_empty(padded.shape[0], w.shape[1]))
+                d_x[chunk.rows] = product[: dlogits.shape[0]]  # out=: autocast leaves it alone
             if d_w is not None:
                 _accumulate(d_w, dlogits.t(), x, self.first)
         self.first = False
