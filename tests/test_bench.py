@@ -541,6 +541,23 @@ def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
     assert "B=4 T=8" in out and "×" in out and record["machine"]["device"] in out
 
 
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda *_: QUIET)
+    monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest
+    measured = suite.compare
+
+    def compare(op, *rest):
+        if op.name == "value_loss":
+            raise KeyboardInterrupt
+        return measured(op, *rest)
+
+    monkeypatch.setattr(suite, "compare", compare)
+    arguments = ["--quick", "--op", "gae", "value_loss", "--peers", "eager", "--shape", "B=4,T=8"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert row["op"] == "gae" and "seconds" in row["cells"]["ours"]
+
+
 def test_runs_as_a_script():
     script = [sys.executable, str(ROOT / "bench" / "run.py"), "--op", "nothing"]
     done = subprocess.run(script, capture_output=True, text=True, cwd="/")
