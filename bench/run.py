@@ -187,11 +187,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str | None) -> torch.device:
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name is None:
-        return torch.device("cuda" if "cuda" in there else "cpu")
-    return torch.device(_known("device", name, there))
+    """With its number, which torch.cuda.set_device wants."""
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = name or ("cuda" if cards else "cpu")
+    _known("device", name, ["cpu", *(["cuda"] if cards else []), *cards])
+    return torch.device(cards[0] if name == "cuda" else name)
 
 
 def _dtypes(name: str | None, device: torch.device, suite: str) -> list[torch.dtype]:

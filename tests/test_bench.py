@@ -541,6 +541,14 @@ def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
     assert "B=4 T=8" in out and "×" in out and record["machine"]["device"] in out
 
 
+def test_a_gpu_has_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [run._device(name) for name in (None, "cuda", "cuda:1", "cpu")]
+    assert [str(device) for device in found] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    with pytest.raises(ValueError, match="unknown device 'cuda:2'"):
+        run._device("cuda:2")
+
+
 def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda *_: QUIET)
     monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest
