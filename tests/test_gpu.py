@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,6 +223,23 @@ def test_more_than_2_to_31_logits() -> None:
     logp.sum().backward()
     exact.sum().backward()
     close(logits.detach()[checked], small.grad, torch.bfloat16)
+
+
+def test_a_run_is_that_of_a_cpu(configured) -> None:
+    """Two steps of training; the draws are made on the CPU, so the first answers are the same."""
+    pytest.importorskip("datasets", reason="NO DATASETS: no run is made on a GPU here")
+    from rlhf_fast import ppo
+    from rlhf_fast.run import read_metrics
+
+    rows = []
+    for device in ("cpu", "cuda"):
+        config = configured(device, steps=2, device=device)
+        ppo.train(config)
+        rows.append(read_metrics(Path(config.output_dir) / "metrics.jsonl"))
+    cpu, cuda = rows
+    assert len(cpu) == len(cuda) == 2
+    for name in ("objective/scores", "val/answer_tokens", "loss/policy_avg", "grad_norm"):
+        assert cuda[0][name] == pytest.approx(cpu[0][name], rel=1e-3, abs=1e-4), name
 
 
 @pytest.mark.parametrize("layers", [None, 2])
