@@ -22,6 +22,10 @@ if not torch.cuda.is_available():
     sys.exit(f"bench/gpu.sh: torch {torch.__version__} sees no CUDA GPU, so nothing was run")
 END
 mkdir -p "$out" || exit
+if [ -z "${CUDA_HOME:-}" ]; then # where nvcc is a wrapper, torch's guess is not its toolkit
+  toolkit=$(nvcc --dryrun -c none.cu 2>&1 | sed -n 's/^#\$ TOP=//p')
+  [ -z "$toolkit" ] || export CUDA_HOME=$toolkit
+fi
 
 built() {
   "$python" -m pip install --no-build-isolation --no-deps -e . && "$python" -m rlhf_fast.info
