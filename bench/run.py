@@ -81,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         record = step.run(peers, device, options.quick)
     else:
         record = run(name, plan, peers, device, dtypes, options.quick)
-    table.show(record, Console(width=None if sys.stdout.isatty() else table.WIDTH))
     _write(record, options.out / f"{name}.json")
+    table.show(record, Console(width=None if sys.stdout.isatty() else table.WIDTH))
     written = [options.out / f"{name}.json", *plot.draw(record, options.out)]
     if options.keep:
         folder = machine.folder(record["machine"], device)
