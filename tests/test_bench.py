@@ -238,6 +238,17 @@ def test_a_module_out_of_a_library_that_is_not_whole(monkeypatch, tmp_path):
     assert "absent_package" not in sys.modules and str(tmp_path) not in sys.path
 
 
+def test_two_modules_out_of_an_installed_library(monkeypatch, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "__init__.py").write_text("raise RuntimeError('imports too much')")
+    for name in ("one", "two"):
+        (tmp_path / "whole" / f"{name}.py").write_text("found = 1")
+    monkeypatch.setattr(foreign, "FOLDER", tmp_path / "empty")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert foreign.load("whole.one", bare=("whole",)).found == 1
+    assert foreign.load("whole.two", bare=("whole",)).found == 1
+
+
 def test_every_suite_has_a_plan():
     for gpu in ("cpu", "cuda"):
         for name in cases.SUITES:
