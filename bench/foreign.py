@@ -14,6 +14,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
@@ -77,8 +78,9 @@ def _standing_in(
     borrowed = []
     for package in bare:
         if package not in sys.modules:
-            module = ModuleType(package)
-            module.__path__ = [str(folder / package.replace(".", "/"))]
+            module, path = ModuleType(package), folder / package.replace(".", "/")
+            module.__path__ = [str(path)]
+            module.__spec__ = ModuleSpec(package, None, origin=str(path / "__init__.py"))
             sys.modules[package] = module
     for package, names in placeholders.items():
         own = package.split(".")[0] == library

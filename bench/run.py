@@ -10,13 +10,14 @@
 Contestants run in one process, interleaved in rotated order, warm, on inputs that outgrow the
 cache; times are medians with quartiles, and what counts are the ratios of one run. Whoever differs
 from the op's reference in float64 is REFUSED: it gets an error, not a time. On a GPU the rows of
-the README's GPU table come first. ``--keep NAME`` puts the record where ``bench/report.py`` makes
-the README's tables from it.
+the README's GPU table come first; an interrupted run keeps what it has measured. ``--keep NAME``
+puts the record where ``bench/report.py`` makes the README's tables from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         record = step.run(peers, device, options.quick)
     else:
         record = run(name, plan, peers, device, dtypes, options.quick)
-    table.show(record, Console(width=None if sys.stdout.isatty() else table.WIDTH))
     _write(record, options.out / f"{name}.json")
+    table.show(record, Console(width=None if sys.stdout.isatty() else table.WIDTH))
     written = [options.out / f"{name}.json", *plot.draw(record, options.out)]
     if options.keep:
         folder = machine.folder(record["machine"], device)
@@ -111,34 +112,37 @@ def run(
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
     )  # fmt: skip
+    patience = 20.0 if device.type == "cpu" else 90.0  # a GPU's kernels are tuned then
     rows: list[dict[str, Any]] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("ceilings", total=len(plan) * len(dtypes))
         before = measure.ceilings(device, dtypes[0], cache)
-        for dtype in dtypes:
-            settings = suite.Settings(
-                device,
-                dtype,
-                cache if name != "accuracy" else 0,
-                seconds=1.0 if quick else 2.0,
-                rounds=3,
-                patience=20.0 if device.type == "cpu" else 90.0,  # a GPU's kernels are tuned then
-                ends=started + QUICK_SECONDS if quick else float("inf"),
-                thorough=name == "linear" and not quick,
-                last_pass=name in ("linear", "scale", "accuracy"),
-                timed=name != "accuracy",
-            )
-            for op, shape in plan:
-                text = f"{op.name} {table.spelled(shape)}"
-                progress.update(task, description=text)
-                found = suite.compare(
-                    op, shape, peers, settings,
-                    lambda doing, text=text: progress.update(task, description=f"{text}: {doing}"),
-                )  # fmt: skip
-                wanted = str(dtype).removeprefix("torch.")
-                # an op that is float32 whatever is asked need not be told of again
-                rows += [r for r in found if len(dtypes) == 1 or r["dtype"] in ("", wanted)]
-                progress.advance(task)
+        with contextlib.suppress(KeyboardInterrupt):
+            for dtype in dtypes:
+                settings = suite.Settings(
+                    device,
+                    dtype,
+                    cache if name != "accuracy" else 0,
+                    seconds=1.0 if quick else 2.0,
+                    rounds=3,
+                    patience=patience,
+                    ends=started + QUICK_SECONDS if quick else float("inf"),
+                    thorough=name == "linear" and not quick,
+                    last_pass=name in ("linear", "scale", "accuracy"),
+                    timed=name != "accuracy",
+                )
+                for op, shape in plan:
+                    text = f"{op.name} {table.spelled(shape)}"
+                    progress.update(task, description=text)
+
+                    def report(doing: str, text: str = text) -> None:
+                        progress.update(task, description=f"{text}: {doing}")
+
+                    found = suite.compare(op, shape, peers, settings, report)
+                    wanted = str(dtype).removeprefix("torch.")
+                    # an op that is float32 whatever is asked need not be told of again
+                    rows += [r for r in found if len(dtypes) == 1 or r["dtype"] in ("", wanted)]
+                    progress.advance(task)
         progress.update(task, description="ceilings")
         # once more: on a machine with others on it, a spell of theirs is no ceiling
         ceilings = before.or_better(measure.ceilings(device, dtypes[0], cache))
@@ -183,11 +187,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _device(name: str | None) -> torch.device:
-    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    there += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if name is None:
-        return torch.device("cuda" if "cuda" in there else "cpu")
-    return torch.device(_known("device", name, there))
+    """With its number, which torch.cuda.set_device wants."""
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = name or ("cuda" if cards else "cpu")
+    _known("device", name, ["cpu", *(["cuda"] if cards else []), *cards])
+    return torch.device(cards[0] if name == "cuda" else name)
 
 
 def _dtypes(name: str | None, device: torch.device, suite: str) -> list[torch.dtype]:

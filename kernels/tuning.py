@@ -7,8 +7,9 @@ and a run repeats itself in another process and on another GPU.
 ``triton.autotune`` times a kernel on the caller's own tensors. A gradient written over its logits
 does not survive that, and a saved copy takes the memory that writing in place is to save; so a
 trial here has tensors of its own, 128 MiB for a moment, 192 where the gradient is narrower than
-the logits. It waits for the GPU, which the capture of a CUDA graph forbids: there the first
-configuration runs, unless a call before it has chosen.
+the logits, and do_bench 256 MiB to clear the cache with. On a GPU that has no room for them the
+first configuration runs, and so it does in the capture of a CUDA graph, which forbids to wait for
+the GPU, unless a call before it has chosen.
 
 Four configurations are four compilations of about a quarter of a second and four timings of about
 an eighth: a first call of 1.5 s predicted, not measured on a GPU yet.
@@ -39,8 +40,11 @@ def fastest(
     if kind not in _fastest:
         if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return configs[0]
-        trial = prepare()
-        times = [triton.testing.do_bench(lambda c=c: trial(c)) for c in configs]
+        try:
+            trial = prepare()
+            times = [triton.testing.do_bench(lambda c=c: trial(c)) for c in configs]
+        except torch.OutOfMemoryError:
+            return configs[0]
         _fastest[kind] = configs[times.index(min(times))]
     return _fastest[kind]
 

@@ -64,12 +64,10 @@ def attend(q, k, v, scale, causal, window, softcap) -> Tensor:
 
 def install(monkeypatch) -> None:
     """transformers finds these functions, and takes a model on a CPU for one that may call them."""
-    options = transformers_flash._lazy_define_process_function(flash_attn_varlen_func)
     unpadding = (transformers_flash._pad_input, transformers_flash._unpad_input)
-    found = ((flash_attn_func, flash_attn_varlen_func, None, *unpadding), (options, None))
-    monkeypatch.setattr(
-        transformers_flash, "lazy_import_flash_attention", lambda *args, **kwargs: found
-    )
+    found = (flash_attn_func, flash_attn_varlen_func, None, *unpadding)
+    monkeypatch.setattr(transformers_flash, "_lazy_imports", lambda *args, **kwargs: found)
+    monkeypatch.setattr(transformers_flash, "_loaded_implementation", None)
     check = PreTrainedModel._check_and_adjust_attn_implementation
 
     def adjust(self, attn_implementation, *args, **kwargs):

@@ -41,6 +41,10 @@ BIN = Path(nvidia.__file__).parent / "bin"
 ROOT = Path(__file__).parent.parent
 
 
+# Bytes. Triton 3.6's ptxas (CUDA 12.8 and 12.9) keeps one value of two of the 300 binaries there,
+# outside every loop; those of triton 3.7 and later none.
+ON_THE_STACK = 8 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else 0
+
 LARGE = {"N": 2, "V": 262144, "B": 2, "T": 4096, "H": 16}
 HALVES = (torch.bfloat16, torch.float16)
 ROUNDED = {"*bf16": "cvt.rn.bf16", "*fp16": "cvt.rn.f16"}  # to nearest even, as a cast does
@@ -221,7 +225,8 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
         file = tmp_path / f"{abs(hash(key))}_{capability}.cubin"
         usage = resources(compiled.asm["cubin"], file)
         stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL"))
-        found = [f"spills: sm_{capability} {key}\n{usage}"] if stack or local else []
+        spills = stack > ON_THE_STACK or local
+        found = [f"spills: sm_{capability} {key}\n{usage}"] if spills else []
         if key in rounding and ROUNDED[signature["out"]] not in compiled.asm["ptx"]:
             found.append(f"no {ROUNDED[signature['out']]}: sm_{capability} {key}")
         if is_large and fn.__name__ in MOVED:

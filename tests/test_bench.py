@@ -238,6 +238,17 @@ def test_a_module_out_of_a_library_that_is_not_whole(monkeypatch, tmp_path):
     assert "absent_package" not in sys.modules and str(tmp_path) not in sys.path
 
 
+def test_two_modules_out_of_an_installed_library(monkeypatch, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "__init__.py").write_text("raise RuntimeError('imports too much')")
+    for name in ("one", "two"):
+        (tmp_path / "whole" / f"{name}.py").write_text("found = 1")
+    monkeypatch.setattr(foreign, "FOLDER", tmp_path / "empty")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert foreign.load("whole.one", bare=("whole",)).found == 1
+    assert foreign.load("whole.two", bare=("whole",)).found == 1
+
+
 def test_every_suite_has_a_plan():
     for gpu in ("cpu", "cuda"):
         for name in cases.SUITES:
@@ -539,6 +550,31 @@ def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "B=4 T=8" in out and "×" in out and record["machine"]["device"] in out
+
+
+def test_a_gpu_has_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = [run._device(name) for name in (None, "cuda", "cuda:1", "cpu")]
+    assert [str(device) for device in found] == ["cuda:0", "cuda:0", "cuda:1", "cpu"]
+    with pytest.raises(ValueError, match="unknown device 'cuda:2'"):
+        run._device("cuda:2")
+
+
+def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "ceilings", lambda *_: QUIET)
+    monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest
+    measured = suite.compare
+
+    def compare(op, *rest):
+        if op.name == "value_loss":
+            raise KeyboardInterrupt
+        return measured(op, *rest)
+
+    monkeypatch.setattr(suite, "compare", compare)
+    arguments = ["--quick", "--op", "gae", "value_loss", "--peers", "eager", "--shape", "B=4,T=8"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    assert row["op"] == "gae" and "seconds" in row["cells"]["ours"]
 
 
 def test_runs_as_a_script():

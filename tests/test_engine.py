@@ -197,6 +197,26 @@ def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
         assert got.dtype == torch.float32 and torch.equal(got, want)
 
 
+def test_two_loops_side_by_side_leave_autocast_on() -> None:
+    hidden, weight, _ = inputs()
+    head = linear.Head(hidden.detach(), weight.detach(), None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own, other = (linear.chunks(head, torch.ones(N, dtype=torch.bool)) for _ in range(2))
+        for _ in zip(own, other, strict=True):
+            pass
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_a_backward_inside_autocast_keeps_the_dtype_of_its_forward() -> None:
+    hidden, weight, labels = inputs()
+    labels[::3] = -100
+    logp = rf.linear_token_logprobs(hidden, weight, labels).sum()
+    plain = torch.autograd.grad(logp, (hidden, weight), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(logp, (hidden, weight))
+    assert all(torch.equal(x, y) for x, y in zip(plain, inside, strict=True))
+
+
 def test_float64_constants_beside_float32_hidden_states() -> None:
     hidden, weight, labels = inputs()
     old_logp, advantages = -7 * torch.ones(N), torch.randn(N, generator=torch.manual_seed(0))

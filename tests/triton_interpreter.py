@@ -442,6 +442,17 @@ def test_the_fastest_configuration_is_timed_once_and_not_in_a_capture(monkeypatc
     assert chosen("a") is configs[1] and timed == ["prepared", *configs]
     capturing[0] = True
     assert chosen("a") is configs[1] and chosen("b") is configs[0] and len(timed) == 4
+    capturing[0], room = False, [False]
+
+    def full():
+        if room[0]:
+            return prepare()
+        raise torch.OutOfMemoryError
+
+    device = torch.device("cuda")
+    assert tuning.fastest(configs, "c", device, full) is configs[0]
+    room[0] = True  # it asks again
+    assert tuning.fastest(configs, "c", device, full) is configs[1]
     rows = torch.zeros(2, 3, 7)
     logits, out, labels, ones, norm = tuning.scratch(rows, rows, torch.float32)
     assert logits.shape == (1, 6, 7) and norm.shape == (2, 1, 6)

@@ -230,40 +230,38 @@ def chunks(
     """
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key = (device, dtype, slot)
-    # autocast was applied by check_head; inside, products keep the dtypes they are given
-    with torch.autocast(device.type, enabled=False):
-        if memory is None:
-            memory = _memory.pop(key, None)  # nobody else can have it until it is put back
-            if device.type != "cpu":  # torch knows which stream it belongs to
-                memory = None
-        else:
-            last = memory.last
-            kept = keep[last.rows]
-            if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
-                yield last._replace(inputs=inputs_of(head, last.rows, kept))
-                if isinstance(last.rows, slice):
-                    keep = keep[: last.rows.start]
-                else:
-                    keep = keep.index_fill(0, last.rows, False)
-        index = kept_rows(keep) if compact else None
-        total = keep.shape[0] if index is None else index.numel()
+    if memory is None:
+        memory = _memory.pop(key, None)  # nobody else can have it until it is put back
+        if device.type != "cpu":  # torch knows which stream it belongs to
+            memory = None
+    else:
+        last = memory.last
+        kept = keep[last.rows]
+        if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
+            yield last._replace(inputs=inputs_of(head, last.rows, kept))
+            if isinstance(last.rows, slice):
+                keep = keep[: last.rows.start]
+            else:
+                keep = keep.index_fill(0, last.rows, False)
+    index = kept_rows(keep) if compact else None
+    total = keep.shape[0] if index is None else index.numel()
+    if deterministic:
+        size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
+    else:
+        size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
+    whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
+    last = None
+    for start in range(0, total, max(size, 1)):
+        stop = min(start + size, total)
+        rows = slice(start, stop) if index is None else index[start:stop]
+        inputs = inputs_of(head, rows, None if compact else keep[rows])
+        operands = inputs
         if deterministic:
-            size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
-        else:
-            size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
-        whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
-        last = None
-        for start in range(0, total, max(size, 1)):
-            stop = min(start + size, total)
-            rows = slice(start, stop) if index is None else index[start:stop]
-            inputs = inputs_of(head, rows, None if compact else keep[rows])
-            operands = inputs
-            if deterministic:
-                operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
-            padded = buffer[: operands[0].shape[0]]
-            make_logits(head, operands, padded)
-            last = Chunk(rows, padded[: stop - start], inputs, padded)
-            yield last
+            operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
+        padded = buffer[: operands[0].shape[0]]
+        make_logits(head, operands, padded)
+        last = Chunk(rows, padded[: stop - start], inputs, padded)
+        yield last
     if last is not None and leave_for is not None:
         _memory[key] = Memory(whole, last._replace(inputs=[]), leave_for)
     elif device.type == "cpu":
@@ -279,14 +277,21 @@ def inputs_of(head: Head, rows: Tensor | slice, keep: Tensor | None) -> list[Ten
 
 
 def make_logits(head: Head, inputs: list[Tensor], out: Tensor) -> None:
-    if head.bias is not None and out.dtype == head.bias.dtype:
-        torch.addmm(head.bias, inputs[0], head.weight.t(), out=out)
-    else:
-        _accumulate(out, inputs[0], head.weight.t(), first=True)
-        if head.bias is not None:
-            out.add_(head.bias)
-    if head.low is not None:
-        _accumulate(out, inputs[1], head.up.t(), first=False)
+    with as_they_are(out.device):
+        if head.bias is not None and out.dtype == head.bias.dtype:
+            torch.addmm(head.bias, inputs[0], head.weight.t(), out=out)
+        else:
+            _accumulate(out, inputs[0], head.weight.t(), first=True)
+            if head.bias is not None:
+                out.add_(head.bias)
+        if head.low is not None:
+            _accumulate(out, inputs[1], head.up.t(), first=False)
+
+
+def as_they_are(device: torch.device) -> torch.autocast:
+    """Autocast was applied by check_head: products take the dtypes they are given. Not held over a
+    chunk's yield: of two loops side by side, the one that begins first ends first."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
@@ -376,13 +381,14 @@ class Gradients:
         if self.bias is not None:
             self.bias += dlogits.sum(0, dtype=self.accumulator)
         products = zip(chunk.inputs, self.head.products, self.inputs, self.weights, strict=True)
-        for x, (_, w), d_x, d_w in products:
-            if d_x is not None and plain:
-                torch.mm(dlogits, w, out=d_x[chunk.rows])
-            elif d_x is not None:
-                d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
-            if d_w is not None:
-                _accumulate(d_w, dlogits.t(), x, self.first)
+        with as_they_are(dlogits.device):
+            for x, (_, w), d_x, d_w in products:
+                if d_x is not None and plain:
+                    torch.mm(dlogits, w, out=d_x[chunk.rows])
+                elif d_x is not None:
+                    d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
+                if d_w is not None:
+                    _accumulate(d_w, dlogits.t(), x, self.first)
         self.first = False
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
