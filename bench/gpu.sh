@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in about 8 minutes: builds with nvcc, runs the tests marked
-# gpu, looks for bad memory accesses and races in the CUDA sources, measures the README's GPU rows.
+# Everything that only a GPU can show, in 8 minutes by estimate: builds with nvcc, runs the tests
+# marked gpu, looks for bad memory accesses and races in the CUDA sources, measures the README's GPU
+# rows.
 #
 #   bench/gpu.sh                  all of it
 #   bench/gpu.sh tests measured   some of: built tests checked measured

@@ -282,7 +282,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     # on a GPU, and cannot be traced.
     one = grad.device.type == "cpu" and detect_fake_mode([grad]) is None and grad.item() == 1
     scaled = [
-        (g if one else (g * grad).to(g.dtype)) if needed else None
+        (g if one else g * grad) if needed else None
         for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
     return *scaled, *(None,) * 21
