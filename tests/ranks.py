@@ -152,7 +152,9 @@ def sharded_head(rank: int, folder: str) -> None:
     torch.save(
         [logp, own["hidden"].grad, *(g.full_tensor() for g in sharded)], f"{folder}/{rank}.pt"
     )
-    dist.destroy_process_group()
+    # FSDP2 keeps the group's threads alive after destroy_process_group, and one that drops the last
+    # collective's tensors while the interpreter is taken down aborts (pytorch/pytorch#190489).
+    os._exit(0)
 
 
 def fail_in_a_group() -> None:
