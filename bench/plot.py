@@ -91,7 +91,7 @@ def bars(record: Record) -> Any:
         right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center")
     right.set_xscale("symlog", linthresh=1)
     right.set_xlim(0, max(10, right.get_xlim()[1] * 6))
-    right.set_xlabel("extra memory, MiB (log scale): peak beyond\ninputs, outputs and gradients")
+    right.set_xlabel("extra memory, MiB (log scale):\npeak beyond inputs,\noutputs and gradients")
     left.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
     left.xaxis.set_major_formatter("{x:g}×")
     left.xaxis.set_minor_locator(ticker.NullLocator())
