@@ -213,6 +213,16 @@ def test_micro_batches_add_up_to_the_batch(aggregation: str, how: dict) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
 
 
+def policy_flops(inside, arguments: dict, options: dict) -> tuple[int, int]:
+    """Of linear_policy_loss's forward and of its backward."""
+    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
+    with first, inside:
+        loss, _ = rf.linear_policy_loss(**arguments, **options)
+    with second, inside:
+        loss.backward()
+    return first.get_total_flops(), second.get_total_flops()
+
+
 @pytest.mark.parametrize(
     ("options", "forward", "backward"),
     [
@@ -229,13 +239,7 @@ def test_every_loss_by_token_is_one_pass(inside, options, forward, backward) -> 
     hidden, weight, labels = draw()
     arguments = policy_inputs(hidden.requires_grad_(), weight.requires_grad_(), labels)
     arguments["mask"][:] = True
-    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with first, inside:
-        loss, _ = rf.linear_policy_loss(**arguments, **options)
-    with second, inside:
-        loss.backward()
-    flops = first.get_total_flops(), second.get_total_flops()
-    assert flops == (forward * GEMM, backward * GEMM)
+    assert policy_flops(inside, arguments, options) == (forward * GEMM, backward * GEMM)
 
 
 @pytest.mark.parametrize(
@@ -261,12 +265,7 @@ def test_rows_that_cannot_matter_leave_the_loss(inside, options, forward, backwa
         options = {"weights": (row % 8 < 4).float()}
     if "kl_coef" in options:
         options = {**options, "ref_logp": arguments["old_logp"]}
-    first, second = FlopCounterMode(display=False), FlopCounterMode(display=False)
-    with first, inside:
-        loss, _ = rf.linear_policy_loss(**arguments, **options)
-    with second, inside:
-        loss.backward()
-    flops = first.get_total_flops(), second.get_total_flops()
+    flops = policy_flops(inside, arguments, options)
     assert flops == (forward * GEMM // N, backward * GEMM // N)
 
 
