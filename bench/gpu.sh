@@ -33,7 +33,7 @@ built() {
 }
 
 tests() {
-  "$python" -m pytest -m gpu -q --durations=5 tests/test_gpu.py
+  "$python" -m pytest -m gpu -q --durations=5 tests/ops/test_gpu.py
 }
 
 checked() { # one row of one tile and of several, with and without 16-byte loads
@@ -42,7 +42,7 @@ checked() { # one row of one tile and of several, with and without 16-byte loads
     { echo "no compute-sanitizer: the CUDA sources are not checked"; return 1; }
   for tool in memcheck racecheck; do
     timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 1 \
-      "$python" -m pytest -m gpu -q tests/test_gpu.py -k "gae_cuda and (37 or 1000)" || return
+      "$python" -m pytest -m gpu -q tests/ops/test_gpu.py -k "gae_cuda and (37 or 1000)" || return
   done
 }
 

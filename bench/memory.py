@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf_fast.ops import linear
+from rlhf_fast.ops.linear import chunks as linear
 
 from . import inputs
 from .cases import OPS

@@ -212,9 +212,9 @@ def measure(name: str, folder: Path, turn: Path, device: torch.device) -> dict[s
 def our_seconds(
     name: str, folder: Path, out: Path, setting: Setting, device: torch.device
 ) -> list[float]:
-    from rlhf_fast.config import PPOConfig
-    from rlhf_fast.ppo import train
-    from rlhf_fast.run import read_metrics
+    from rlhf_fast.trainer.config import PPOConfig
+    from rlhf_fast.trainer.ppo import train
+    from rlhf_fast.trainer.run.folder import read_metrics
 
     critic = {"value_model": str(folder / "model")} if name == "ours-critic" else {}
     train(

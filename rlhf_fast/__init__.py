@@ -5,10 +5,10 @@ from .ops.gae import gae
 from .ops.gae_packed import gae_packed
 from .ops.group_advantages import group_advantages
 from .ops.kl_penalized_rewards import kl_penalized_rewards
-from .ops.linear import chunk_budget
-from .ops.linear_policy_loss import linear_policy_loss
-from .ops.linear_token_kl import linear_token_kl
-from .ops.linear_token_logprobs import linear_token_logprobs
+from .ops.linear.chunks import chunk_budget
+from .ops.linear.kl import linear_token_kl
+from .ops.linear.logprobs import linear_token_logprobs
+from .ops.linear.policy_loss import linear_policy_loss
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
 from .ops.policy_loss import policy_loss
@@ -16,6 +16,8 @@ from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import value_loss
 from .version import __version__
+
+__path__.append(f"{__path__[0]}/moved")  # modules by the paths they had in 0.1
 
 __all__ = [
     "__version__",

@@ -159,7 +159,7 @@ def inside():
     """Runs the engine's Python under the active modes, instead of as one opaque op."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from rlhf_fast.ops import linear
+    from rlhf_fast.ops.linear import chunks as linear
     from rlhf_fast.ops.registry import KERNELS
 
     linear._memory.clear()  # memory that an earlier, larger call left
@@ -190,7 +190,7 @@ def reward(tmp_path):
 @pytest.fixture
 def configured(write_jsonl, tiny_policy_folder, tmp_path, reward):
     """configured("folder", **options) -> a PPOConfig that trains a tiny model in seconds."""
-    from rlhf_fast.config import PPOConfig
+    from rlhf_fast.trainer.config import PPOConfig
 
     def make(output: str = "out", prompts: list | None = None, **options):
         rows = [{"prompt": p, "number": float(i)} for i, p in enumerate(STARTS * 8)]

@@ -76,5 +76,5 @@ def install(monkeypatch) -> None:
         return check(self, attn_implementation, *args, **kwargs)
 
     monkeypatch.setattr(PreTrainedModel, "_check_and_adjust_attn_implementation", adjust)
-    monkeypatch.setattr("rlhf_fast.models.has_flash_attention", lambda device: True)
+    monkeypatch.setattr("rlhf_fast.trainer.models.policy.has_flash_attention", lambda device: True)
     calls.clear()

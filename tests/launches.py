@@ -15,8 +15,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from rlhf_fast.config import PPOConfig, RunConfig
-from rlhf_fast.run import read_metrics
+from rlhf_fast.trainer.config import PPOConfig, RunConfig
+from rlhf_fast.trainer.run.folder import read_metrics
 
 RANKS = str(Path(__file__).with_name("ranks.py"))
 

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
-from rlhf_fast.ops import linear
+from rlhf_fast.ops.linear import chunks as linear
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -165,8 +165,8 @@ def fail_in_a_group() -> None:
 
 def train_each(sharded_by: str, file: str) -> None:
     """PPO runs one after the other, by the configs in a JSON file, under accelerate's."""
-    from rlhf_fast import ppo
-    from rlhf_fast.config import PPOConfig
+    from rlhf_fast.trainer import ppo
+    from rlhf_fast.trainer.config import PPOConfig
 
     look_at_shards() if sharded_by == "fsdp" else look_at_moments()
     atexit.register(fail_in_a_group)  # called last, being the first
@@ -179,7 +179,7 @@ def train_each(sharded_by: str, file: str) -> None:
 
 def look_at_shards() -> None:
     """Half of every weight must lie in this process."""
-    from rlhf_fast.workers import Workers
+    from rlhf_fast.trainer.distributed.workers import Workers
 
     shard = Workers.shard
 
@@ -196,7 +196,7 @@ def look_at_shards() -> None:
 
 def look_at_moments() -> None:
     """Half of Adam's moments must lie in this process."""
-    from rlhf_fast.workers import Workers
+    from rlhf_fast.trainer.distributed.workers import Workers
 
     stepper = Workers.stepper
 
@@ -212,7 +212,7 @@ def look_at_moments() -> None:
 @contextlib.contextmanager
 def broken() -> Iterator[None]:
     """Row 5 of every batch has a gradient of NaN, row 7 a loss of NaN with a finite gradient."""
-    from rlhf_fast import ppo
+    from rlhf_fast.trainer import ppo
 
     policy_term = ppo.policy_term
 

@@ -23,7 +23,7 @@ import yaml
 from prepare import DEFAULT_CACHE
 from run import HERE, run
 
-from rlhf_fast.run import read_metrics
+from rlhf_fast.trainer.run.folder import read_metrics
 
 DOCS = HERE.parent.parent / "docs"
 COLUMNS = {"objective/kl": "kl", "objective/scores": "proxy", "objective/judge": "judge"}
@@ -55,7 +55,7 @@ def main() -> None:
     for beta in args.betas:
         folder = args.runs / f"beta-{beta:g}"
         run(
-            "-m", "rlhf_fast.cli", "ppo", "--config", config, "--resume",
+            "-m", "rlhf_fast.trainer.cli", "ppo", "--config", config, "--resume",
             "--model", args.model, "--data", args.data, "--reward", args.reward,
             "--judge", f"{HERE / 'vader.py'}:score", "--beta", str(beta),
             "--output_dir", folder, *further,

@@ -45,18 +45,18 @@ def main() -> None:
 
     run(HERE / "prepare.py", "--cache", cache)
     run(
-        "-m", "rlhf_fast.cli", "reward", "--config", HERE / "reward.yaml", "--resume",
+        "-m", "rlhf_fast.trainer.cli", "reward", "--config", HERE / "reward.yaml", "--resume",
         "--model", cache / "smollm2", "--data", cache / "fragments.jsonl",
         "--output_dir", out / "reward",
     )  # fmt: skip
     run(
-        "-m", "rlhf_fast.cli", "ppo", "--config", HERE / "ppo.yaml", "--resume",
+        "-m", "rlhf_fast.trainer.cli", "ppo", "--config", HERE / "ppo.yaml", "--resume",
         "--model", cache / "smollm2", "--data", cache / "openings.jsonl",
         "--reward", out / "reward" / "model", "--judge", f"{HERE / 'vader.py'}:score",
         "--output_dir", out / "ppo",
     )  # fmt: skip
     run(
-        "-m", "rlhf_fast.cli", "generate", "--model", out / "ppo" / "model",
+        "-m", "rlhf_fast.trainer.cli", "generate", "--model", out / "ppo" / "model",
         "--prompt", "This movie was", "--samples", "3", "--max_new_tokens", "16",
     )  # fmt: skip
     print(f"\n{time.perf_counter() - began:.0f} s; everything is in {out}")

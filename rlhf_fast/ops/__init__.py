@@ -1,10 +1,9 @@
 """The ops, one file each. Importing a file registers its ops; the order here is the table's."""
 
-from . import (  # noqa: F401, I001
-    token_logprobs,
-    linear_token_logprobs,
-    linear_token_kl,
-    linear_policy_loss,
+# ruff: noqa: F401, I001
+from . import token_logprobs
+from .linear import logprobs, kl, policy_loss as linear_policy_loss
+from . import (
     policy_loss,
     value_loss,
     gae,
@@ -14,7 +13,5 @@ from . import (  # noqa: F401, I001
     kl_penalized_rewards,
     pairwise_loss,
     masked,
-    thin_linear,
-    decoder_layer,
-    draw_tokens,
 )
+from .decoding import thin_linear, decoder_layer, draw_tokens

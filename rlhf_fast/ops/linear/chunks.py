@@ -1,0 +1,416 @@
+"""The linear engine: the one loop over chunks of logits that every ``linear_*`` op runs.
+
+A chunk's logits are one matrix product into a buffer that all chunks share; a row kernel (C++ or
+Triton) reads or overwrites it; the gradients are two more products. cuBLAS and MKL do the FLOPs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.nn.functional import pad
+
+from .. import check
+
+# Without a budget. CPU (H=576, V=49152, one pass with gradients, in bare products' time): at N=512
+# one chunk 1.02, two 1.08, four 1.16; at N=4096 chunks of 496 rows 1.02, 384 1.03, 256 1.08.
+# GPU: 2048 rows at V=131072; not measured on a GPU yet.
+CPU_ROWS = 512
+GPU_BYTES = 2**30
+# Rows of every chunk of a deterministic call, a lone row's too.
+DETERMINISTIC_ROWS = 128
+
+Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
+
+_budget: int | None = None
+_memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
+
+
+@contextlib.contextmanager
+def chunk_budget(n_bytes: int) -> Iterator[None]:
+    """``n_bytes``, above 0: what one chunk of logits may take inside this context.
+
+    Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
+    what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
+    rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
+    half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
+    to its backward, which begins with the chunk that lies there.
+    """
+    global _budget
+    check.number("n_bytes", n_bytes, above=0)
+    before, _budget = _budget, int(n_bytes)
+    try:
+        yield
+    finally:
+        _budget = before
+
+
+def most_rows(vocab: int, element_size: int, device_type: str) -> int:
+    """Rows of logits that a chunk may have."""
+    if _budget is None and device_type == "cpu":
+        return CPU_ROWS
+    return max(1, (_budget or GPU_BYTES) // max(1, vocab * element_size))
+
+
+def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
+    """Rows of logits in each chunk of `total`: chunks of like size, in 16s where they are large.
+
+    What takes more than one chunk is cut once more than it must be: k times the most rows hold less
+    than 1/k of the logits at a time.
+    """
+    most = most_rows(vocab, element_size, device_type)
+    if total <= most:
+        return total
+    rows = math.ceil(total / (total // most + 1))
+    return min(most, math.ceil(rows / 16) * 16) if rows > 16 else rows
+
+
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None = None,
+    prefix: str = "",
+) -> Head:
+    """The checked head, flat, in autocast's dtype where autocast is on.
+
+    A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
+    on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
+    """
+    hidden_name, weight_name, bias_name = (f"{prefix}{x}" for x in ("hidden", "weight", "bias"))
+    check.floating(hidden_name, hidden)
+    check.at_least_1d(hidden_name, hidden)
+    if isinstance(hidden, DTensor):
+        raise TypeError(
+            f"{hidden_name} must be this rank's own tensor, got a DTensor; use .to_local()"
+        )
+    check.floating(weight_name, weight)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"{weight_name} must be [V, H] with H = {hidden_name}'s last dimension "
+            f"{hidden.shape[-1]}, got {check.describe(weight)}"
+        )
+    check.same_device(weight_name, weight, hidden_name, hidden)
+    if bias is not None:
+        check.floating(bias_name, bias)
+        check.shaped(bias_name, bias, [weight.shape[0]], "[V]")
+        check.same_device(bias_name, bias, hidden_name, hidden)
+    down, up, scale = (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight)
+    weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias, down, up = (None if x is None else x.to(dtype) for x in (bias, down, up))
+    for name, x in ((weight_name, weight), (bias_name, bias), ("lora's A", down), ("lora's B", up)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {hidden_name}, {hidden.dtype}; "
+                f"got {check.describe(x)}. Cast one of them, or use autocast"
+            )
+    rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    low = None if down is None else scale * (rows @ down.t())
+    return Head(rows, weight, bias, low, up)
+
+
+def check_lora(lora: Lora, hidden: Tensor, weight: Tensor) -> Lora:
+    if not isinstance(lora, tuple) or len(lora) != 3:
+        raise TypeError(f"lora must be (A [r, H], B [V, r], scale), got {check.describe(lora)}")
+    down, up, scale = lora
+    for name, x in (("lora's A", down), ("lora's B", up)):
+        check.floating(name, x)
+        check.same_device(name, x, "hidden", hidden)
+    rank = down.shape[0] if down.dim() == 2 else 0
+    check.shaped("lora's A", down, [rank, hidden.shape[-1]], "[r, H]")
+    check.shaped("lora's B", up, [weight.shape[0], rank], "[V, r]")
+    check.number("lora's scale", scale)
+    return lora
+
+
+def gathered(x: Tensor | None) -> Tensor | None:
+    if not isinstance(x, DTensor):
+        return x
+    ranks = x.device_mesh.size()
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda grad: grad / ranks)
+    return whole
+
+
+class Head(NamedTuple):
+    """What the logits of N rows are made of: hidden @ weight.T + bias, and low @ up.T where an
+    adapter is on the head."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    low: Tensor | None = None  # [N, r]
+    up: Tensor | None = None  # [V, r]
+
+    @property
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        main = (self.hidden, self.weight)
+        return [main] if self.low is None else [main, (self.low, self.up)]
+
+
+def needs_gradient(head: Head) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+
+
+class Chunk(NamedTuple):
+    """Some rows' logits. They lie in a buffer that the next chunk overwrites; so may the caller."""
+
+    rows: Tensor | slice
+    logits: Tensor  # [n, V]
+    inputs: list[Tensor]  # hidden [n, H] and, with an adapter, low [n, r]
+    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
+
+
+class Memory(NamedTuple):
+    """What the chunks of a loop lay in, and what lies there still: the last chunk of a forward pass
+    (its inputs empty), which the backward of the same statistics need not make again."""
+
+    whole: Tensor
+    last: Chunk | None = None
+    norm: Tensor | None = None
+
+
+def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
+    """The memory in which the forward pass that computed `norm` left its last chunk; None where
+    another loop has taken it since."""
+    key = (hidden.device, logits_dtype(hidden), slot)
+    memory = _memory.get(key)
+    if memory is None or memory.norm is None or memory.norm.data_ptr() != norm.data_ptr():
+        return None
+    return memory if _memory.pop(key, None) is memory else None
+
+
+def kept_rows(keep: Tensor) -> Tensor | None:
+    """Indices of the rows to compute; None when that is all of them.
+
+    A host sync on CUDA: the number of rows is a tensor shape.
+    """
+    index = keep.nonzero().squeeze(-1)
+    return None if index.numel() == keep.numel() else index
+
+
+def take(x: Tensor, rows: Tensor | slice) -> Tensor:
+    """x[rows], contiguous as the row kernels want it (a sum's incoming gradient has stride 0)."""
+    return x[rows].contiguous() if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def chunks(
+    head: Head,
+    keep: Tensor,
+    *,
+    compact: bool = True,
+    deterministic: bool = False,
+    buffers: int = 1,
+    slot: int = 0,
+    leave_for: Tensor | None = None,
+    memory: Memory | None = None,
+) -> Iterator[Chunk]:
+    """The logits of the rows that `keep` [N] names, chunk by chunk.
+
+    compact: rows that are not kept leave before the first product, which waits for a GPU. False:
+        all rows are there, those not kept with inputs of zero.
+    deterministic: every product has the same shape, so that a row's bits depend on no other row.
+    buffers: how many loops like this one, over the same rows, share the memory budget; this one is
+        number `slot` of them.
+    leave_for: the row statistics of a forward pass: its last chunk is left for ``left_by``.
+    memory: what ``left_by`` found. The chunk in it comes first, unless a third of its rows are not
+        kept: 4NHV for all of them is then more than 6NHV for the others.
+    """
+    vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
+    key = (device, dtype, slot)
+    if memory is None:
+        memory = _memory.pop(key, None)  # nobody else can have it until it is put back
+        if device.type != "cpu":  # torch knows which stream it belongs to
+            memory = None
+    else:
+        last = memory.last
+        kept = keep[last.rows]
+        if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
+            yield last._replace(inputs=inputs_of(head, last.rows, kept))
+            if isinstance(last.rows, slice):
+                keep = keep[: last.rows.start]
+            else:
+                keep = keep.index_fill(0, last.rows, False)
+    index = kept_rows(keep) if compact else None
+    total = keep.shape[0] if index is None else index.numel()
+    if deterministic:
+        size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
+    else:
+        size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
+    whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
+    last = None
+    for start in range(0, total, max(size, 1)):
+        stop = min(start + size, total)
+        rows = slice(start, stop) if index is None else index[start:stop]
+        inputs = inputs_of(head, rows, None if compact else keep[rows])
+        operands = inputs
+        if deterministic:
+            operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
+        padded = buffer[: operands[0].shape[0]]
+        make_logits(head, operands, padded)
+        last = Chunk(rows, padded[: stop - start], inputs, padded)
+        yield last
+    if last is not None and leave_for is not None:
+        _memory[key] = Memory(whole, last._replace(inputs=[]), leave_for)
+    elif device.type == "cpu":
+        _memory[key] = Memory(whole)
+
+
+def inputs_of(head: Head, rows: Tensor | slice, keep: Tensor | None) -> list[Tensor]:
+    """Some rows of what the products take, of zeros where not kept (None: all are)."""
+    inputs = [take(x, rows) for x, _ in head.products]
+    if keep is None:
+        return inputs
+    return [x.masked_fill(~keep.unsqueeze(-1), 0.0) for x in inputs]
+
+
+def make_logits(head: Head, inputs: list[Tensor], out: Tensor) -> None:
+    with as_they_are(out.device):
+        if head.bias is not None and out.dtype == head.bias.dtype:
+            torch.addmm(head.bias, inputs[0], head.weight.t(), out=out)
+        else:
+            _accumulate(out, inputs[0], head.weight.t(), first=True)
+            if head.bias is not None:
+                out.add_(head.bias)
+        if head.low is not None:
+            _accumulate(out, inputs[1], head.up.t(), first=False)
+
+
+def as_they_are(device: torch.device) -> torch.autocast:
+    """Autocast was applied by check_head: products take the dtypes they are given. Not held over a
+    chunk's yield: of two loops side by side, the one that begins first ends first."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def logits_dtype(hidden: Tensor) -> torch.dtype:
+    """Float32 out of 16-bit operands on CUDA; elsewhere the operands' own, as in eager PyTorch.
+
+    Logits in bfloat16 would halve their bytes, and lose what a ratio near 1 is made of: of
+    SmolLM2-135M's head on 240 tokens of text, log-probs move by 0.016 nats on average and 0.11 at
+    most, in float32 by 1e-6 and 1.4e-5.
+    """
+    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
+        return torch.float32
+    return hidden.dtype
+
+
+def chunk_buffer(
+    whole: Tensor | None, rows: int, vocab: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(memory, the same as [rows, vocab]); `whole` again where that is enough.
+
+    On CPU the rows lie side by side (csrc/token_logprobs_columns.h says why), and the last call's
+    memory is used again: torch keeps none there, and fresh pages cost 5 % of the three products at
+    N=512, H=576, V=49152. (Fresh pages of 2 MiB were no way out: 2 % in a good round, 20 % in every
+    other one on a virtual machine that hands free ones back to its host.)
+    """
+    width = vocab if device.type == "cpu" else aligned(vocab)
+    if whole is None or whole.numel() < rows * width:
+        whole = torch.empty(rows * width, dtype=dtype, device=device)
+    used = whole[: rows * width]
+    if device.type == "cpu":
+        return whole, used.view(vocab, rows).t()
+    return whole, used.view(rows, width)[:, :vocab]
+
+
+def aligned(vocab: int) -> int:
+    """The distance of two rows of a chunk on a GPU: each starts at a multiple of 32 bytes whatever
+    the vocabulary. The row kernels and cuBLAS move 16 bytes at a time, and a row's sums are grouped
+    the same way in every place."""
+    return math.ceil(vocab / 16) * 16
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    low: bool = False
+    up: bool = False
+
+
+class Gradients:
+    """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
+    better and is cast to its tensor's dtype once, at the end."""
+
+    def __init__(self, head: Head, needs: Needs) -> None:
+        self.head, self.needs = head, needs
+        self.accumulator = check.accumulator(head.hidden)
+        self.first = True
+        self.inputs = [
+            torch.zeros_like(x) if needed else None
+            for (x, _), needed in zip(head.products, (needs.hidden, needs.low), strict=False)
+        ]
+        self.weights = [
+            torch.empty_like(w, dtype=self.accumulator) if needed else None
+            for (_, w), needed in zip(head.products, (needs.weight, needs.up), strict=False)
+        ]
+        self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
+        self.narrow: Tensor | None = None
+
+    def dlogits(self, chunk: Chunk) -> Tensor:
+        """[n, V] to write the gradient of a chunk's logits to, in the dtype that the products take:
+        over the logits, or, where those are wider, to memory that all chunks share."""
+        return self._padded(chunk)[: chunk.logits.shape[0]]
+
+    def _padded(self, chunk: Chunk) -> Tensor:
+        dtype = self.head.hidden.dtype
+        if chunk.padded.dtype == dtype:
+            return chunk.padded
+        rows, vocab = chunk.padded.shape
+        self.narrow, padded = chunk_buffer(self.narrow, rows, vocab, dtype, chunk.padded.device)
+        return padded
+
+    def add(self, chunk: Chunk) -> None:
+        """One chunk, whose gradient has been written to dlogits(chunk)."""
+        padded, dlogits = self._padded(chunk), self.dlogits(chunk)
+        plain = isinstance(chunk.rows, slice) and padded.shape == dlogits.shape
+        if self.bias is not None:
+            self.bias += dlogits.sum(0, dtype=self.accumulator)
+        products = zip(chunk.inputs, self.head.products, self.inputs, self.weights, strict=True)
+        with as_they_are(dlogits.device):
+            for x, (_, w), d_x, d_w in products:
+                if d_x is not None and plain:
+                    torch.mm(dlogits, w, out=d_x[chunk.rows])
+                elif d_x is not None:
+                    d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
+                if d_w is not None:
+                    _accumulate(d_w, dlogits.t(), x, self.first)
+        self.first = False
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gradients in the order of Needs; empty where not asked for."""
+        if self.first:
+            for d_w in self.weights:
+                if d_w is not None:
+                    d_w.zero_()
+        d_hidden, d_low = (*self.inputs, None)[:2]
+        d_weight, d_up = (*self.weights, None)[:2]
+        return tuple(
+            self.head.hidden.new_empty(0) if d is None else d.to(self.head.hidden.dtype)
+            for d in (d_hidden, d_weight, self.bias, d_low, d_up)
+        )
+
+
+def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, accumulated in total's dtype; the first product overwrites."""
+    wide = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    if wide and not total.is_cuda:  # CPU has no float32 product of 16-bit operands: widen them
+        a, b, wide = a.to(total.dtype), b.to(total.dtype), {}
+    if first:
+        torch.mm(a, b, **wide, out=total)
+    else:
+        torch.addmm(total, a, b, **wide, out=total)

@@ -1,0 +1,550 @@
+"""linear_token_kl: the exact KL of policy and reference at each token, from hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import check
+from .. import token_logprobs as from_logits
+from ..linear import chunks as linear
+from ..registry import Op, Sample, define_kernel, register
+
+DIRECTIONS = ("reverse", "forward")
+
+
+def linear_token_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None = None,
+    *,
+    direction: str = "reverse",
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    compact: bool = True,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of the labels under policy and reference, and the exact KL between the two.
+
+    With z = softcap·tanh(x / softcap) / temperature (no tanh when softcap is None) of the policy's
+    logits x = hidden @ weight.T + bias, y the same of the reference's, p and q their softmax::
+
+        logp = log p[label]        reverse: kl = KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
+        ref_logp = log q[label]    forward: kl = KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)
+
+        dkl/dz_v = p_v ((log p_v − log q_v) − kl)  reverse,    p_v − q_v  forward
+
+    The sum over the whole vocabulary that the estimators k1, k2, k3 of ``token_kl`` sample from
+    (Schulman, "Approximating KL divergence", 2020): no variance, and the gradient that a k1 loss
+    lacks. The reverse direction is PPO's penalty, the forward one that of distillation. The
+    reference is constant. The logits of both exist only one chunk at a time; the two chunks share
+    ``rlhf_fast.chunk_budget``.
+
+    p = 0 (a logit of −inf) contributes 0 to KL(p ‖ q), whatever q is; q = 0 where p > 0 makes it
+    +inf. In float32 a p below e^−87 is 0. An infinite reverse KL has no gradient: through it comes
+    NaN; through logp alone, or with a gradient of exactly 0 for the KL, nothing does.
+
+    FLOPs: 4NHV forward; 8·N'HV backward, N' the rows with gradient (6·N'HV for a frozen weight).
+    Where no gradient comes through kl the reference is not computed again: 6·N'HV. The last chunk
+    of both is kept as in ``linear_token_logprobs``: 8NHV in all where one chunk holds everything.
+    H100, bf16, N=8192 H=4096 V=131072, forward: 17.6 TFLOP at the 800 TFLOP/s of a large cuBLAS
+    product are 22.0 ms; writing and reading both float32 logits (17.2 GB at 3 TB/s) adds 5.7 ms:
+    27.7 ms predicted. Backward, the last of 9 chunks kept: 33.3 TFLOP are 41.6 ms; both logits
+    written and read, a gradient written in 16 bits (18 bytes, less the kept chunk's 8: 18.4 GB) are
+    6.1 ms: 47.7 ms predicted. Not measured on a GPU yet.
+
+    Args:
+        hidden: [..., H], float32, bfloat16, float16 or float64.
+        weight: [V, H], the policy's head, dtype and device of ``hidden`` (under autocast all are
+            cast to its dtype).
+        labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0, and it
+            leaves before the first matrix product.
+        ref_hidden: [..., H_ref], the reference's hidden states for the same rows, in the dtype of
+            ``hidden``.
+        ref_weight: [V, H_ref], the reference's head; None: it is ``weight``, with ``bias``.
+        direction: "reverse", KL(p ‖ q), or "forward", KL(q ‖ p).
+        bias, ref_bias: [V] or None.
+        temperature: > 0, the divisor of both logits; a float or a tensor [...] of one per token.
+        softcap: > 0, the bound on both logits; None for none.
+        compact, deterministic: as in ``linear_token_logprobs``.
+
+    Returns:
+        (logp, ref_logp, kl), [...] each, in nats; float32 (float64 for float64 inputs). logp and
+        kl carry gradients to ``hidden``, ``weight`` and ``bias``.
+
+    Raises:
+        TypeError, ValueError: an argument of wrong type, shape, dtype or device; an unknown
+            direction; a label outside [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
+    """
+    check.choice("direction", direction, DIRECTIONS)
+    head = linear.check_head(hidden, weight, bias)
+    ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    check.labels(labels, "hidden", hidden, weight.shape[0])
+    divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
+    from_logits._softcap(softcap)
+    check.flag("compact", compact)
+    check.flag("deterministic", deterministic)
+    tied = ref_weight is None
+    logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
+        *head[:3],
+        ref.hidden.detach(),
+        None if tied else ref.weight.detach(),
+        None if tied or ref.bias is None else ref.bias.detach(),
+        labels.reshape(-1),
+        divisor,
+        None if per_token is None else per_token.reshape(-1),
+        softcap,
+        direction == "reverse",
+        compact,
+        deterministic,
+        linear.needs_gradient(head),
+    )
+    return tuple(x.reshape(labels.shape) for x in (logp, ref_logp, kl))
+
+
+def _check_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> linear.Head:
+    check.floating("ref_hidden", ref_hidden)
+    check.at_least_1d("ref_hidden", ref_hidden)
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            "ref_hidden must have the leading shape of hidden, "
+            f"{list(hidden.shape[:-1])}; got {check.describe(ref_hidden)}"
+        )
+    check.same_device("ref_hidden", ref_hidden, "hidden", hidden)
+    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"ref_hidden must have the dtype of hidden, {hidden.dtype}; "
+            f"got {check.describe(ref_hidden)}"
+        )
+    if ref_weight is not None:
+        ref = linear.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+        if ref_weight.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"ref_weight must be of weight's vocabulary, {weight.shape[0]}; "
+                f"got {check.describe(ref_weight)}"
+            )
+        return ref
+    if ref_bias is not None:
+        raise ValueError("ref_bias needs ref_weight: without it the reference has weight and bias")
+    if ref_hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"ref_hidden must be [..., {weight.shape[1]}] as weight is where ref_weight is None, "
+            f"got {check.describe(ref_hidden)}"
+        )
+    return linear.check_head(ref_hidden, weight, bias)
+
+
+def reference(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None = None,
+    *,
+    direction: str = "reverse",
+    bias: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in plain PyTorch; holds all the logits of both."""
+    kept = labels != check.IGNORE_INDEX
+    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        finite = hidden.masked_fill(~kept.unsqueeze(-1), 0.0)  # an ignored row may hold NaN
+        x = torch.nn.functional.linear(finite, weight, bias).to(check.accumulator(hidden))
+        z = x if softcap is None else softcap * torch.tanh(x / softcap)
+        return torch.log_softmax(z / divisor, dim=-1)
+
+    def at_label(x: Tensor) -> Tensor:
+        chosen = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return chosen.masked_fill(~kept, 0.0)
+
+    log_p = log_softmax(hidden, weight, bias)
+    with torch.no_grad():
+        tied = ref_weight is None
+        log_q = log_softmax(ref_hidden, weight if tied else ref_weight, bias if tied else ref_bias)
+    a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    gap = (a - b).masked_fill(a.exp() == 0, 0.0)
+    kl = (a.exp() * gap).sum(-1).masked_fill(~kept, 0.0)
+    return at_label(log_p), at_label(log_q), kl
+
+
+# The row kernels: logits of both in, no parameters in sight.
+
+
+def _rows_forward(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) of logits, ref_logits [1, n, V];
+    norm as in token_logprobs: (max, log Σ e^(z − max))."""
+    ignored = labels == check.IGNORE_INDEX
+
+    def one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        z, _ = from_logits._scaled(x, temperature, per_token, softcap)
+        largest = z.amax(-1, keepdim=True)
+        z = z - largest
+        log_sum = z.exp().sum(-1, keepdim=True).log()
+        log_p = z - log_sum
+        logp = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        norm = torch.stack([largest.squeeze(-1), log_sum.squeeze(-1)])
+        return log_p, logp.masked_fill(ignored, 0.0), norm.masked_fill(ignored, 0.0)
+
+    log_p, logp, norm = one(logits)
+    log_q, ref_logp, ref_norm = one(ref_logits)
+    a, b = (log_p, log_q) if reverse else (log_q, log_p)
+    gap = (a - b).masked_fill_(a.exp() == 0, 0.0)
+    kl = (a.exp() * gap).sum(-1).masked_fill(ignored, 0.0)
+    return logp, ref_logp, kl, norm, ref_norm
+
+
+def _rows_backward(
+    grad_logp: Tensor,
+    grad_kl: Tensor,
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    ref_norm: Tensor,
+    kl: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+    out: Tensor,
+) -> None:
+    """out <- dz/dlogits · (g_logp (1[v = label] − p) + g_kl · dkl/dz)."""
+    z, dz = from_logits._scaled(logits, temperature, per_token, softcap)
+    y, _ = from_logits._scaled(ref_logits, temperature, per_token, softcap)
+    log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
+    log_q = y - ref_norm[0].unsqueeze(-1) - ref_norm[1].unsqueeze(-1)
+    p = log_p.exp()
+    if reverse:
+        nothing = (p == 0) | (grad_kl == 0).unsqueeze(-1)
+        d_kl = p * ((log_p - log_q) - kl.unsqueeze(-1)).masked_fill_(nothing, 0.0)
+    else:
+        d_kl = p - log_q.exp()
+    g = grad_kl.unsqueeze(-1) * d_kl - grad_logp.unsqueeze(-1) * p
+    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), grad_logp.unsqueeze(-1))
+    dead = (labels == check.IGNORE_INDEX) | ((grad_logp == 0) & (grad_kl == 0))
+    out.copy_(g.mul_(dz).masked_fill_(dead.unsqueeze(-1), 0.0))
+
+
+def _rows_fake(logits, ref_logits, labels, *_):
+    new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
+    norm = new.new_empty((2, *labels.shape))
+    return new, torch.empty_like(new), torch.empty_like(new), norm, torch.empty_like(norm)
+
+
+# The engine.
+
+
+def _chunks(
+    heads: tuple[linear.Head, linear.Head],
+    keep: Tensor,
+    how: dict[str, bool],
+    leave_for: Tensor | None = None,
+    memories: tuple[linear.Memory | None, linear.Memory | None] = (None, None),
+) -> Iterator[tuple[linear.Chunk, Tensor]]:
+    """(the policy's chunk, the reference's logits [n, V]) of the same rows."""
+    if None in memories:  # or one would begin with the rows that it still has, the other not
+        memories = (None, None)
+    loops = (
+        linear.chunks(
+            head, keep, **how, buffers=2, slot=slot, leave_for=leave_for, memory=memories[slot]
+        )
+        for slot, head in enumerate(heads)
+    )
+    for chunk, ref_chunk in zip(*loops, strict=True):
+        yield chunk, ref_chunk.logits
+
+
+def _heads(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+) -> tuple[linear.Head, linear.Head]:
+    head = linear.Head(hidden, weight, bias)
+    if ref_weight is None:
+        return head, head._replace(hidden=ref_hidden)
+    return head, linear.Head(ref_hidden, ref_weight, ref_bias)
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+    compact: bool,
+    deterministic: bool,
+    backward_follows: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, ref_logp, kl [N], norm, ref_norm [2, N]); 0 in the rows that are ignored."""
+    heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
+    norm = logp.new_zeros((2, *labels.shape))
+    outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
+    how = {"compact": compact, "deterministic": deterministic}
+    leave_for = norm if backward_follows else None
+    for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
+        of_rows = torch.ops.rlhf_fast.logits_kl(
+            chunk.logits[None],
+            ref_logits[None],
+            linear.take(labels, chunk.rows)[None],
+            temperature,
+            None if per_token is None else linear.take(per_token, chunk.rows)[None],
+            softcap,
+            reverse,
+        )
+        for whole, part in zip(outputs, of_rows, strict=True):
+            whole[..., chunk.rows] = part.squeeze(-2)
+    return outputs
+
+
+def _backward(
+    grad_logp: Tensor,
+    grad_kl: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | None,
+    labels: Tensor,
+    norm: Tensor,
+    ref_norm: Tensor,
+    kl: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+    compact: bool,
+    deterministic: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where not needed."""
+    heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
+    grads = linear.Gradients(heads[0], linear.Needs(*needs))
+    how = {"compact": compact, "deterministic": deterministic}
+    memories = tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
+    for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
+
+        def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
+            return None if x is None else linear.take(x, rows)[None]
+
+        torch.ops.rlhf_fast.logits_kl_backward(
+            part(grad_logp),
+            part(grad_kl),
+            chunk.logits[None],
+            ref_logits[None],
+            part(labels),
+            norm[:, chunk.rows][:, None].contiguous(),
+            ref_norm[:, chunk.rows][:, None].contiguous(),
+            part(kl),
+            temperature,
+            part(per_token),
+            softcap,
+            reverse,
+            grads.dlogits(chunk)[None],
+        )
+        grads.add(chunk)
+    return grads.result()[:3]
+
+
+def _forward_fake(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, *_):
+    return _rows_fake(hidden, None, labels)
+
+
+def _backward_fake(grad_logp, grad_kl, hidden, weight, bias, *arguments):
+    return tuple(
+        torch.empty_like(x) if needed else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), arguments[-1], strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *inputs, ctx.reverse, ctx.compact, ctx.same, _ = inputs
+    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
+    _, ref_logp, kl, norm, ref_norm = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
+    ctx.save_for_backward(*tensors, per_token, norm, ref_norm, kl)
+
+
+def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
+    nothing = (None,) * 11
+    if grad_logp is None and grad_kl is None:
+        return None, None, None, *nothing
+    *heads, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    scale, how = (ctx.temperature, per_token, ctx.softcap), (ctx.compact, ctx.same)
+    if grad_kl is None:  # the reference has no part in it
+        grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+            grad_logp, None, *heads[:3], None, None, labels, norm, None, *scale, *how,
+            [*needs, False, False],
+        )[:3]  # fmt: skip
+    else:
+        grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
+        grads = torch.ops.rlhf_fast.linear_token_kl_backward(
+            grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how, needs
+        )
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
+
+
+def samples(generator: torch.Generator) -> Iterator[Sample]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def sample(name: str, n: int, h: int, v: int, ref_h: int = 0, **options: Any) -> Sample:
+        """ref_h: the width of the reference's own head; 0: it is the policy's. Those samples are
+        not small: gradcheck takes the small ones, and would move the reference with the weight."""
+        labels = torch.randint(v, (n,), generator=generator)
+        labels[1::3] = check.IGNORE_INDEX
+        hidden, weight = draw(n, h), draw(v, h) / h**0.5 * 3
+        ref = {"ref_hidden": hidden + 0.5 * draw(n, h)}
+        if ref_h:
+            ref = {"ref_hidden": draw(n, ref_h), "ref_weight": draw(v, ref_h) / ref_h**0.5 * 3}
+        grads = ("hidden", "weight", "bias") if "bias" in options else ("hidden", "weight")
+        arguments = {"hidden": hidden, "weight": weight, "labels": labels, **ref, **options}
+        return Sample(name, arguments, grads)
+
+    yield sample("tied", 19, 8, 131)
+    yield sample("own head", 19, 8, 131, ref_h=5)
+    yield sample("forward, own head", 5, 4, 33, ref_h=3, direction="forward")
+    yield sample("reverse, own head", 5, 4, 33, ref_h=3, bias=draw(33), ref_bias=draw(33))
+    yield sample("forward, tied", 19, 8, 131, bias=draw(131), direction="forward")
+    yield sample("one row", 1, 8, 17, ref_h=5)
+    yield sample("no rows", 0, 8, 17)
+    yield sample("vocab 1", 5, 4, 1, ref_h=3)
+    yield sample("vocab 5000", 3, 4, 5000, ref_h=3)
+    yield sample("temperature", 21, 8, 65, temperature=0.7, ref_h=8)
+    scale = {"temperature": 0.5 + torch.rand(20, generator=generator), "softcap": 2.0}
+    for direction in DIRECTIONS:
+        biases = {"bias": draw(33), "ref_bias": draw(33)}
+        yield sample(f"all, {direction}", 20, 5, 33, 3, **biases, **scale, direction=direction)
+    yield sample("not compact", 21, 16, 65, bias=draw(65), compact=False)
+    yield sample("deterministic", 21, 16, 65, bias=draw(65), deterministic=True)
+    garbage = sample("NaN where ignored", 21, 16, 65, 8, compact=False)
+    garbage.arguments["hidden"][1::3] = torch.nan
+    garbage.arguments["ref_hidden"][1::3] = torch.nan
+    yield garbage
+    for direction in DIRECTIONS:  # a padded vocabulary
+        padding = torch.arange(65) >= 60
+        bias, ref_bias = (draw(65).masked_fill(padding, -torch.inf) for _ in range(2))
+        last = sample(f"-inf bias, {direction}", 21, 16, 65, 8, bias=bias, ref_bias=ref_bias,
+                      direction=direction)  # fmt: skip
+        last.arguments["labels"] = torch.arange(21) % 60
+        yield Sample(last.name, last.arguments, ("hidden", "weight"))
+
+
+def workload(
+    shape: dict[str, int], generator: torch.Generator, device: str, dtype: torch.dtype
+) -> Sample:
+    n, h, v = shape["N"], shape["H"], shape["V"]
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    arguments = {
+        "hidden": draw(n, h).to(dtype),
+        "weight": (draw(v, h) / h**0.5).to(dtype),
+        "labels": torch.randint(v, (n,), generator=generator, device=device),
+        "ref_hidden": draw(n, h).to(dtype),
+        "ref_weight": (draw(v, h) / h**0.5).to(dtype),
+    }
+    return Sample("bench", arguments, ("hidden", "weight"))
+
+
+def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    head = (shape["N"] + shape["V"]) * shape["H"] * element_size
+    return 2 * head, 3 * head
+
+
+def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
+    gemm = 2 * shape["N"] * shape["H"] * shape["V"]
+    return 2 * gemm, 2 * gemm  # no logits made again: as where one chunk holds everything
+
+
+ROWS_FORWARD = define_kernel(
+    "logits_kl(Tensor logits, Tensor ref_logits, Tensor labels, float temperature, "
+    "Tensor? per_token, float? softcap, bool reverse) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fallback=_rows_forward,
+    fake=_rows_fake,
+    triton="logits_kl:logits_kl",
+)
+ROWS_BACKWARD = define_kernel(
+    "logits_kl_backward(Tensor grad_logp, Tensor grad_kl, Tensor logits, Tensor ref_logits, "
+    "Tensor labels, Tensor norm, Tensor ref_norm, Tensor kl, float temperature, "
+    "Tensor? per_token, float? softcap, bool reverse, Tensor(a!) out) -> ()",
+    fallback=_rows_backward,
+    fake=lambda *_: None,
+    triton="logits_kl:logits_kl_backward",
+)
+HEADS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor? ref_weight, "
+    "Tensor? ref_bias, Tensor labels, "
+)
+FORWARD = define_kernel(
+    f"linear_token_kl({HEADS}float temperature, Tensor? per_token, float? softcap, bool reverse, "
+    "bool compact, bool deterministic, bool backward_follows) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fallback=_forward,
+    fake=_forward_fake,
+    engine=True,
+    backward=_autograd,
+    setup_context=_setup_context,
+)
+BACKWARD = define_kernel(
+    f"linear_token_kl_backward(Tensor grad_logp, Tensor grad_kl, {HEADS}Tensor norm, "
+    "Tensor ref_norm, Tensor kl, float temperature, Tensor? per_token, float? softcap, "
+    "bool reverse, bool compact, bool deterministic, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    fallback=_backward,
+    fake=_backward_fake,
+    engine=True,
+)
+register(
+    Op(
+        "linear_token_kl",
+        linear_token_kl,
+        reference,
+        (FORWARD, BACKWARD, ROWS_FORWARD, ROWS_BACKWARD),
+        samples,
+        workload,
+        ({"N": 512, "H": 576, "V": 49152}, {"N": 4096, "H": 576, "V": 49152}),
+        bytes_moved,
+        flops,
+    )
+)

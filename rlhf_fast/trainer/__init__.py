@@ -1,0 +1,1 @@
+"""The trainer: a reward model from preference pairs, then PPO against it."""

@@ -1,0 +1,104 @@
+"""`rlhf-fast reward|ppo|generate|plot|info`; commands import the heavy modules they need."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig, parse
+from rlhf_fast.trainer.errors import InputError
+
+
+def reward(argv: Sequence[str]) -> None:
+    """train a reward model from pairs of a better and a worse text"""
+    config = parse(RewardConfig, argv, prog="rlhf-fast reward")
+    from rlhf_fast.trainer.reward import train
+
+    train(config)
+
+
+def ppo(argv: Sequence[str]) -> None:
+    """train a language model with PPO against a reward model or function"""
+    config = parse(PPOConfig, argv, prog="rlhf-fast ppo")
+    from rlhf_fast.trainer.ppo import train
+
+    train(config)
+
+
+def generate(argv: Sequence[str]) -> None:
+    """answer a prompt with a trained model"""
+    config = parse(GenerateConfig, argv, prog="rlhf-fast generate")
+    from rlhf_fast.trainer.generate import generate
+
+    for answer in generate(config):
+        print(answer)
+
+
+def plot(argv: Sequence[str]) -> None:
+    """draw the plot of a PPO run from its metrics"""
+    if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
+        argv = ["--run", *argv]
+    config = parse(PlotConfig, argv, prog="rlhf-fast plot")
+    from pathlib import Path
+
+    from rlhf_fast.trainer.run.console import plot
+    from rlhf_fast.trainer.run.folder import read_metrics, replacing
+
+    folder = Path(config.run).expanduser()
+    target = Path(config.output).expanduser() if config.output else folder / "plot.png"
+    metrics = read_metrics(folder / "metrics.jsonl")
+    if not metrics:
+        raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
+    if target.is_dir():
+        raise InputError(f"output={target} is a folder: expected a file to write")
+    try:
+        with replacing(target) as partial:
+            plot(metrics, partial)
+    except OSError as error:
+        raise InputError(f"output={target} cannot be written: {error.strerror}") from None
+    print(target)
+
+
+def info(argv: Sequence[str]) -> None:
+    """show what was built, for which devices, and which ops run where"""
+    from rlhf_fast.info import main
+
+    main(*argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    command.__name__: command for command in (reward, ppo, generate, plot, info)
+}
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{command.__doc__}" for name, command in COMMANDS.items()]
+    return "\n".join([
+        "usage: rlhf-fast COMMAND [--flag VALUE …]", "", *lines, "",
+        "`rlhf-fast COMMAND --help` lists the flags of a command.",
+    ])  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    name, *rest = argv
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            raise InputError("no such command" + (f" (did you mean {near[0]}?)" if near else ""))
+        COMMANDS[name](rest)
+    except InputError as error:
+        print(f"rlhf-fast {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Rows of preference pairs and prompts, and their tokens."""

@@ -1,0 +1,1 @@
+"""Many processes: data parallelism, FSDP2, DeepSpeed's ZeRO."""

@@ -1,0 +1,7 @@
+"""What ends a run with one line in place of a traceback."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work. The command line prints it as one line, no traceback."""

@@ -1,0 +1,1 @@
+"""Policies, critics and reward models out of transformers' models."""

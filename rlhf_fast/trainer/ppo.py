@@ -1,0 +1,554 @@
+"""Train a policy with PPO against a reward: one loop, read from top to bottom.
+
+A step samples an answer to each prompt of a batch, scores the answers, turns score and KL from the
+frozen reference into a reward for every token, estimates advantages with GAE, and makes several
+passes over the batch with the clipped losses on the log-probs stored before the first of them.
+
+Several processes share every batch (see workers.py); read the loop as if there were one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections import defaultdict
+from dataclasses import asdict
+from functools import partial
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from rlhf_fast import (
+    gae,
+    group_advantages,
+    kl_penalized_rewards,
+    linear_policy_loss,
+    masked_mean,
+    masked_whiten,
+    token_kl,
+    value_loss,
+)
+from rlhf_fast.ops.policy_loss import PolicyStats
+from rlhf_fast.trainer.config import CRITIC_FREE, GROUPED, PPOConfig
+from rlhf_fast.trainer.data.rows import Prompt, batch_indices, load_rows
+from rlhf_fast.trainer.data.rows import prompts as load_prompts
+from rlhf_fast.trainer.distributed.fsdp import gathered
+from rlhf_fast.trainer.distributed.workers import Workers
+from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.measure import (
+    Measured,
+    gather,
+    measure,
+    predict_values,
+    sample_answers,
+    score_all,
+    slices,
+)
+from rlhf_fast.trainer.models.policy import LoRA, Policy, load_policy, logit_divisor, softcap
+from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.trainer.rollout.sample import (
+    Rollout,
+    RolloutEngine,
+    answer_hidden,
+    decode,
+    decodes_exactly,
+)
+from rlhf_fast.trainer.run.console import (
+    Stopwatch,
+    answers_table,
+    console,
+    plot,
+    profile,
+    progress_bar,
+    samples_table,
+    summary_line,
+)
+from rlhf_fast.trainer.run.diagnostics import warnings
+from rlhf_fast.trainer.run.folder import Run, read_metrics
+from rlhf_fast.trainer.schedule import Control, Schedule
+from rlhf_fast.trainer.update import Stepper
+
+
+def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
+    """Returns (and saves as summary.json) score, judge and KL before and after training."""
+    workers = Workers(config)
+    run = Run(config, writes=workers.is_main)
+    workers.wait()  # all have seen what was there before one of them writes
+    if run.summary is not None:
+        console.print(f"{run.folder} is finished already: {run.summary}")
+        return run.summary
+
+    began = time.perf_counter()
+    device = workers.device
+    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
+    judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
+    engine = load_engine(config) if engine is None else engine
+    policy = load_policy(
+        config.model,
+        device=device,
+        trainable_layers=config.trainable_layers,
+        critic=config.estimator not in CRITIC_FREE,
+        value_model=config.value_model,
+        lora=lora_options(config),
+        attn_implementation=config.attn_implementation,
+        bf16=config.bf16,
+        packing=config.packing,
+    )
+    policy.exact_decoding = decodes_exactly(policy)
+    workers.shard(policy)
+    held_out, prompts = split_prompts(config, policy)
+    weights, critic = policy.trained(), policy.critic()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for name, p in weights.items() if name not in critic]},
+            {"params": list(critic.values()), "lr": config.value_learning_rate},
+        ],
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon, weight_decay=config.weight_decay,
+        fused=True,  # on a CPU, SmolLM2-135M: 41 to 65 ms against 347, two cores
+    )  # fmt: skip
+    stepper = workers.stepper(policy, optimizer, config.max_grad_norm)
+    updates = config.epochs * config.minibatches  # in a step that target_kl does not end
+    scheduler = Schedule(
+        optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates
+    )
+    control = Control(config)
+    run.check_end(config.steps)
+    run.begin()
+    # Answering held-out prompts first also shows whether reward and judge work at all.
+    before = run.load("before.json") if run.exists else None
+    if before is None:
+        before = evaluate(policy, held_out, reward, judge, config, workers)
+        run.save("before.json", before)
+    first = workers.agreed(
+        run.restore(weights, stepper.optimizer, control=control), "step to go on from"
+    )
+    history = read_metrics(run.metrics)
+    workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main and workers.size > 1:
+        shared = f"each batch of {config.batch_size} answers{workers.sharing}"
+        console.print(f"{workers.size} processes share {shared}")
+
+    with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
+        for step in range(first, config.steps):
+            # Everything random is a function of (seed, step): a resumed run repeats every draw,
+            # those of a reward function from the global generators included.
+            seed = config.seed * 1_000_003 + step
+            set_seed(seed % 2**32)  # NumPy takes no larger one
+            generator = torch.Generator().manual_seed(seed)
+            clock = Stopwatch(device)
+            scheduler.after(step * updates)
+
+            # 1. Sample answers to each prompt, this process to its share of the batch.
+            groups = config.batch_size // config.samples_per_prompt
+            rows = batch_indices(len(prompts), groups, step, config.seed)
+            batch = [prompts[i] for i in rows for _ in range(config.samples_per_prompt)]
+            mine = workers.share(len(batch))
+            rollout = sample_answers(policy, batch, config, generator, share=mine, engine=engine)
+            clock.lap("rollout")
+
+            # 2. Score the answers.
+            texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+            try:
+                scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
+            except BaseException:  # a reward function's error must not cost what was learnt
+                run.save_checkpoint(step, weights, stepper.optimizer, control=control)
+                raise
+            # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
+            columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
+            raw_scores = columns["scores"]
+            clock.lap("score")
+
+            # 3. Log-probs and values of what was sampled, before anything changes.
+            rollout, old = gather(workers, rollout, measure(policy, rollout, config))
+            mask = rollout.mask  # [B, T]
+            clock.lap("reference")
+
+            # 4. Advantages and returns from the scores, and the KL they cost.
+            scores = shaped(raw_scores.to(device), rollout.ended, config)
+            advantages, returns = estimate(scores, old, mask, control.beta, config)
+
+            # 5. Several passes over the batch, each in minibatches that cover it.
+            stats = learn(
+                policy, rollout, old, advantages, returns, config, stepper, scheduler, control,
+                workers, generator,
+            )  # fmt: skip
+            clock.lap("update")
+
+            # 6. What happened.
+            kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask)  # [B], nats a sequence
+            row = {
+                "step": step + 1,
+                "episode": (step + 1) * config.batch_size,
+                **{f"objective/{name}": x.nanmean().item() for name, x in columns.items()},
+                "objective/scores_std": raw_scores.std(correction=0).item(),
+                "objective/kl": kl.mean().item(),
+                "objective/kl_coef": control.beta,
+                "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
+                "objective/non_score_reward": -control.beta * kl.mean().item(),
+                "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
+                **stats,
+                "val/num_eos_tokens": int(rollout.ended.sum()),
+                "val/answer_tokens": mask.sum().item() / len(batch),
+                **rollout_gap(rollout, old),
+                **(
+                    {}
+                    if old.values is None
+                    else {"val/explained_var": explained_variance(old.values, returns, mask)}
+                ),
+                "lr": optimizer.param_groups[0]["lr"],
+                "eps": config.batch_size / clock.total,
+                **clock.metrics(),
+                "perf/tokens_per_second": int(mask.sum()) / clock.total,
+            }
+            if control.skipped_in_a_row >= config.max_skipped_updates:
+                dump = {"prompts": [prompt.prompt for prompt in batch], "scores": scores}
+                dump |= {"advantages": advantages, "rollout": vars(rollout), "measured": vars(old)}
+                workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
+            control.adapt(row["objective/kl"])
+            run.log(row)
+            history.append(row)
+            if workers.is_main:
+                workers.log(row)
+                bar.show(summary_line(row))
+                for warning in new_warnings(history):
+                    console.print(f"[bold yellow]step {step + 1}: {warning}[/]")
+                if (step + 1) % config.log_every == 0:
+                    console.print(f"step {step + 1}/{config.steps}  {summary_line(row)}")
+                if config.sample_every and (step + 1) % config.sample_every == 0:
+                    asked = [prompt.prompt for prompt in batch[mine]]
+                    console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
+            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+                run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
+
+    # The trained policy, the table, the plot; the summary last: it marks the run as finished.
+    whole = gathered(policy.state(), keep=workers.is_main)
+    run.write("model", lambda folder: policy.save(folder, whole))
+    if policy.value_body is not None:
+        save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
+        run.write("value_model", save_critic)
+    if config.lora_r is not None:
+        save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
+        run.write("adapter", save_adapter)
+    after = evaluate(policy, held_out, reward, judge, config, workers)
+    run.save("after.json", after)
+    run.write("plot.png", lambda path: plot(history, path))
+    summary = summarise(before, after) | {
+        "skipped_updates": sum(row["skipped_updates"] for row in history),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    run.save("summary.json", summary)
+    workers.end()
+    if workers.is_main:
+        console.print(answers_table(before, after))
+        console.print(
+            "  ".join(f"{name} {value:.3g}" for name, value in summary.items())
+            + f"\n{profile(history)}\nmodel, plot.png and metrics.jsonl in {run.folder}"
+        )
+    return summary
+
+
+def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
+    """Scores [B] as they are learnt from: clipped, and changed where an answer did not end."""
+    if config.score_clip is not None:
+        scores = scores.clamp(-config.score_clip, config.score_clip)
+    if config.missing_eos_score is not None:
+        return scores.where(ended, config.missing_eos_score)
+    return scores - config.missing_eos_penalty * (~ended).float()
+
+
+def estimate(
+    scores: Tensor, old: Measured, mask: Tensor, beta: float, config: PPOConfig
+) -> tuple[Tensor, Tensor | None]:
+    """(advantages [B, T], returns [B, T], or None without a critic)."""
+    beta = beta if config.kl_in == "reward" else 0.0
+    returns = None
+    if config.estimator in GROUPED:
+        kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
+        advantages = group_advantages(
+            scores - beta * kl, config.samples_per_prompt, method=config.estimator
+        )
+        advantages = advantages[:, None].expand(mask.shape)
+    else:
+        rewards = kl_penalized_rewards(
+            scores, old.logp, old.ref_logp, mask, beta=beta, estimator=config.kl_estimator
+        )
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        if config.estimator == "gae":
+            # Returns come before whitening: the critic learns the rewards' own scale.
+            advantages, returns = gae(rewards, old.values, mask, gamma=config.gamma, lam=config.lam)
+        else:  # reinforce: the rewards to go, which are GAE at λ = 1 without values
+            zeros = torch.zeros_like(rewards)
+            advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
+    if config.whiten_advantages:
+        advantages = masked_whiten(advantages, mask)
+    return advantages, returns
+
+
+# Sums over a minibatch's parts, of all processes: each has all of them, whatever its share.
+AVERAGED = (
+    "loss", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
+    "val/ratio", "val/ratio_var",
+)  # fmt: skip
+OF_VALUES = ("loss/value_avg", "val/clipfrac_avg")
+
+
+def learn(
+    policy: Policy,
+    rollout: Rollout,
+    old: Measured,
+    advantages: Tensor,
+    returns: Tensor | None,
+    config: PPOConfig,
+    stepper: Stepper,
+    scheduler: Schedule,
+    control: Control,
+    workers: Workers,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """The passes over one batch; their statistics, averaged over the updates made."""
+    device, mask = policy.model.device, rollout.mask
+    correction = None
+    if config.tis_cap is not None:
+        correction = (old.logp - rollout.logp).exp().clamp(max=config.tis_cap)
+    stats: dict[str, list[Tensor]] = defaultdict(list)
+    skipped = 0
+    for minibatch in minibatches(len(mask), config, generator):
+        tokens, normalizer = counts(mask[minibatch], config)
+        sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
+        mine = parts(minibatch[workers.rank :: workers.size], config.micro_batch_size)
+        for part, counted in workers.in_step(mine, idle=minibatch[:1]):
+            m = mask[part] & counted
+            with policy.precision():
+                hidden = answer_hidden(policy.body, rollout, part, packed=policy.packed)
+                policy_part, policy_stats = policy_term(
+                    policy, hidden, rollout, old, advantages, part, m, config, beta=control.beta,
+                    normalizer=normalizer,
+                    weights=None if correction is None else correction[part],
+                )  # fmt: skip
+            apart = policy.value_body is not None
+            if apart:  # the policy's graph is gone before the critic's is made
+                stepper.backward(policy_part)
+            with policy.precision():
+                values = predict_values(policy, hidden, rollout, part)
+            share = m.sum() / tokens
+            loss = to_learn = policy_part
+            if values is not None:
+                value_part, value_stats = value_loss(
+                    values, old.values[part], returns[part], m,
+                    clip=config.value_clip, normalizer=tokens,
+                )  # fmt: skip
+                loss = policy_part + config.value_coef * value_part
+                to_learn = config.value_coef * value_part if apart else loss
+                sums["loss/value_avg"] += value_part.detach()
+                sums["val/clipfrac_avg"] += value_stats.clipfrac * share
+            stepper.backward(to_learn)
+
+            sums["loss"] += loss.detach()
+            sums["loss/policy_avg"] += policy_part.detach()
+            sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
+            sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
+            sums["policy/entropy_avg"] += policy_stats.entropy * share
+            # The ratio's distance from 1: of all parts together a variance, too, in few digits.
+            distance = policy_stats.ratio_mean - 1
+            sums["val/ratio"] += distance * share
+            sums["val/ratio_var"] += (policy_stats.ratio_var + distance**2) * share
+        totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
+        workers.sum([totals])
+        sums = dict(zip(sums, totals, strict=True))
+        sums["val/ratio_var"] -= sums["val/ratio"] ** 2
+        sums["val/ratio"] += 1
+
+        too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
+        if too_far:
+            stepper.drop()
+            break
+        norm, made = stepper.step(sums["loss"])
+        if made:
+            for name, value in sums.items():
+                stats[name].append(value)
+            stats["grad_norm"].append(norm)
+        else:
+            skipped += 1
+        scheduler.step()
+        if not control.made(made):
+            break
+    return {
+        **{name: torch.stack(values).mean().item() for name, values in stats.items()},
+        "policy/updates": len(stats["grad_norm"]),
+        "skipped_updates": skipped,
+    }
+
+
+def policy_term(
+    policy: Policy,
+    hidden: Tensor,
+    rollout: Rollout,
+    old: Measured,
+    advantages: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    config: PPOConfig,
+    *,
+    beta: float,
+    normalizer: Tensor,
+    weights: Tensor | None,
+) -> tuple[Tensor, PolicyStats]:
+    """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
+    the tokens that count."""
+    return linear_policy_loss(
+        hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
+        clip_low=config.clip, clip_high=config.clip_high or config.clip,
+        dual_clip=config.dual_clip, ratio=config.ratio, loss=config.policy_loss,
+        aggregation=config.aggregation, normalizer=normalizer, weights=weights,
+        entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[rows],
+        kl_coef=beta if config.kl_in == "loss" else 0.0, kl_estimator=config.kl_estimator,
+        temperature=config.temperature * logit_divisor(policy.model),
+        softcap=softcap(policy.model), bias=policy.head.bias,
+    )  # fmt: skip
+
+
+def minibatches(size: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
+    """Rows of every minibatch of a step: each pass covers the batch, in an order of its own."""
+    passes = (torch.randperm(size, generator=generator) for _ in range(config.epochs))
+    return [rows for order in passes for rows in order.chunk(config.minibatches)]
+
+
+def parts(rows: Tensor, size: int | None) -> tuple[Tensor, ...]:
+    """Rows of every forward pass; none where a process has no share of a small minibatch."""
+    return rows.split(size or len(rows)) if len(rows) else ()
+
+
+def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """(tokens of a whole minibatch, what its policy losses are divided by): 0-dim.
+
+    They are those of all micro-batches and processes together, so the parts' gradients add up.
+    """
+    tokens = mask.sum()
+    if config.aggregation == "token-mean":
+        return tokens, tokens
+    if config.aggregation == "token-sum":
+        return tokens, torch.full_like(tokens, len(mask) * config.max_new_tokens)
+    return tokens, mask.any(-1).sum()
+
+
+def load_engine(config: PPOConfig) -> RolloutEngine | None:
+    if config.rollout_engine is None:
+        return None
+    module, _, name = config.rollout_engine.rpartition(":")
+    if not module:
+        raise InputError(
+            f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
+        )
+    engine = load_function(module, name, config.rollout_engine, "rollout_engine")
+    try:
+        inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
+    except TypeError as error:
+        raise InputError(
+            f"rollout_engine={config.rollout_engine}: {error}; expected a function of "
+            "(model, ids, mask, sampling, draws)"
+        ) from None
+    return engine
+
+
+def lora_options(config: PPOConfig) -> LoRA | None:
+    if config.lora_r is None:
+        return None
+    modules = [name.strip() for name in (config.lora_target_modules or "").split(",")]
+    return LoRA(config.lora_r, config.lora_alpha, [m for m in modules if m] or None, config.seed)
+
+
+def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
+    """(prompts answered before and after, prompts to train on)."""
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
+    prompts = load_prompts(
+        rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
+    )
+    if len(prompts) <= config.eval_prompts:
+        raise InputError(
+            f"data={config.data} has {len(prompts)} prompts: too few to keep "
+            f"eval_prompts={config.eval_prompts} of them from training"
+        )
+    room = getattr(policy.model.config, "max_position_embeddings", None)
+    longest = max(len(prompt.ids) for prompt in prompts)
+    if room is not None and longest + config.max_new_tokens > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the longest prompt has "
+            f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
+            f"max_prompt_tokens={config.max_prompt_tokens}"
+        )
+    return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
+
+
+def evaluate(
+    policy: Policy,
+    prompts: list[Prompt],
+    reward: Scorer,
+    judge: Scorer | None,
+    config: PPOConfig,
+    workers: Workers,
+) -> dict[str, list]:
+    """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
+    our own decoding, so that they can be compared whatever the rollout engine is.
+
+    Every process does the same, since the model may be sharded over all; the main one's scores
+    count.
+    """
+    result: dict[str, list] = defaultdict(list)
+    set_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    for rows in slices(len(prompts), config.batch_size):
+        batch = prompts[rows]
+        rollout = sample_answers(policy, batch, config, generator)
+        texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+        measured = measure(policy, rollout, config)
+        result["prompt"] += [prompt.prompt for prompt in batch]
+        result["answer"] += texts
+        scored = workers.main_only(partial(score_all, reward, judge, batch, texts))
+        result["score"] += scored["scores"].tolist()
+        if judge is not None:
+            result["judge"] += scored["judge"].tolist()
+        kl = token_kl(measured.logp, measured.ref_logp, "k1")
+        result["kl"] += masked_sum(kl, rollout.mask).tolist()
+    return dict(result)
+
+
+def summarise(before: dict, after: dict) -> dict[str, float]:
+    summary = {"score_before": fmean(before["score"]), "score_after": fmean(after["score"])}
+    summary["score_rise"] = summary["score_after"] - summary["score_before"]
+    if "judge" in before:
+        summary["judge_before"] = fmean(before["judge"])
+        summary["judge_after"] = fmean(after["judge"])
+    return summary | {"kl": fmean(after["kl"])}
+
+
+def new_warnings(history: list[dict[str, float]]) -> list[str]:
+    """Warnings that the step before did not give."""
+    known = warnings(history[:-1])
+    return [text for name, text in warnings(history).items() if name not in known]
+
+
+def rollout_gap(rollout: Rollout, old: Measured) -> dict[str, float]:
+    """How far the engine's log-probs are from the trainer's, of the same tokens."""
+    gap = (rollout.logp - old.logp).abs()
+    return {
+        "val/rollout_logp_gap": masked_mean(gap, rollout.mask).item(),
+        "val/rollout_ratio_max": gap.masked_fill(~rollout.mask, 0.0).max().exp().item(),
+    }
+
+
+def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B]."""
+    return values.masked_fill(~mask, 0.0).sum(-1)
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 − Var(returns − values)/Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
+    returns, values = returns[mask], values[mask]
+    spread = returns.var(correction=0)
+    return (1 - (returns - values).var(correction=0) / spread.clamp(min=1e-8)).item()

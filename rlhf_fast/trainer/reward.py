@@ -1,0 +1,230 @@
+"""Train a reward model from preference pairs: one loop, read from top to bottom.
+
+    loss = −log σ(score(chosen) − score(rejected) − margin)
+
+(InstructGPT, arXiv:2203.02155; the same numbers as TRL's RewardTrainer on the same batch.)
+ln 2 = 0.693 is a coin's loss. Scores are defined only up to a shift and (against a given margin of
+victory) a scale, so after training they are normalised to mean 0 and standard deviation 1 on the
+held-out texts; both numbers go into the saved model's config, as score_mean and score_std.
+
+Several processes share every batch (see workers.py); read the loop as if there were one.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlhf_fast import pairwise_loss
+from rlhf_fast.ops.pairwise_loss import PairwiseStats
+from rlhf_fast.trainer.config import RewardConfig
+from rlhf_fast.trainer.data.rows import Pair, batch_indices, load_rows, pad, preference_pairs
+from rlhf_fast.trainer.distributed.workers import Workers
+from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.models.policy import (
+    load_tokenizer,
+    new_reward_model,
+    score_texts,
+    score_tokens,
+)
+from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
+from rlhf_fast.trainer.run.console import console, progress_bar
+from rlhf_fast.trainer.run.folder import Run
+from rlhf_fast.trainer.schedule import Schedule, Updates
+from rlhf_fast.trainer.update import Stepper
+
+Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], with gradient
+WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
+
+
+def train(config: RewardConfig) -> dict:
+    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
+    workers = Workers(config)
+    run = Run(config, writes=workers.is_main)
+    workers.wait()  # all have seen what was there before one of them writes
+    if run.summary is not None:
+        console.print(f"{run.folder} is finished already: {run.summary}")
+        return run.summary
+
+    began = time.perf_counter()
+    device = workers.device
+    tokenizer = load_tokenizer(config.model, field="model")
+    pairs, held_out = load_pairs(config, tokenizer)
+    model = new_reward_model(
+        config.model,
+        tokenizer,
+        trainable_layers=config.trainable_layers,
+        seed=config.seed,
+        device=device,
+    )
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
+    )
+    room = getattr(model.config, "max_position_embeddings", None)
+    longest = max(len(text) for pair in pairs + held_out for text in (pair.chosen, pair.rejected))
+    if room is not None and longest > room:
+        raise InputError(
+            f"model={config.model} reads at most {room} tokens, but the longest text has "
+            f"{longest}: lower max_tokens={config.max_tokens}"
+        )
+    lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
+    steps = max(1, config.epochs * len(pairs) // config.batch_size)
+    micro = config.micro_batch_size or config.batch_size
+    if config.warmup_steps >= steps:
+        raise InputError(
+            f"warmup_steps={config.warmup_steps}, but the {len(pairs)} pairs give {steps} steps"
+        )
+    # A function of the step alone, so a resumed run needs no saved scheduler.
+    schedule = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, steps)
+    updates = Updates(config)
+    stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
+    run.check_end(steps)
+    run.begin()
+    first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
+    workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main:
+        console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
+        if workers.size > 1:
+            console.print(f"{workers.size} processes share each batch of {config.batch_size} pairs")
+    score = scorer(model, config, pairs, workers.size)
+
+    with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
+        for step in range(first, steps):
+            schedule.after(step)
+            rows = similar_lengths(lengths, config.batch_size, step, config.seed)
+            batch = [pairs[i] for i in rows]
+
+            sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+            mine = batch[workers.share(len(batch))]
+            for at in range(0, len(mine), micro):
+                part = mine[at : at + micro]
+                loss, stats = batch_loss(score, part, center_coef=config.center_coef)
+                share = len(part) / len(batch)
+                stepper.backward(loss * share)
+                sums["loss"] += loss.detach() * share
+                sums["accuracy"] += stats.accuracy * share
+                sums["margin"] += stats.gap * share
+                sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
+            workers.sum(sums.values())
+            norm, made = stepper.step(sums["loss"])
+
+            row = {
+                "step": step + 1,
+                **{name: total.item() for name, total in sums.items()},
+                "grad_norm": norm.item(),
+                "lr": optimizer.param_groups[0]["lr"],
+                "skipped_updates": int(not made),
+            }
+            if not updates.made(made):
+                dump = {"chosen": [pair.chosen for pair in batch]}
+                dump |= {"rejected": [pair.rejected for pair in batch], "statistics": row}
+                workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
+            run.log(row)
+            if workers.is_main:
+                workers.log(row)
+                bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
+            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+                run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
+
+    result = workers.main_only(partial(normalise, model, held_out, config))
+    run.write(
+        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
+    )
+    summary = result | {"seconds": round(time.perf_counter() - began, 1)}
+    run.save("summary.json", summary)
+    workers.end()
+    if workers.is_main:
+        console.print(
+            f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
+            f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
+        )
+    return summary
+
+
+def normalise(
+    model: PreTrainedModel, held_out: list[Pair], config: RewardConfig
+) -> dict[str, float]:
+    """Put the scores' mean and std into the model's config; return them, accuracy and loss."""
+    scores = score_texts(model, [pair.chosen for pair in held_out] + [p.rejected for p in held_out])
+    if not torch.isfinite(scores).all() or scores.std() == 0:
+        raise InputError(
+            f"the reward model's scores are not finite or all the same after training: lower "
+            f"learning_rate={config.learning_rate}"
+        )
+    chosen, rejected = scores.chunk(2)
+    model.config.score_mean = scores.mean().item()
+    model.config.score_std = scores.std().item()
+    return {
+        "accuracy": (chosen > rejected).float().mean().item(),
+        "loss": pairwise_loss(chosen, rejected)[0].item(),
+        "score_mean": model.config.score_mean,
+        "score_std": model.config.score_std,
+    }
+
+
+def scorer(
+    model: PreTrainedModel, config: RewardConfig, pairs: list[Pair], processes: int = 1
+) -> Score:
+    """Token rows -> raw scores, without running frozen layers twice on the same text."""
+    # Any process may meet any pair in time, so each fills a cache of its own: no more work than
+    # without it only from as many epochs on as there are processes.
+    if config.epochs > processes and config.trainable_layers is not None:
+        texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+        if fits(model, config.trainable_layers, texts, config.trunk_cache_mib):
+            return TrunkCache(model, config.trainable_layers, texts).score
+    return partial(score_rows, model)
+
+
+def score_rows(model: PreTrainedModel, texts: list[list[int]]) -> Tensor:
+    ids, mask = pad(texts, side="right")
+    return score_tokens(model, ids.to(model.device), mask.to(model.device))
+
+
+def batch_loss(
+    score: Score, pairs: list[Pair], *, center_coef: float = 0.0
+) -> tuple[Tensor, PairwiseStats]:
+    """pairwise_loss of raw scores: the mean over the pairs, with gradient."""
+    scores = score([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+    chosen, rejected = scores.chunk(2)
+    margin = torch.tensor([pair.margin for pair in pairs], device=scores.device)
+    return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)
+
+
+def load_pairs(config: RewardConfig, tokenizer) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out)."""
+
+    def load(source: str, split: str, subset: str | None, max_rows: int | None) -> list[Pair]:
+        rows = load_rows(source, split=split, subset=subset, max_rows=max_rows)
+        return preference_pairs(rows, tokenizer, source=source, max_tokens=config.max_tokens)
+
+    pairs = load(config.data, config.split, config.subset, config.max_rows)
+    if config.eval_data is not None:
+        return pairs, load(config.eval_data, config.eval_split or config.split, None, None)
+    if config.eval_split is not None:
+        return pairs, load(config.data, config.eval_split, config.subset, None)
+    held_out = config.eval_pairs or min(200, max(1, len(pairs) // 10))
+    if held_out >= len(pairs):
+        raise InputError(
+            f"data={config.data} has {len(pairs)} pairs: too few to hold out {held_out} of them"
+        )
+    random.Random(config.seed).shuffle(pairs)
+    return pairs[held_out:], pairs[:held_out]
+
+
+def similar_lengths(lengths: list[int], batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of the step-th batch, alike in length; a function of (seed, step) alone."""
+    window, slot = divmod(step, WINDOW)
+    rows = batch_indices(len(lengths), batch_size * WINDOW, window, seed)
+    rows.sort(key=lambda i: lengths[i])
+    slots = list(range(WINDOW))
+    random.Random(seed * 1_000_003 + window).shuffle(slots)
+    return rows[slots[slot] * batch_size :][:batch_size]

@@ -1,0 +1,1 @@
+"""What an answer is worth: reward models, classifiers, functions."""

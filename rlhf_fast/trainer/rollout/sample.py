@@ -1,0 +1,307 @@
+"""Sampling answers, with the log-probs they were sampled at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from rlhf_fast import token_logprobs
+from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
+from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
+from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap, trunk_recorder
+from rlhf_fast.trainer.rollout.fused_layers import fused_layers
+from rlhf_fast.trainer.rollout.kv_cache import growing_cache
+
+
+@dataclass(frozen=True)
+class Sampling:
+    max_new_tokens: int
+    temperature: float  # divides the logits; 0 takes the likeliest token
+    stop_ids: list[int]
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+
+
+class Completions(NamedTuple):
+    """Answers of at most T ≤ max_new_tokens tokens to B prompts."""
+
+    tokens: Tensor  # [B, T] int64; anything where masked
+    mask: Tensor  # [B, T] bool, True = a token of the answer, the stop token included
+    logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked
+    trunk: Tensor | None = None  # [B, P+T-1, H]: input of the trained layers, if recorded
+    hidden: Tensor | None = None  # [B, T, H]: final hidden states tokens were drawn from, likewise
+
+
+class RolloutEngine(Protocol):
+    """What turns prompts into answers: `sample` below, or a server in one file of your own.
+
+    It is called once a step with the model as it is now. Its log-probs may differ from the
+    trainer's (another kernel, another precision): the trainer measures old_logp by itself, logs
+    the gap, and corrects for it when tis_cap is set.
+    """
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        ids: Tensor,  # [B, P] int64, padded left
+        mask: Tensor,  # [B, P] bool, True = a real token
+        sampling: Sampling,
+        draws: Tensor,  # [B, max_new_tokens] uniform in [0, 1): the randomness, if it can use it
+    ) -> Completions: ...
+
+
+@dataclass
+class Rollout:
+    """B prompts padded left to P tokens, each with an answer of at most T tokens."""
+
+    ids: Tensor  # [B, P+T] int64
+    attention: Tensor  # [B, P+T] bool, True = a real token of prompt or answer
+    mask: Tensor  # [B, T] bool, True = a token of the answer, the stop token included
+    logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked; kept apart from old_logp
+    ended: Tensor  # [B] bool: the answer ended by a stop token, not by running into T
+    trunk: Tensor | None  # [B, P+T-1, H]: input of the trained layers, when a trunk is shared
+    hidden: Tensor | None = None  # [B, T, H]: what the policy's body made of them, when it is exact
+
+    @property
+    def prompt_length(self) -> int:
+        return self.ids.size(1) - self.mask.size(1)
+
+    @property
+    def labels(self) -> Tensor:
+        """The answers' tokens [B, T]."""
+        return self.ids[:, self.prompt_length :]
+
+
+@torch.no_grad()
+def roll_out(
+    policy: Policy,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
+    engine: RolloutEngine | None = None,
+) -> Rollout:
+    """Prompts [B, P] -> prompts with answers. Without an engine: our own decoding."""
+    if engine is None:
+        done = sample(
+            policy.model, ids, mask, sampling, draws,
+            trunk_layers=policy.trunk_layers, keep_hidden=policy.exact_decoding,
+        )  # fmt: skip
+    else:
+        done = engine(policy.model, ids, mask, sampling, draws)
+    length = done.mask.sum(1, keepdim=True)
+    last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
+    stop = torch.tensor(sampling.stop_ids, device=ids.device)
+    rollout = Rollout(
+        ids=torch.cat([ids, done.tokens.masked_fill(~done.mask, 0)], 1),
+        attention=torch.cat([mask, done.mask], 1),
+        mask=done.mask,
+        logp=done.logp,
+        ended=torch.isin(last, stop) & (length.squeeze(1) > 0),
+        trunk=done.trunk,
+        hidden=done.hidden,
+    )
+    if policy.trunk_layers and rollout.trunk is None:
+        rollout.trunk = run_trunk(policy, rollout)
+    return rollout
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
+    *,
+    trunk_layers: int = 0,
+    keep_hidden: bool = False,
+) -> Completions:
+    """One answer per prompt, token by token over a KV cache; arguments as in RolloutEngine.
+
+    A draw picks the token at which the cumulated probability passes it, so a row's answer depends
+    on its own draws alone: neither the rows beside it nor their number change it.
+    """
+    base, head = model.base_model, model.get_output_embeddings()
+    cap, divisor = softcap(model), logit_divisor(model)
+    batch, prompt_length = ids.shape
+    steps = sampling.max_new_tokens
+    stop = torch.tensor(sampling.stop_ids, device=ids.device)
+    cache = growing_cache(model, prompt_length + steps)
+    fused = fused_layers(model, cache)
+
+    tokens = ids.new_zeros(batch, steps)
+    answered = torch.zeros_like(tokens, dtype=torch.bool)
+    logps = torch.zeros(batch, steps, device=ids.device)
+    attention = torch.cat([mask, answered], 1)
+    trunk = hidden = None
+
+    live = torch.arange(batch, device=ids.device)  # rows still being written
+    new_ids, new_positions = ids, positions(mask)
+    with trunk_recorder(model, trunk_layers) as recorded, thin_products(model):
+        for t in range(steps):
+            end = prompt_length + t
+            if t and fused is not None and len(live) <= MOST_ROWS:
+                states, last = fused(new_ids, attention[live, :end], new_positions)
+            else:
+                out = base(
+                    new_ids,
+                    attention_mask=attention[live, :end].long(),
+                    position_ids=new_positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+                last = out.last_hidden_state[:, -1]  # [B, H]
+            if trunk_layers:
+                entered = recorded.pop() if recorded else states[trunk_layers]
+                if trunk is None:
+                    size = (batch, prompt_length + steps - 1, entered.size(-1))
+                    trunk = entered.new_zeros(size)
+                trunk[live, end - entered.size(1) : end] = entered
+
+            if keep_hidden:
+                if hidden is None:
+                    hidden = last.new_zeros(batch, steps, last.size(-1))
+                hidden[live, t] = last
+
+            logits = head(last).float()  # [B, V]: this token's only
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            if divisor != 1:
+                logits = logits / divisor
+            token, logp = choose(logits, draws[live, t], sampling)
+            tokens[live, t], logps[live, t] = token, logp
+            answered[live, t] = attention[live, end] = True
+
+            going = ~torch.isin(token, stop)
+            if not going.all():  # finished rows leave, and cost nothing from here on
+                if not going.any():
+                    break
+                live, token, new_positions = live[going], token[going], new_positions[going]
+                cache.reorder_cache(going.nonzero().squeeze(1))
+            new_ids, new_positions = token[:, None], new_positions[:, -1:] + 1
+
+    length = int(answered.any(0).sum())
+    return Completions(
+        tokens[:, :length],
+        answered[:, :length],
+        logps[:, :length],
+        None if trunk is None else trunk[:, : prompt_length + length - 1],
+        None if hidden is None else hidden[:, :length],
+    )
+
+
+@contextmanager
+def thin_products(model: PreTrainedModel) -> Iterator[None]:
+    """On a CPU, the model's linear layers with the product that is made for few rows: when it
+    came, 16 rows of SmolLM2-135M took 65 ms a token in place of 95 (two cores)."""
+    on_cpu = model.device.type == "cpu"
+    layers = [m for m in model.modules() if on_cpu and type(m) is nn.Linear]
+    for layer in layers:
+        layer.forward = partial(linear_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def linear_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    return thin_linear(x, layer.weight, layer.bias)
+
+
+def choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Logits [B, V], draw [B] uniform in [0, 1) -> (token [B], its log-prob as sampled [B])."""
+    if sampling.temperature == 0:
+        token = logits.argmax(-1)
+        return token, token_logprobs(logits, token)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    if sampling.top_k:
+        logits = TopKLogitsWarper(sampling.top_k)(None, logits)
+    if sampling.top_p < 1:
+        logits = TopPLogitsWarper(sampling.top_p)(None, logits)
+    return torch.ops.rlhf_fast.draw_tokens(logits.contiguous(), draw.double())
+
+
+def decodes_exactly(policy: Policy) -> bool:
+    """Whether decoding, token by token over the cache, makes the hidden states that one pass over
+    the whole answer makes, to float32's rounding. Then old log-probs and values are taken from the
+    rollout's hidden states and need no pass of their own. In bfloat16 they differ by more than a
+    small update does: a ratio must compare two policies, not two orders of summation.
+    """
+    if policy.bf16 or policy.model.dtype != torch.float32:
+        return False
+    device = policy.model.device
+    ids = torch.arange(16, device=device).view(2, 8) % policy.head.weight.size(0)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :2] = False
+    keeping, draws = replace(policy, exact_decoding=True), torch.zeros(2, 6, device=device)
+    rollout = roll_out(keeping, ids, mask, Sampling(6, 0.0, []), draws)
+    with torch.no_grad():
+        whole = answer_hidden(policy.body, rollout, slice(None), packed=policy.packed)
+    return torch.allclose(rollout.hidden, whole, rtol=1e-4, atol=1e-4)
+
+
+def run_trunk(policy: Policy, rollout: Rollout) -> Tensor:
+    """[B, P+T-1, H], for an engine that does not record it."""
+    attention, ids = rollout.attention[:, :-1], rollout.ids[:, :-1]
+    with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
+        final_hidden(policy.model.base_model, attention, packed=policy.packed, input_ids=ids)
+    return Packing(attention).unpack(recorded[0]) if policy.packed else recorded[0]
+
+
+def widen(rollout: Rollout, length: int) -> Rollout:
+    """The same answers with room for `length` tokens: shares of several processes fit together."""
+    more = length - rollout.mask.size(1)
+    return Rollout(
+        ids=F.pad(rollout.ids, (0, more)),
+        attention=F.pad(rollout.attention, (0, more)),
+        mask=F.pad(rollout.mask, (0, more)),
+        logp=F.pad(rollout.logp, (0, more)),
+        ended=rollout.ended,
+        trunk=None if rollout.trunk is None else F.pad(rollout.trunk, (0, 0, 0, more)),
+        hidden=None if rollout.hidden is None else F.pad(rollout.hidden, (0, 0, 0, more)),
+    )
+
+
+def answer_hidden(
+    body: torch.nn.Module,
+    rollout: Rollout,
+    rows: slice | Tensor,
+    *,
+    packed: bool = False,
+    from_ids: bool = False,
+) -> Tensor:
+    """Final hidden states [b, T, H] at the positions that *predict* the answers' tokens.
+
+    Token t of an answer is predicted at P-1+t, so the last token itself is never an input. A body
+    that does not stand on the shared trunk reads the tokens (`from_ids`).
+    """
+    given = (
+        {"input_ids": rollout.ids[rows, :-1]}
+        if from_ids or rollout.trunk is None
+        else {"inputs_embeds": rollout.trunk[rows]}
+    )
+    hidden = final_hidden(body, rollout.attention[rows, :-1], packed=packed, **given)
+    return hidden[:, rollout.prompt_length - 1 :]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
+    """Answers [B, T] as text, without special tokens."""
+    rows = zip(tokens.tolist(), mask.tolist(), strict=True)
+    kept = [[t for t, real in zip(ids, counts, strict=True) if real] for ids, counts in rows]
+    return tokenizer.batch_decode(kept, skip_special_tokens=True)

@@ -1,0 +1,164 @@
+"""What a run shows: progress bars, tables of answers, where the time went, the plot."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from rlhf_fast.trainer.errors import InputError
+
+console = Console(highlight=False)
+
+PANELS = (
+    ("objective/scores", "reward (score, before KL)"),
+    ("objective/kl", "KL from the reference (nats a sequence)"),
+    ("objective/judge", "independent judge"),
+    ("policy/clipfrac_avg", "share of clipped ratios"),
+    ("loss/value_avg", "value loss"),
+)
+
+
+class Bar:
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self.progress, self.task = progress, task
+
+    def show(self, text: str, advance: int = 1) -> None:
+        self.progress.update(self.task, advance=advance, now=escape(text))
+
+
+@contextmanager
+def progress_bar(name: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[now]}"),
+    )
+    with Progress(*columns, console=console, disable=not shown) as progress:
+        yield Bar(progress, progress.add_task(name, total=total, completed=done, now=""))
+
+
+def summary_line(row: dict[str, float]) -> str:
+    judge = f"  judge {row['objective/judge']:+.2f}" if "objective/judge" in row else ""
+    return (
+        f"reward {row['objective/scores']:+.2f}  kl {row['objective/kl']:.2f}{judge}  "
+        f"{row['perf/tokens_per_second']:.0f} tokens/s  {row['perf/seconds']:.1f} s"
+    )
+
+
+class Stopwatch:
+    """Seconds of each part of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.laps: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was `name`'s. Kernels run behind Python on a GPU."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.laps[name], self.last = now - self.last, now
+
+    @property
+    def total(self) -> float:
+        return sum(self.laps.values())
+
+    def metrics(self) -> dict[str, float]:
+        parts = {f"perf/{name}_seconds": seconds for name, seconds in self.laps.items()}
+        return {"perf/seconds": self.total, **parts}
+
+
+SHARES = {"rollout": "rollout", "score": "reward", "reference": "reference", "update": "learning"}
+
+
+def profile(rows: list[dict[str, float]]) -> str:
+    """Where a run's time went, in one line. `reference` includes old log-probs and values."""
+    if not rows:
+        return "no step was made"
+    total = sum(row["perf/seconds"] for row in rows)
+    shares = {
+        shown: sum(row[f"perf/{name}_seconds"] for row in rows) / total
+        for name, shown in SHARES.items()
+    }
+    return f"{total / len(rows):.2f} s a step: " + ", ".join(
+        f"{name} {share:.0%}" for name, share in shares.items()
+    )
+
+
+def samples_table(
+    prompts: list[Any], texts: list[str], scores: list[float], rows: int = 4
+) -> Table:
+    """Answers of this step with their scores."""
+    table = Table("prompt", "answer", "reward", show_lines=True)
+    for prompt, text, score in list(zip(prompts, texts, scores, strict=True))[:rows]:
+        table.add_row(escape(shown(prompt)), escape(shown(text)), f"{score:+.2f}")
+    return table
+
+
+def answers_table(before: dict[str, list], after: dict[str, list], rows: int = 8) -> Table:
+    """The same prompts answered by the reference and by the trained policy, with scores."""
+    judged = "judge" in before
+    table = Table(show_lines=True)
+    table.add_column("prompt", ratio=2)
+    for name in ("before", "after"):
+        table.add_column(name, ratio=3)
+        table.add_column("reward", justify="right")
+        if judged:
+            table.add_column("judge", justify="right")
+    for i in range(min(rows, len(before["prompt"]))):
+        cells = [escape(shown(before["prompt"][i]))]
+        for side in (before, after):
+            cells += [escape(shown(side["answer"][i])), f"{side['score'][i]:+.2f}"]
+            if judged:
+                cells.append(f"{side['judge'][i]:+.2f}")
+        table.add_row(*cells)
+    return table
+
+
+def shown(text: Any) -> str:
+    if isinstance(text, list):  # a conversation: its last message is what is answered
+        text = text[-1]["content"]
+    return " ".join(text.split())
+
+
+def plot(metrics: list[dict[str, float]], path: Path) -> None:
+    """One PNG of the run: each panel a metric over steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = [(key, title) for key, title in PANELS if metrics and key in metrics[0]]
+    if not panels:
+        raise InputError(f"{path.parent} has no metrics of a PPO run to plot")
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, title) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        axes.plot(
+            [row["step"] for row in metrics], [row.get(key) for row in metrics], linewidth=1.5
+        )
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")

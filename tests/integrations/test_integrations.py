@@ -1,0 +1,84 @@
+"""What holds for every integration: absent frameworks, and the examples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+EXAMPLES = TESTS.parent / "examples"
+BLOCK = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "{framework}":
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+sys.meta_path.insert(0, Absent())
+import rlhf_fast
+assert not [name for name in sys.modules if name.startswith("rlhf_fast.integrations")]
+import rlhf_fast.integrations.{framework}
+"""
+
+
+@pytest.mark.parametrize(
+    "framework, advice",
+    [
+        ("trl", "needs TRL: pip install 'trl==1.12.0', or 1.16.0"),
+        ("verl", "needs verl: pip install verl==0.9.1"),
+        ("openrlhf", "needs OpenRLHF: pip install openrlhf==0.11.2"),
+    ],
+)
+def test_an_absent_framework_is_one_clear_error(framework, advice):
+    child = subprocess.run(
+        [sys.executable, "-c", BLOCK.format(framework=framework)], capture_output=True, text=True
+    )
+    last = child.stderr.strip().splitlines()[-1]
+    cause = f"(No module named {framework!r})"  # or of what it imports itself
+    assert last == f"ImportError: rlhf_fast.integrations.{framework} {advice} {cause}"
+
+
+def run_example(name: str, *modules: str) -> list[str]:
+    """What the script prints. Of verl and OpenRLHF the named modules are loaded first, with
+    stand-ins for the dependencies that CI does not have."""
+    lines = ["import runpy, sys", f"sys.path[:0] = [{str(EXAMPLES)!r}, {str(TESTS)!r}]"]
+    lines += ["from frameworks import OPENRLHF as openrlhf, VERL as verl, load"]
+    lines += [f"load({module!r}, {module.split('.')[0]})" for module in modules]
+    lines += [f"runpy.run_path({str(EXAMPLES / name)!r}, run_name='__main__')"]
+    command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    return child.stdout.splitlines()
+
+
+def test_sft_example():
+    _, *rows = [line for line in run_example("sft_trainer.py") if not line.startswith("{")]
+    assert len(rows) == 10
+    for row in rows:
+        _, plain, fused = map(float, row.split())
+        assert fused == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("name, start, steps", [("grpo", "loss", 5), ("ppo", "policy loss", 3)])
+def test_trl_examples(name, start, steps):
+    lines = run_example(f"trl_{name}.py")
+    assert lines[0].startswith("rlhf_fast in TRL: trl.trainer.utils.selective_log_softmax")
+    assert len([line for line in lines if line.startswith(start)]) == steps
+
+
+def test_verl_example():
+    lines = run_example(
+        "verl_losses.py", "verl.trainer.ppo.core_algos", "verl.utils.kernel.linear_cross_entropy"
+    )
+    vanilla, fast = (line.split(maxsplit=1) for line in lines[-2:])
+    assert (vanilla[0], fast[0]) == ("vanilla", "rlhf_fast") and vanilla[1] == fast[1]
+
+
+def test_openrlhf_example():
+    lines = run_example("openrlhf_losses.py", "openrlhf.trainer.ppo_utils.experience_maker")
+    theirs, ours = (line.split(maxsplit=1) for line in lines[-3:-1])
+    assert (theirs[0], ours[0]) == ("OpenRLHF", "rlhf_fast") and theirs[1] == ours[1]

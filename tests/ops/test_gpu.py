@@ -1,0 +1,288 @@
+"""What only a GPU can show: every op on cuda against its reference in float64 on the same device.
+
+``pytest -m gpu``; without a CUDA GPU everything here skips and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_fast import chunk_budget, token_logprobs
+from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="NO CUDA GPU: the kernels are not run on one here"
+    ),
+]
+
+
+def on_cuda(sample: Sample, dtype: torch.dtype) -> dict:
+    arguments = {}
+    for name, x in sample.arguments.items():
+        x = each_tensor(lambda t: t.cuda().to(dtype) if t.is_floating_point() else t.cuda(), x)
+        arguments[name] = x.detach().requires_grad_() if name in sample.grads else x
+    return arguments
+
+
+def each_tensor(change: Callable[[Tensor], Tensor], x: object) -> object:
+    """change(x), or a tuple (an adapter's) with each of its tensors changed."""
+    if isinstance(x, tuple):
+        return tuple(each_tensor(change, part) for part in x)
+    return change(x) if isinstance(x, Tensor) else x
+
+
+def flat(result) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [x for part in result for x in flat(part)]
+
+
+def results(function, arguments: dict, grads: tuple[str, ...]) -> list[Tensor]:
+    """Outputs, then gradients of a fixed weighting of them."""
+    outputs = flat(function(**arguments))
+    scored = [x for x in outputs if x.requires_grad]
+    weights = [torch.cos(torch.arange(x.numel(), device=x.device).to(x.dtype)).view(x.shape)
+               for x in scored]  # fmt: skip
+    inputs = [arguments[name] for name in grads]
+    found = torch.autograd.grad(scored, inputs, weights, allow_unused=True) if scored else []
+    return [x.detach() for x in outputs] + [x for x in found if x is not None]
+
+
+def close(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
+    eps = {torch.float32: 2e-5, torch.float64: 1e-9}.get(dtype, 2e-2)
+    scale = y.nan_to_num(0, 0, 0).abs().max().item() if y.numel() else 0.0
+    scale = max(scale, 1.0) if y.dim() == 0 else scale  # a mean may cancel to anything
+    torch.testing.assert_close(
+        x.double(), y, rtol=eps, atol=max(eps * scale, 1e-30), equal_nan=True
+    )
+
+
+def compare(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    arguments = on_cuda(sample, dtype)
+
+    def widened(x: Tensor) -> Tensor:
+        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+
+    wide = {name: each_tensor(widened, x) for name, x in arguments.items()}
+    exact = results(op.reference, wide, sample.grads)
+    for x, y in zip(results(op.function, arguments, sample.grads), exact, strict=True):
+        close(x, y, dtype)
+
+
+def sample_cases(dtypes: tuple[torch.dtype, ...], names: list[str]) -> list:
+    return [
+        pytest.param(op, sample, dtype, id=f"{op.name}-{sample.name}-{str(dtype)[6:]}")
+        for op in map(OPS.get, names)
+        for sample in op.samples(torch.Generator().manual_seed(0))
+        for dtype in dtypes
+    ]
+
+
+@pytest.mark.parametrize(
+    "op, sample, dtype", sample_cases((torch.float32, torch.float64), list(OPS))
+)
+def test_samples(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    compare(op, sample, dtype)
+
+
+@pytest.mark.parametrize(
+    "op, sample, dtype",
+    sample_cases((torch.bfloat16, torch.float16), ["token_logprobs", "linear_token_logprobs"]),
+)
+def test_16_bit_logits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    compare(op, sample, dtype)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bench_shapes(name: str) -> None:
+    op = OPS[name]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    # the reference of packed rows takes them step by step, a quarter of a million of them
+    shape = op.shapes[0] | ({"B": 8} if name == "gae_packed" else {})
+    compare(op, op.workload(shape, generator, "cuda", torch.float32), torch.float32)
+
+
+def test_every_kernel_is_triton_on_cuda() -> None:
+    for kernel in KERNELS.values():
+        expected = "engine" if kernel.engine else "Triton" if kernel.triton else "PyTorch"
+        assert kernel.implementation("cuda") == expected, kernel.name
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_capture_in_a_cuda_graph(name: str) -> None:
+    """Also shows that nothing waits for the device: that would end the capture."""
+    op = OPS[name]
+    engine = name.startswith("linear_")
+    sizes = {"B": 8, "G": 8, "T": 300, "N": 9, "H": 64, "V": 5003}
+    shape = {letter: sizes[letter] for letter in op.shapes[0]}
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = op.workload(shape, generator, "cuda", torch.float32)
+    arguments = on_cuda(sample, torch.float32) | ({"compact": False} if engine else {})
+    expected = results(op.function, arguments, sample.grads)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        results(op.function, arguments, sample.grads)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(op.function, arguments, sample.grads)
+    for x in captured:
+        x.fill_(torch.nan)
+    graph.replay()
+    # our kernels have no atomics: the same bits every time. Products may be cuBLAS's other ones.
+    exactly = {} if engine else {"rtol": 0, "atol": 0}
+    for x, y in zip(captured, expected, strict=True):
+        torch.testing.assert_close(x, y, **exactly)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> None:
+    from rlhf_fast.kernels import token_logprobs, tuning
+
+    op = OPS[name]
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = op.workload({"N": 9, "V": 5003, "H": 64}, generator, "cuda", torch.bfloat16)
+    arguments = on_cuda(sample, torch.bfloat16)
+    found = []
+    for config in token_logprobs.BACKWARD_CONFIGS:
+        monkeypatch.setattr(tuning, "fastest", lambda *_, config=config: config)
+        found.append(results(op.function, arguments, sample.grads))
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith("linear_")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypatch) -> None:
+    class RoundedAfterwards(linear.Gradients):
+        def dlogits(self, chunk: linear.Chunk) -> Tensor:
+            return chunk.logits
+
+        def add(self, chunk: linear.Chunk) -> None:
+            rows, vocab = chunk.padded.shape
+            _, narrow = linear.chunk_buffer(None, rows, vocab, dtype, chunk.padded.device)
+            narrow.copy_(chunk.padded)
+            super().add(chunk._replace(logits=narrow[: len(chunk.logits)], padded=narrow))
+
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    sample = OPS[name].workload({"N": 70, "V": 5003, "H": 64}, generator, "cuda", dtype)
+    for budget in (2**30, 32 * 5003 * 4):
+        arguments = on_cuda(sample, dtype)
+        with chunk_budget(budget), monkeypatch.context() as patch:
+            ours = results(OPS[name].function, arguments, sample.grads)
+            patch.setattr(linear, "Gradients", RoundedAfterwards)
+            rounded = results(OPS[name].function, arguments, sample.grads)
+        for x, y in zip(ours, rounded, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("steps", [1, 37, 128, 1000, 1024, 5000, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("skip", [True, False])
+def test_gae_cuda(steps: int, dtype: torch.dtype, skip: bool) -> None:
+    if not hasattr(torch.ops.rlhf_fast, "gae_cuda"):
+        pytest.skip("the extension was built without CUDA: gae_cuda is not run")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    draw = torch.randn(2, 67, steps, generator=generator, device="cuda", dtype=dtype)
+    mask = torch.rand(67, steps, generator=generator, device="cuda") < 0.5
+    dones = torch.rand(67, steps, generator=generator, device="cuda") < 0.01
+    bootstrap = torch.randn(67, generator=generator, device="cuda", dtype=dtype)
+    for m, d, b in ((mask, dones, bootstrap), (mask, None, None), (None, None, None)):
+        arguments = (draw[0], draw[1], m, d, b, 0.99, 0.97, skip)
+        exact = KERNELS["gae"].fallback(*(  # a loop over steps: quicker where nothing is launched
+            x.cpu().double() if isinstance(x, Tensor) and x.is_floating_point() else
+            x.cpu() if isinstance(x, Tensor) else x for x in arguments
+        ))  # fmt: skip
+        for run in (torch.ops.rlhf_fast.gae_cuda, torch.ops.rlhf_fast.gae):
+            for x, y in zip(run(*arguments), exact, strict=True):
+                close(x.cpu(), y, dtype)
+
+
+def test_more_than_2_to_31_logits() -> None:
+    rows, vocab = 15_000, 151_936  # 4.2 GiB in bfloat16; the gradient overwrites it
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GiB of free GPU memory")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    logits = torch.empty(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    logits.normal_(generator=generator)
+    labels = torch.randint(vocab, (rows,), device="cuda", generator=generator)
+    checked = torch.tensor([0, 1, rows // 2, rows - 2, rows - 1])
+    small = logits[checked].double().requires_grad_()
+    logits.requires_grad_()
+    logp = token_logprobs(logits, labels, inplace_backward=True)
+    exact = OPS["token_logprobs"].reference(small, labels[checked])
+    close(logp[checked].detach(), exact.detach(), torch.float32)
+    logp.sum().backward()
+    exact.sum().backward()
+    close(logits.detach()[checked], small.grad, torch.bfloat16)
+
+
+def test_a_run_is_that_of_a_cpu(configured) -> None:
+    """Two steps of training; the draws are made on the CPU, so the first answers are the same."""
+    pytest.importorskip("datasets", reason="NO DATASETS: no run is made on a GPU here")
+    from rlhf_fast.trainer import ppo
+    from rlhf_fast.trainer.run.folder import read_metrics
+
+    rows = []
+    for device in ("cpu", "cuda"):
+        config = configured(device, steps=2, device=device)
+        ppo.train(config)
+        rows.append(read_metrics(Path(config.output_dir) / "metrics.jsonl"))
+    cpu, cuda = rows
+    assert len(cpu) == len(cuda) == 2
+    for name in ("objective/scores", "val/answer_tokens", "loss/policy_avg", "grad_norm"):
+        assert cuda[0][name] == pytest.approx(cpu[0][name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.parametrize("layers", [None, 2])
+def test_flash_attention(tiny_policy_folder: str, layers: int | None) -> None:
+    """Sampled with it, and learnt from without padding, against SDPA on padded rows in float32."""
+    from transformers.utils import is_flash_attn_2_available  # the ops' tests need torch alone
+
+    if not is_flash_attn_2_available():
+        pytest.skip("NO FLASH-ATTN: sampling and packed forward passes are not run with it here")
+    from rlhf_fast.trainer.data.rows import pad
+    from rlhf_fast.trainer.models.policy import load_policy
+    from rlhf_fast.trainer.rollout.sample import Sampling, answer_hidden, roll_out, run_trunk
+
+    options = {"trainable_layers": layers, "device": torch.device("cuda")}
+    flash = load_policy(
+        tiny_policy_folder, attn_implementation="flash_attention_2", bf16=True, **options
+    )
+    exact = load_policy(tiny_policy_folder, attn_implementation="sdpa", **options)
+    assert flash.packed and not exact.packed
+    ids, mask = pad([[7, 5], [3, 4, 5, 6, 8], [9], [10, 3, 4]], side="left")
+    draws = torch.rand(4, 16, generator=torch.Generator().manual_seed(0))
+    with flash.precision():
+        rollout = roll_out(
+            flash, ids.cuda(), mask.cuda(), Sampling(16, 1.0, stop_ids=[1, 4]), draws.cuda()
+        )
+    assert not rollout.mask.all()  # some answers are shorter
+
+    def hidden_and_gradient(policy):
+        with policy.precision():
+            rollout.trunk = run_trunk(policy, rollout) if policy.trunk_layers else None
+            hidden = answer_hidden(policy.body, rollout, slice(None), packed=policy.packed)
+        hidden = hidden[rollout.mask].float()
+        weights = torch.cos(torch.arange(hidden.numel(), device="cuda")).view(hidden.shape)
+        return hidden, *torch.autograd.grad(
+            (hidden * weights).sum(), policy.body.layers[-1].self_attn.q_proj.weight
+        )
+
+    hidden, gradient = hidden_and_gradient(flash)
+    exact_hidden, exact_gradient = hidden_and_gradient(exact)
+    assert (hidden - exact_hidden).norm() < 0.02 * exact_hidden.norm()
+    assert (gradient - exact_gradient).norm() < 0.05 * exact_gradient.norm()
+    with torch.no_grad():
+        logp = torch.log_softmax(exact.head(exact_hidden), -1)
+    logp = logp.gather(1, rollout.labels[rollout.mask][:, None]).squeeze(1)
+    torch.testing.assert_close(rollout.logp[rollout.mask], logp, rtol=0, atol=0.1)

@@ -1,0 +1,26 @@
+"""The Triton kernels under Triton's interpreter: triton_interpreter.py, in a child process."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="no triton on this machine: its kernels are not tested")
+
+
+def test_in_the_interpreter() -> None:
+    file = Path(__file__).with_name("triton_interpreter.py")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", file, "-q", "-rf", "-p", "no:cacheprovider",
+         "--import-mode=importlib", "--maxfail=5"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    print(run.stdout)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 200, run.stdout

@@ -1,0 +1,499 @@
+"""Every Triton launcher, run by Triton's interpreter on CPU tensors, against float64.
+
+The interpreter has to be on before triton is imported, and other test files compile kernels for
+real; so tests/ops/test_triton.py runs this file in a process of its own. By hand:
+``TRITON_INTERPRET=1 pytest tests/ops/triton_interpreter.py``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
+
+triton = pytest.importorskip("triton", reason="no triton on this machine: kernels not tested")
+tl = pytest.importorskip("triton.language")
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's 0/0 under a mask
+
+
+def copied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x with its strides, in storage of its own; with contiguous rows, which a chunk of the linear
+    engine has on a GPU and not on CPU."""
+    if dtype is None or not x.is_floating_point():
+        dtype = x.dtype
+    if x.dim() and x.stride(-1) != 1:
+        return x.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()).to(dtype, copy=True)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def replay(run, args: tuple, written: list[int], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """All outputs of run(*args) on copies; a written argument that is no input starts as NaN."""
+    copies = [copied(x, dtype) if isinstance(x, Tensor) else x for x in args]
+    for i in written:
+        twin = next(
+            (j for j, x in enumerate(args[:i])
+             if isinstance(x, Tensor) and x.numel() and x.data_ptr() == args[i].data_ptr()), None,
+        )  # fmt: skip
+        copies[i] = copies[i].fill_(torch.nan) if twin is None else copies[twin]
+    result = run(*copies)
+    outputs = [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+    return outputs + [copies[i] for i in written]
+
+
+class EveryKernelCall(TorchDispatchMode):
+    """Holds each kernel's launcher against its fallback, on the arguments the ops really pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checked: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "rlhf_fast":
+            return func(*args, **(kwargs or {}))
+        kernel = KERNELS[func._schema.name.split("::")[1]]
+        if kernel.triton is not None:
+            self.check(kernel, func, args)
+        with self:  # an engine's own kernel calls are looked at too
+            return kernel.fallback(*args)
+
+    def check(self, kernel, func, args) -> None:
+        written = [
+            i
+            for i, x in enumerate(func._schema.arguments)
+            if x.alias_info and x.alias_info.is_write
+        ]
+        result = replay(kernel.launcher, args, written)
+        exact = replay(kernel.fallback, args, written, torch.float64)
+        eager = replay(kernel.fallback, args, written)
+        assert len(result) == len(exact)
+        for i, (x, y, z) in enumerate(zip(result, exact, eager, strict=True)):
+            what = f"{kernel.name}, output {i}"
+            assert x.dtype == z.dtype and x.shape == z.shape, what
+            x, y, z = x.double(), y.double(), z.double()
+            if kernel.name == "token_logprobs" and i == 2:  # the norm of an ignored row is not used
+                x, y, z = (t[:, args[1] != -100] for t in (x, y, z))
+            assert torch.equal(x.isnan(), y.isnan()), f"{what}: NaN in the wrong places"
+            allowed = tolerance(y, z, result[i].dtype)
+            finite = y.isfinite()
+            assert torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()), what
+            x, y, allowed = x[finite], y[finite], allowed[finite]
+            worst = ((x - y).abs() / allowed).max() if x.numel() else 0.0
+            assert worst <= 1, f"{what}: {worst:.3g} times the allowed error"
+        self.checked.add(kernel.name)
+
+
+def tolerance(exact: Tensor, eager: Tensor, dtype: torch.dtype) -> Tensor:
+    """A few roundings of each value, or twice the error of eager PyTorch in the same dtype."""
+    if not exact.numel():
+        return exact
+    eps = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps  # the oracle rounds too
+    largest = exact.nan_to_num(0.0, 0.0, 0.0).abs().max()
+    if exact.dim() == 0:  # a loss: a sum of terms of about 1 that may cancel, as in test_ops.py
+        largest = largest.clamp(min=1.0)
+    worst = (eager - exact).nan_to_num(0.0, 0.0, 0.0).abs().max()
+    return 4 * eps * exact.abs() + 2 * eps * largest + 2 * worst + 1e-300
+
+
+def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
+    def cast(x: object) -> object:
+        if isinstance(x, tuple):  # an adapter's (A, B, scale)
+            return tuple(map(cast, x))
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    arguments = {name: cast(x) for name, x in sample.arguments.items()}
+    for name in sample.grads:
+        arguments[name] = arguments[name].detach().clone(memory_format=torch.preserve_format)
+        arguments[name].requires_grad_()
+    with EveryKernelCall() as mode:
+        result = op.function(**{k: x for k, x in arguments.items()})
+        if sample.grads:
+            outputs = result if isinstance(result, tuple) else (result,)
+            outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
+            generator = torch.Generator().manual_seed(1)
+            weights = [torch.randn(x.shape, generator=generator).to(x.dtype) for x in outputs]
+            torch.autograd.backward(outputs, weights)
+    assert mode.checked or op.name in ENGINES, "no kernel was called"  # no rows, no call
+
+
+def cases(dtypes: tuple[torch.dtype, ...], ops: list[str]) -> list:
+    return [
+        pytest.param(name, i, dtype, id=f"{name}-{sample.name}-{str(dtype).removeprefix('torch.')}")
+        for name in ops
+        for i, sample in enumerate(OPS[name].samples(torch.Generator().manual_seed(0)))
+        for dtype in dtypes
+    ]
+
+
+def nth_sample(name: str, i: int) -> Sample:
+    return list(OPS[name].samples(torch.Generator().manual_seed(0)))[i]
+
+
+ENGINES = [name for name in OPS if name.startswith("linear_")]  # loops over the other ops' kernels
+SAMPLES = cases((torch.float32,), ENGINES) + cases(
+    (torch.float32, torch.float64),
+    [name for name, op in OPS.items() if op.kernels and name not in ENGINES],
+)
+
+
+@pytest.mark.parametrize("name, i, dtype", SAMPLES)
+def test_samples(name: str, i: int, dtype: torch.dtype) -> None:
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
+@pytest.mark.parametrize(
+    "name, i, dtype",
+    cases((torch.bfloat16, torch.float16), ["token_logprobs"]),
+)
+def test_16_bit_logits(name: str, i: int, dtype: torch.dtype) -> None:
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
+LONG = ({"B": 2, "T": 2100}, {"B": 260, "T": 2}, {"B": 2500}, {"N": 2, "V": 20001, "H": 8})
+
+
+FITTING = [
+    pytest.param(name, shape, id=f"{name}-{shape}")
+    for name, op in OPS.items()
+    for shape in LONG
+    if set(op.shapes[0]) <= set(shape) and ("T" in op.shapes[0]) == ("T" in shape)
+]
+
+
+@pytest.mark.parametrize("name, shape", FITTING)
+def test_more_than_one_block(name: str, shape: dict[str, int]) -> None:
+    op = OPS[name]
+    dtypes = (torch.float32, torch.bfloat16) if "V" in shape else (torch.float32,)
+    for dtype in dtypes:
+        run(op.workload(shape, torch.Generator().manual_seed(0), "cpu", dtype), op, dtype)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_softcap_and_temperature_in_every_block(name: str) -> None:
+    shape, generator = {"N": 2, "V": 20001, "H": 8}, torch.Generator().manual_seed(0)
+    sample = OPS[name].workload(shape, generator, "cpu", torch.float32)
+    options = {"softcap": 1.5, "temperature": torch.tensor([0.6, 1.4])}
+    run(Sample("", sample.arguments | options, sample.grads), OPS[name], torch.float32)
+
+
+@pytest.mark.parametrize("holes", ["skip", "zero"])
+def test_gae_carries_across_blocks(holes: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(1, 2100, generator=generator) < 0.5
+    mask[0, 500:1800] = False  # a hole longer than a block
+    draw = torch.randn(2, 1, 2100, generator=generator)
+    arguments = {
+        "rewards": draw[0], "values": draw[1], "mask": mask, "gamma": 0.99, "holes": holes,
+        "dones": torch.rand(1, 2100, generator=generator) < 0.003, "bootstrap": torch.ones(1),
+    }  # fmt: skip
+    run(Sample("", arguments), OPS["gae"], torch.float32)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "cispo"])
+def test_a_sequence_ratio_over_many_blocks(loss: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sample = OPS["policy_loss"].workload({"B": 2, "T": 2100}, generator, "cpu", torch.float32)
+    arguments = {**sample.arguments, "ratio": "sequence", "loss": loss, "clip_high": 1e-4}
+    run(Sample("", arguments, sample.grads), OPS["policy_loss"], torch.float32)
+
+
+def test_gae_packed_of_sequences_longer_and_shorter_than_a_block() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 1500, 1500, 1507])
+    rewards, values = torch.randn(2, 1507, generator=generator)
+    arguments = {"rewards": rewards, "values": values, "cu_seqlens": cu_seqlens,
+                 "bootstrap": torch.ones(3), "gamma": 0.99}  # fmt: skip
+    run(Sample("", arguments), OPS["gae_packed"], torch.float32)
+
+
+def test_rows_more_than_2_to_31_elements_apart() -> None:
+    """The last of three rows starts at element 2^31; only the touched pages are ever real."""
+    vocab, apart = 7, 2**30
+    storage = torch.empty(2 * apart + vocab, dtype=torch.bfloat16)
+    logits = storage.as_strided((1, 3, vocab), (3 * apart, apart, 1))
+    logits.copy_(torch.randn(1, 3, vocab, generator=torch.Generator().manual_seed(0)))
+    labels = torch.tensor([[1, 6, 3]])
+    forward, backward = KERNELS["token_logprobs"], KERNELS["token_logprobs_backward"]
+    result = forward.launcher(logits, labels, 1.0, None, None, True, False)
+    expected = forward.fallback(logits.float().clone(), labels, 1.0, None, None, True, False)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
+    ones, small = torch.ones(1, 3), torch.empty(1, 3, vocab)
+    arguments = (labels, result[2], result[1], 1.0, None, None)
+    backward.fallback(ones, ones, logits.float().clone(), *arguments, small)
+    backward.launcher(ones, ones, logits, *arguments, logits)
+    torch.testing.assert_close(logits.float(), small, rtol=1e-2, atol=1e-3)
+
+
+def test_an_infinite_kl_that_nobody_uses_leaves_the_gradient_of_logp() -> None:
+    ref_logits = torch.zeros(1, 2, 5)
+    ref_logits[..., 3] = -torch.inf
+    x, labels, zero = torch.randn(1, 2, 5), torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    arguments = (x, ref_logits, labels, 1.0, None, None, True)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(*arguments)
+    assert kl.isinf().all()
+    out = torch.full_like(x, torch.nan)
+    arguments = (x, ref_logits, labels, norm, ref_norm, kl, 1.0, None, None, True, out)
+    KERNELS["logits_kl_backward"].launcher(zero + 1, zero, *arguments)
+    one_hot = torch.nn.functional.one_hot(labels, 5)
+    torch.testing.assert_close(out, one_hot - x.softmax(-1))
+
+
+def test_a_probability_that_becomes_0_where_the_reference_has_none() -> None:
+    """Token 0 makes KL(p || q) infinite until token 100 leaves p nothing there."""
+    x, ref_logits = torch.zeros(2, 1, 1, 131)
+    x[..., 100], ref_logits[..., 0] = 200.0, -torch.inf
+    arguments = (x, ref_logits, torch.tensor([[100]]), 1.0, None, None, True)
+    kl = KERNELS["logits_kl"].launcher(*arguments)[2]
+    torch.testing.assert_close(kl, torch.tensor([[130.0]]).log())
+
+
+def test_a_gradient_through_the_kl_alone() -> None:
+    x, ref_logits = torch.randn(2, 1, 2, 5)
+    labels, zero = torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(
+        x, ref_logits, labels, 1.0, None, None, True
+    )
+    out = torch.full_like(x, torch.nan)
+    arguments = (x, ref_logits, labels, norm, ref_norm, kl, 1.0, None, None, True, out)
+    KERNELS["logits_kl_backward"].launcher(zero, zero + 1, *arguments)
+    log_p, log_q = x.log_softmax(-1), ref_logits.log_softmax(-1)
+    torch.testing.assert_close(out, log_p.exp() * (log_p - log_q - kl[..., None]))
+
+
+def test_a_gradient_through_the_entropy_alone() -> None:
+    x, labels, zero = torch.randn(1, 2, 5), torch.tensor([[1, 2]]), torch.zeros(1, 2)
+    _, entropy, norm = KERNELS["token_logprobs"].launcher(x, labels, 1.0, None, None, True, False)
+    out = torch.full_like(x, torch.nan)
+    arguments = (zero, zero + 1, x, labels, norm, entropy, 1.0, None, None, out)
+    KERNELS["token_logprobs_backward"].launcher(*arguments)
+    log_p = x.log_softmax(-1)
+    torch.testing.assert_close(out, -log_p.exp() * (log_p + entropy[..., None]))
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_a_row_without_gradient_is_not_looked_at(name: str) -> None:
+    logits, ones, norm = torch.randn(1, 3, 40), torch.ones(1, 3), torch.ones(2, 1, 3)
+    logits[0, 1] = torch.nan
+    labels, g = torch.tensor([[3, 4, 5]]), torch.tensor([[1.0, 0.0, 1.0]])
+    out = torch.full_like(logits, torch.nan)
+    if name == "token_logprobs":
+        arguments = (g, g, logits, labels, norm, ones, 1.0, None, None)
+    else:
+        arguments = (g, g, logits, logits, labels, norm, norm, ones, 1.0, None, None, True)
+    KERNELS[f"{name}_backward"].launcher(*arguments, out)
+    assert not out[0, 1].any() and out[0, ::2].isfinite().all() and out[0, ::2].any()
+
+
+def shifted(vocab: int, dtype: torch.dtype, gap: int, seed: int = 0) -> Tensor:
+    """Logits [1, n, vocab] whose rows start at every offset from a boundary of 16 bytes, with NaN
+    before, between and behind them."""
+    rows, apart = 16 // dtype.itemsize, vocab + gap
+    assert apart % 2 == 1, "the offsets would repeat"
+    storage = torch.full((rows * apart + 32,), torch.nan, dtype=dtype)
+    logits = storage.as_strided((1, rows, vocab), (rows * apart, apart, 1), 16)
+    offsets = {logits[0, i].data_ptr() % 16 for i in range(rows)}
+    assert len(offsets) == rows
+    return logits.copy_(torch.randn(logits.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def around(logits: Tensor) -> Tensor:
+    """What of shifted()'s storage is not in a row, as NaN or not."""
+    storage = torch.empty(0, dtype=logits.dtype).set_(logits.untyped_storage()).clone()
+    storage.as_strided(logits.shape, logits.stride(), logits.storage_offset()).fill_(torch.nan)
+    return storage.isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab, gap", [(1, 2), (6, 1), (17, 0), (16384, 1), (20001, 0)])
+def test_rows_at_every_offset(vocab: int, gap: int, dtype: torch.dtype) -> None:
+    """Forward and the in-place backward of both row kernels; nothing outside a row is written."""
+    logits = shifted(vocab, dtype, gap)
+    ref_logits = shifted(vocab, dtype, gap, seed=1)
+    n = logits.shape[1]
+    labels = torch.arange(n)[None] % vocab
+    labels[0, 1] = -100
+    cases = {
+        "token_logprobs": (logits, labels, 1.0, None, None, True, False),
+        "logits_kl": (logits, ref_logits, labels, 1.0, None, None, True),
+    }
+    for name, arguments in cases.items():
+        forward, backward = KERNELS[name], KERNELS[f"{name}_backward"]
+        exact = replay(forward.fallback, arguments, [], torch.float64)
+        result = replay(forward.launcher, arguments, [])
+        kept = labels[0] != -100
+        for x, y in zip(result, exact, strict=True):
+            torch.testing.assert_close(x[..., kept].double(), y[..., kept], rtol=1e-5, atol=1e-5)
+        ones = torch.ones(1, n)
+        if name == "token_logprobs":
+            logp, entropy, norm = result
+            arguments = (ones, ones, logits, labels, norm, entropy, 1.0, None, None)
+        else:
+            _, _, kl, norm, ref_norm = result
+            arguments = (ones, ones, logits, ref_logits, labels, norm, ref_norm, kl, 1.0, None,
+                         None, True)  # fmt: skip
+        small = torch.empty(1, n, vocab, dtype=torch.float64)
+        wide = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
+                for x in arguments]  # fmt: skip
+        backward.fallback(*wide, small)
+        apart = torch.full((1, n, vocab), torch.nan, dtype=dtype)  # rows that lie differently
+        backward.launcher(*arguments, apart)
+        own = copied(logits)
+        backward.launcher(*arguments[:2], own, *arguments[3:], own)
+        assert around(own).all()
+        torch.testing.assert_close(own, apart, rtol=0, atol=0)
+        # the interpreter cuts bfloat16 off where a GPU rounds it
+        rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+        torch.testing.assert_close(own.double(), small, rtol=rtol, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "vocab, apart, out_apart", [(17, 32, 32), (20001, 20016, 20016), (40, 55, 55), (40, 55, 54)]
+)
+def test_a_gradient_in_16_bits_is_the_float32_one_rounded(vocab, apart, out_apart, dtype) -> None:
+    """Of rows that start at boundaries, as the engine's do; that do not; that lie differently."""
+    labels = torch.tensor([[3, -100, vocab - 1, 0]])
+
+    def rows(apart: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        storage = torch.full((4 * apart,), torch.nan, dtype=dtype)
+        return storage.as_strided((1, 4, vocab), (4 * apart, apart, 1))
+
+    x, y = rows(apart), rows(apart)
+    generator = torch.Generator().manual_seed(0)
+    for logits in (x, y):
+        logits.copy_(3 * torch.randn(logits.shape, generator=generator))
+    g = torch.randn(2, 1, 4, generator=generator)
+    g[..., 3] = 0
+    scale = (0.7, None, 5.0)
+    _, entropy, norm = KERNELS["token_logprobs"].launcher(x, labels, *scale, True, False)
+    _, _, kl, norm, ref_norm = KERNELS["logits_kl"].launcher(x, y, labels, *scale, True)
+    for name, arguments in {
+        "token_logprobs_backward": (*g, x, labels, norm, entropy, *scale),
+        "logits_kl_backward": (*g, x, y, labels, norm, ref_norm, kl, *scale, True),
+    }.items():
+        wide, narrow = rows(apart), rows(out_apart, dtype)
+        KERNELS[name].launcher(*arguments, wide)
+        KERNELS[name].launcher(*arguments, narrow)
+        if dtype == torch.bfloat16:  # which the interpreter cuts off where a GPU rounds it
+            wide = (wide.contiguous().view(torch.int32) >> 16 << 16).view(torch.float32)
+        assert torch.equal(narrow, wide.to(dtype)) and around(narrow).all()
+
+
+@pytest.mark.parametrize("name, i, dtype", cases((torch.bfloat16,), ENGINES))
+def test_engines_with_float32_logits_of_16_bit_operands(name, i, dtype, monkeypatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    run(nth_sample(name, i), OPS[name], dtype)
+
+
+@pytest.mark.parametrize("name", ["token_logprobs", "linear_token_kl"])
+def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> None:
+    from rlhf_fast.kernels import token_logprobs, tuning
+
+    shape = {"N": 3, "V": 5003, "H": 8}
+    sample = OPS[name].workload(shape, torch.Generator().manual_seed(0), "cpu", torch.float32)
+    logits, labels = shifted(5003, torch.bfloat16, 0), torch.arange(8)[None]
+    norm = torch.stack([torch.zeros(1, 8), torch.full((1, 8), 9.0)])
+    ones = torch.ones(1, 8)
+    results = []
+    for config in token_logprobs.BACKWARD_CONFIGS:
+        monkeypatch.setattr(tuning, "fastest", lambda *_, config=config: config)
+        run(sample, OPS[name], torch.float32)
+        out = torch.full((1, 8, 5003), torch.nan, dtype=torch.bfloat16)
+        if name == "token_logprobs":
+            arguments = (ones, ones, logits, labels, norm, ones, 1.0, None, None)
+        else:
+            arguments = (ones, ones, logits, logits.exp(), labels, norm, norm, ones, 1.0, None,
+                         None, True)  # fmt: skip
+        kernel = "token_logprobs" if name == "token_logprobs" else "logits_kl"
+        KERNELS[f"{kernel}_backward"].launcher(*arguments, out)
+        results.append(out)
+    assert len(results) > 1 and not results[0].isnan().any()
+    assert all(torch.equal(results[0], x) for x in results)
+
+
+def test_the_fastest_configuration_is_timed_once_and_not_in_a_capture(monkeypatch) -> None:
+    from rlhf_fast.kernels import alignment, tuning
+
+    timed, capturing = [], [True]
+    monkeypatch.setattr(tuning, "_fastest", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(triton.testing, "do_bench", lambda call: call())
+    configs = [triton.Config({"BYTES": size}) for size in (3, 1, 2)]
+
+    def prepare():
+        timed.append("prepared")
+        return lambda config: timed.append(config) or config.kwargs["BYTES"]
+
+    def chosen(kind: str, device: str = "cuda") -> triton.Config:
+        return tuning.fastest(configs, kind, torch.device(device), prepare)
+
+    assert chosen("a", "cpu") is configs[0] and chosen("a") is configs[0] and not timed
+    capturing[0] = False
+    assert chosen("a") is configs[1] and timed == ["prepared", *configs]
+    capturing[0] = True
+    assert chosen("a") is configs[1] and chosen("b") is configs[0] and len(timed) == 4
+    capturing[0], room = False, [False]
+
+    def full():
+        if room[0]:
+            return prepare()
+        raise torch.OutOfMemoryError
+
+    device = torch.device("cuda")
+    assert tuning.fastest(configs, "c", device, full) is configs[0]
+    room[0] = True  # it asks again
+    assert tuning.fastest(configs, "c", device, full) is configs[1]
+    rows = torch.zeros(2, 3, 7)
+    logits, out, labels, ones, norm = tuning.scratch(rows, rows, torch.float32)
+    assert logits.shape == (1, 6, 7) and norm.shape == (2, 1, 6)
+    assert labels.shape == ones.shape == (1, 6) and out.data_ptr() == logits.data_ptr()
+    logits, out, *_ = tuning.scratch(rows, rows.half(), torch.float32)
+    assert out.dtype == torch.float16 and alignment.vector(logits, out) == 8
+
+
+def test_an_unknown_label_gives_nan_and_reads_nothing() -> None:
+    logits, labels = torch.zeros(1, 3, 5), torch.tensor([[5, -7, 4]])
+    launcher = KERNELS["token_logprobs"].launcher
+    logp, _, _ = launcher(logits, labels, 1.0, None, None, False, False)
+    assert logp.isnan().tolist() == [[True, True, False]]
+
+
+@triton.jit
+def apply(x, out, FUNCTION: tl.constexpr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, FUNCTION(tl.load(x + i)))
+
+
+@pytest.mark.parametrize("name", ["exp", "expm1", "expm1_minus_x", "log1p", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_exponentials_keep_their_digits(name: str, dtype: torch.dtype) -> None:
+    from rlhf_fast.kernels import exponentials
+
+    generator = torch.Generator().manual_seed(0)
+    size = 10 ** torch.empty(4096, dtype=torch.float64).uniform_(-6, 1.3, generator=generator)
+    x = (size * torch.randn(4096, generator=generator).sign()).clamp(max=20)
+    if name == "log1p":
+        x = x.abs().clamp(max=1)
+    if name == "expm1_minus_x" and dtype == torch.float64:
+        x = x[x.abs() > 0.1].repeat(2)[:1024]  # nearer to 0 the oracle below has no digits left
+    x = x.to(dtype)
+    out = torch.empty_like(x)
+    apply[(1,)](x, out, FUNCTION=getattr(exponentials, name), N=x.numel())
+    exact = {
+        "exp": torch.exp, "expm1": torch.expm1, "log1p": torch.log1p, "tanh": torch.tanh,
+        "expm1_minus_x": lambda y: torch.where(
+            y.abs() < 1e-3, y * y / 2 * (1 + y / 3 * (1 + y / 4)), torch.expm1(y) - y
+        ),
+    }[name](x.double())  # fmt: skip
+    error = ((out.double() - exact) / exact).abs().max()
+    assert error < (4e-7 if dtype == torch.float32 else 1e-13), float(error)

@@ -1,0 +1,238 @@
+from dataclasses import fields
+
+import pytest
+
+from rlhf_fast.trainer.config import GenerateConfig, PPOConfig, RewardConfig, parse
+from rlhf_fast.trainer.errors import InputError
+
+PPO = ["--model", "m", "--data", "d", "--reward", "r", "--output_dir", "o"]
+
+
+def parse_ppo(*flags: str) -> PPOConfig:
+    return parse(PPOConfig, [*PPO, *flags], prog="rlhf-fast ppo")
+
+
+def test_flags_in_both_spellings():
+    config = parse_ppo("--learning_rate", "1e-4", "--batch-size=8", "--resume")
+    assert (config.learning_rate, config.batch_size, config.resume) == (1e-4, 8, True)
+
+
+def test_yaml_gives_values_and_flags_win(tmp_path):
+    file = tmp_path / "c.yaml"
+    # YAML 1.1 reads 1e-5 as a string: it must arrive as the number all the same
+    file.write_text("learning_rate: 1e-5\nbatch_size: 6\nresume: true\njudge:\nreward: mine\n")
+    config = parse_ppo("--config", str(file), "--batch_size", "9")
+    assert (config.learning_rate, config.batch_size, config.resume) == (1e-5, 9, True)
+    assert config.judge is None and config.reward == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnin_rate: 1", r"unknown key learnin_rate \(did you mean learning_rate\?\)"),
+        ("batch_size: [1, 2]", "batch_size is a list, expected one value"),
+        ("batch_size: many", "--batch_size"),
+        ("- a\n- b", "expected lines of `key: value`"),
+        ("a: [", "is not YAML"),
+        ("steps: 1\n\tbatch_size: 8", "is not YAML: .* that cannot start any token"),
+        ("steps: 1\nbeta: 0.1\nsteps: 2", "steps is there 2 times"),
+        ("config: other.yaml", "unknown key config"),
+        ("steps: 1.5", "--steps: invalid int value: '1.5'"),
+        ("steps: yes", "--steps: invalid int value: 'True'"),
+        ("caf\xe9: 1", "is not UTF-8 text: "),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message) as error:
+        parse_ppo("--config", str(file))
+    assert "\n" not in str(error.value) and "mean config" not in str(error.value)
+
+
+def test_missing_yaml():
+    with pytest.raises(InputError, match="config=nowhere.yaml cannot be read"):
+        parse_ppo("--config", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning-rat", "1"], "did you mean --learning_rate?"),
+        (["--batch", "8"], "unknown flag --batch"),  # no silent abbreviations
+        (["--temperature", "0"], "temperature=0.0: expected a finite number, above 0"),
+        (["--gamma", "1.5"], "gamma=1.5"),
+        (["--beta", "nan"], "beta=nan"),
+        (["--steps", "0"], "steps=0"),
+        (["--resume", "--overwrite"], "resume and overwrite"),
+        (["--batch_size", "10", "--minibatches", "4"], "batch_size=10 .* minibatches=4"),
+    ],
+)
+def test_bad_flags(flags, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        parse_ppo(*flags)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"missing_eos_score": -1, "missing_eos_penalty": 0.5}, "missing_eos_score=-1 and missing"),
+        ({"lora_r": 8, "trainable_layers": 2}, "lora_r=8 and trainable_layers=2"),
+        ({"lora_target_modules": "q_proj"}, "lora_target_modules=q_proj and lora_r=None"),
+        ({"estimator": "reinforce", "value_model": "v"}, "value_model=v and estimator=reinforce"),
+        ({"estimator": "grpo"}, "estimator=grpo and samples_per_prompt=1"),
+        (
+            {"estimator": "rloo", "samples_per_prompt": 2, "whiten_rewards": True},
+            "estimator=rloo and whiten_rewards=True",
+        ),
+        ({"kl_in": "loss"}, "kl_in=loss and kl_estimator=k1"),
+        ({"adaptive_kl_target": 6.0, "beta": 0.0}, "adaptive_kl_target=6.0 and beta=0.0"),
+        (
+            {"attn_implementation": "flash_attention_2"},
+            "attn_implementation=flash_attention_2 and bf16=False",
+        ),
+        ({"resume": True, "overwrite": True}, "resume and overwrite"),
+        (
+            {"ratio": "sequence", "policy_loss": "reinforce"},
+            "ratio=sequence and policy_loss=reinforce",
+        ),
+        ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0 and policy_loss=cispo"),
+        ({"dual_clip": 3.0, "policy_loss": "reinforce"}, "dual_clip=3.0 and policy_loss=reinforce"),
+        ({"clip_high": 0.3, "policy_loss": "reinforce"}, "clip_high=0.3 and policy_loss=reinforce"),
+    ],
+)
+def test_options_that_contradict_each_other(options, names):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError) as error:
+        PPOConfig(**required, **options)
+    assert f"{names}" in str(error.value) and "contradict" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimator": "ppo"}, "estimator=ppo: expected one of gae, grpo"),
+        ({"kl_in": "both"}, "kl_in=both: expected one of reward, loss"),
+        ({"dual_clip": 1.0}, "dual_clip=1.0: expected a finite number, above 1"),
+        ({"dual_clip": float("inf")}, "dual_clip=inf: expected a finite number"),
+        ({"clip": 1.5}, "clip=1.5: expected a finite number, at most 1"),
+        ({"ratio": "row"}, "ratio=row: expected one of token, sequence"),
+        ({"policy_loss": "gspo"}, "policy_loss=gspo: expected one of ppo, cispo, reinforce"),
+        ({"max_skipped_updates": 0}, "max_skipped_updates=0"),
+        ({"seed": -1}, "seed=-1: expected a finite number, at least 0"),
+        ({"seed": 2**32}, "seed=4294967296: expected a finite number, at most 4294967295"),
+        ({"output_dir": ""}, "output_dir is empty"),
+        ({"judge": " "}, "judge is empty"),
+        ({"reward": ["a", ""]}, "reward is empty"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
+        ({"missing_eos_score": float("nan")}, "missing_eos_score=nan"),
+        ({"batch_size": 6, "samples_per_prompt": 4}, "batch_size=6 .* samples_per_prompt=4"),
+        ({"save_total_limit": 0}, "save_total_limit=0"),
+    ],
+)
+def test_bad_values(options, message):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    with pytest.raises(InputError, match=message):
+        PPOConfig(**(required | options))
+
+
+def test_defaults_that_depend_on_others():
+    assert parse_ppo().missing_eos_penalty == 1.0
+    assert parse_ppo("--missing_eos_score", "-1").missing_eos_penalty == 0.0
+    assert parse_ppo().whiten_advantages is True
+    groups = ["--samples_per_prompt", "4", "--estimator", "rloo"]
+    assert parse_ppo(*groups).whiten_advantages is False
+    assert parse_ppo(*groups, "--whiten_advantages", "true").whiten_advantages is True
+    config = parse_ppo(*groups)
+    assert PPOConfig(**vars(config)) == config  # what config.yaml keeps can be read again
+
+
+@pytest.mark.parametrize(
+    ("flags", "resume"),
+    [([], False), (["--resume"], True), (["--resume", "auto"], True), (["--resume=false"], False)],
+)
+def test_resume(flags, resume):
+    assert parse_ppo(*flags).resume is resume
+
+
+# RLHF's details: each an option with the default that works.
+@pytest.mark.parametrize(
+    ("name", "default"),
+    {
+        "learning_rate": 3e-6, "value_learning_rate": 1e-5, "adam_epsilon": 1e-5, "epochs": 4,
+        "minibatches": 1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": None,
+        "dual_clip": None, "value_clip": 0.2, "value_coef": 0.1, "beta": 0.05,
+        "adaptive_kl_target": None, "kl_horizon": 10_000, "whiten_rewards": False,
+        "whiten_advantages": True, "missing_eos_penalty": 1.0, "missing_eos_score": None,
+        "score_clip": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "tis_cap": None,
+        "max_grad_norm": 1.0, "ratio": "token", "policy_loss": "ppo",
+    }.items(),
+)  # fmt: skip
+def test_defaults(name, default):
+    assert getattr(parse_ppo(), name) == default
+
+
+def test_required_flags_are_named():
+    with pytest.raises(InputError, match="missing --data, --reward:"):
+        parse(PPOConfig, ["--model", "m", "--output_dir", "o"], prog="x")
+
+
+def test_held_out_pairs_come_from_one_place():
+    with pytest.raises(InputError, match="eval_data and eval_pairs"):
+        RewardConfig(model="m", data="d", output_dir="o", eval_data="e", eval_pairs=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eval_split": "test", "eval_pairs": 3}, "eval_split and eval_pairs"),
+        ({"eval_split": "train"}, "eval_split=train is split"),
+        ({"lr_scheduler_type": "polynomial"}, "polynomial: expected one of constant_with_warmup"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+    ],
+)
+def test_bad_reward_options(options, message):
+    with pytest.raises(InputError, match=message):
+        RewardConfig(model="m", data="d", output_dir="o", **options)
+
+
+def test_several_rewards_as_flags_and_in_yaml(tmp_path):
+    assert parse_ppo("--reward", "a", "b.py:f", "--reward_weights", "1", "-0.5").reward == [
+        "a", "b.py:f",
+    ]  # fmt: skip
+    file = tmp_path / "c.yaml"
+    file.write_text("reward: [a, b.py:f]\nreward_weights: [1, -5e-1]\nsteps: 3\n")
+    flags = [flag for flag in PPO if flag not in ("--reward", "r")]
+    config = parse(PPOConfig, [*flags, "--config", str(file)], prog="x")
+    assert (config.reward, config.reward_weights) == (["a", "b.py:f"], [1.0, -0.5])
+    assert config.steps == 3
+    assert parse_ppo("--config", str(file), "--reward_weights", "2").reward_weights == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "message"),
+    [
+        (["a", "b"], [1.0], r"reward_weights=\[1.0\] has 1 numbers for the 2 of reward="),
+        (["a"], [float("inf")], "expected finite numbers"),
+        ([], None, "reward is empty"),
+    ],
+)
+def test_bad_rewards(rewards, weights, message):
+    with pytest.raises(InputError, match=message):
+        PPOConfig(model="m", data="d", output_dir="o", reward=rewards, reward_weights=weights)
+
+
+def test_empty_prompt():
+    with pytest.raises(InputError, match="prompt is empty"):
+        GenerateConfig(model="m", prompt=" ")
+
+
+@pytest.mark.parametrize("config", [RewardConfig, PPOConfig, GenerateConfig])
+def test_help_explains_every_flag(config, capsys):
+    with pytest.raises(SystemExit) as done:
+        parse(config, ["--help"], prog="rlhf-fast x")
+    assert done.value.code == 0
+    text = capsys.readouterr().out
+    for field in fields(config):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"].split()[0] in text

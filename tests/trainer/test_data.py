@@ -1,0 +1,288 @@
+import logging
+import math
+import random
+
+import datasets
+import pytest
+from trl.data_utils import apply_chat_template
+from trl.data_utils import extract_prompt as trl_extract_prompt
+
+from rlhf_fast.trainer.data.rows import (
+    batch_indices,
+    extract_prompt,
+    load_rows,
+    pad,
+    preference_pairs,
+    prompts,
+    start,
+)
+from rlhf_fast.trainer.errors import InputError
+
+PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
+
+
+@pytest.fixture
+def pairs_of(tiny_tokenizer, write_jsonl):
+    def load(rows, max_tokens=64):
+        source = write_jsonl(rows)
+        return preference_pairs(
+            load_rows(source), tiny_tokenizer, source=source, max_tokens=max_tokens
+        )
+
+    return load
+
+
+@pytest.fixture
+def prompts_of(tiny_tokenizer, write_jsonl):
+    def load(rows, max_tokens=64):
+        source = write_jsonl(rows)
+        return prompts(load_rows(source), tiny_tokenizer, source=source, max_tokens=max_tokens)
+
+    return load
+
+
+def message(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json", "csv", "parquet", "folder", "dict folder", "folder of files"]
+)
+def test_sources(kind, tmp_path, write_jsonl):
+    made = datasets.Dataset.from_list(PAIRS)
+    path = tmp_path / f"d.{kind}"
+    if kind in ("jsonl", "json"):
+        path = write_jsonl(PAIRS, f"d.{kind}")
+    elif kind == "folder of files":
+        path.mkdir()
+        made.to_parquet(path / "train.parquet")
+    elif kind == "csv":
+        made.to_csv(path)
+    elif kind == "parquet":
+        made.to_parquet(path)
+    elif kind == "folder":
+        made.save_to_disk(path)
+    else:
+        datasets.DatasetDict({"train": made, "other": made.select([0])}).save_to_disk(path)
+    assert load_rows(str(path)).to_list() == PAIRS
+    assert len(load_rows(str(path), max_rows=1)) == 1
+    if kind == "dict folder":
+        assert len(load_rows(str(path), split="other")) == 1
+    if kind != "folder":  # one saved Dataset has no splits
+        with pytest.raises(InputError, match="nosplit.*'?train"):
+            load_rows(str(path), split="nosplit")
+    if "folder" not in kind:
+        assert load_rows(str(path), split="train[1:]").to_list() == PAIRS[1:]
+
+
+def test_hub_name(monkeypatch):
+    """What is no path is asked of the hub, split and subset with it."""
+
+    def load_dataset(*args, **kwargs):
+        assert (args, kwargs) == (("owner/name", "main"), {"split": "test"})
+        return datasets.Dataset.from_list(PAIRS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows("owner/name", split="test", subset="main")) == 2
+
+
+def test_unreadable_sources(tmp_path, write_jsonl):
+    empty = write_jsonl([], "empty.jsonl")
+    with pytest.raises(InputError, match=r"empty\.jsonl is empty"):
+        load_rows(empty)
+    (tmp_path / "head.csv").write_text("chosen,rejected\n")
+    with pytest.raises(InputError, match=r"head\.csv.* has no rows"):
+        load_rows(str(tmp_path / "head.csv"))
+    with pytest.raises(InputError, match=r"no\.jsonl: there is no such file"):
+        load_rows(str(tmp_path / "no.jsonl"))
+    with pytest.raises(InputError, match="/no/where: there is no such file or folder"):
+        load_rows("/no/where")
+    (tmp_path / "notes.txt").write_text("good\n")
+    with pytest.raises(InputError, match=r"notes\.txt: expected a file ending in \.jsonl, "):
+        load_rows(str(tmp_path / "notes.txt"))
+
+
+def test_a_broken_line_is_one_error(tmp_path, monkeypatch):
+    """datasets logs the same failure: once is enough."""
+    logged = logging.Handler()
+    monkeypatch.setattr(logged, "emit", lambda record: pytest.fail(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("datasets"), "handlers", [logged])
+    (tmp_path / "bad.jsonl").write_text('{"chosen": "a", "rejected": "b"}\n{"chosen": \n')
+    with pytest.raises(InputError, match=r"bad\.jsonl .*cannot be read: JSON parse error.* row 1"):
+        load_rows(str(tmp_path / "bad.jsonl"))
+
+
+def test_pair_formats(pairs_of, tiny_tokenizer):
+    def text(ids):
+        return tiny_tokenizer.decode(ids)
+
+    (pair,) = pairs_of([{"prompt": "the film is ", "chosen": "good", "rejected": "bad"}])
+    assert (text(pair.chosen), text(pair.rejected)) == ("the film is good", "the film is bad")
+    assert pairs_of([{"chosen": "good", "rejected": "bad", "margin": 2}])[0].margin == 2.0
+
+    (pair,) = pairs_of(
+        [
+            {
+                "prompt": [message("user", "the plot")],
+                "chosen": [message("assistant", "good")],
+                "rejected": [message("assistant", "bad")],
+            }
+        ]
+    )
+    assert text(pair.chosen) == "user the plot assistant good"
+    (pair,) = pairs_of(
+        [
+            {
+                "chosen": [message("user", "film"), message("assistant", "good")],
+                "rejected": [message("user", "film"), message("assistant", "bad")],
+            }
+        ]
+    )
+    assert text(pair.rejected) == "user film assistant bad"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"chosen": "good", "rejected": " "}, "row 2: rejected is empty, expected text"),
+        ({"chosen": 5, "rejected": "bad"}, "row 2: chosen is 5, expected text or a list of role"),
+        (
+            {"chosen": [message("user", "film")], "rejected": "bad"},
+            "row 2: chosen and rejected must both be text or both messages",
+        ),
+        ({"chosen": "good", "rejected": "bad", "margin": "x"}, "row 2: margin is 'x', expected a"),
+        ({"chosen": "good", "rejected": None}, "row 2: rejected is None"),
+        ({"chosen": "good", "rejected": "bad", "margin": math.nan}, "row 2: margin is nan"),
+    ],
+)
+def test_bad_pair_is_named(pairs_of, bad, message):
+    with pytest.raises(InputError, match=message):
+        pairs_of([*PAIRS, bad])
+
+
+def test_pair_of_text_and_messages(pairs_of):
+    row = {"prompt": "film", "chosen": [{"role": "assistant", "content": "good"}]}
+    with pytest.raises(InputError, match="row 0: prompt and chosen must both be"):
+        pairs_of([row | {"rejected": row["chosen"]}])
+    spoken = [{"role": "assistant", "content": ["good"]}]
+    with pytest.raises(InputError, match=r"row 0: chosen has a message with content \['good'\]"):
+        pairs_of([{"chosen": spoken, "rejected": spoken}])
+    broken = [{"role": "assistant", "text": "good"}]
+    with pytest.raises(InputError, match="row 0: chosen has a message without role and content"):
+        pairs_of([{"chosen": broken, "rejected": broken}])
+
+
+def test_missing_column_names_what_is_there(pairs_of, prompts_of):
+    with pytest.raises(InputError, match="no column 'rejected'; its columns are 'chosen', 'worse'"):
+        pairs_of([{"chosen": "good", "worse": "bad"}])
+    with pytest.raises(InputError, match="no column 'prompt'"):
+        prompts_of([{"text": "the film"}])
+
+
+def test_long_rows_are_left_out(pairs_of, prompts_of, capsys):
+    long = {"chosen": "good good good", "rejected": "bad"}
+    assert len(pairs_of([*PAIRS, long], max_tokens=2)) == 2
+    assert "1 of 3 rows are longer than max_tokens=2" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(InputError, match="no pair is at most max_tokens=2"):
+        pairs_of([long], max_tokens=2)
+    rows = [{"prompt": "the"}, {"prompt": "the film is"}]
+    assert [p.prompt for p in prompts_of(rows, max_tokens=1)] == ["the"]
+    with pytest.raises(InputError, match="max_prompt_tokens=1"):
+        prompts_of(rows[1:], max_tokens=1)
+
+
+def test_prompts_keep_their_columns(prompts_of, tiny_tokenizer):
+    (plain,) = prompts_of([{"prompt": "the film", "label": 3}])
+    assert (plain.prompt, plain.columns) == ("the film", {"label": 3})
+    messages = [{"role": "user", "content": "the film"}]
+    (chat,) = prompts_of([{"prompt": messages}])
+    assert tiny_tokenizer.decode(chat.ids) == "user the film assistant"
+    with pytest.raises(InputError, match="row 0: prompt is empty"):
+        prompts_of([{"prompt": ""}])
+
+
+def test_a_prompt_in_the_assistants_words_is_continued(tiny_tokenizer):
+    """With and without such words, the text is that of TRL's apply_chat_template."""
+    begun = [message("user", "the film"), message("assistant", "is very")]
+    for prompt in (begun[:1], begun, [message("system", "good"), *begun]):
+        expected = apply_chat_template({"prompt": prompt}, tiny_tokenizer)["prompt"]
+        assert start(prompt, tiny_tokenizer, "d") == (expected, True)
+    assert start(begun, tiny_tokenizer, "d")[0].endswith("is very")
+
+
+def test_extracted_prompt_is_trls():
+    rnd = random.Random(0)
+    for _ in range(500):
+        shared = "x" + "".join(rnd.choices("ab ", k=rnd.randint(0, 5)))
+        texts = [shared + "".join(rnd.choices("ab ", k=rnd.randint(1, 4))) for _ in range(2)]
+        chats = [[message(*pair) for pair in zip(text, text, strict=True)] for text in texts]
+        for chosen, rejected in (texts, chats):
+            expected = trl_extract_prompt({"chosen": chosen, "rejected": rejected})
+            assert extract_prompt(chosen, rejected, "d") == expected
+
+
+def test_prompts_of_preference_pairs(prompts_of, tiny_tokenizer):
+    (plain,) = prompts_of([{"chosen": "the film is good", "rejected": "the film is bad"}])
+    assert plain.prompt == "the film is"
+    assert plain.columns == {"chosen": " good", "rejected": " bad"}
+    asked = [message("user", "film")]
+    (chat,) = prompts_of(
+        [
+            {
+                "chosen": [*asked, message("assistant", "good")],
+                "rejected": [*asked, message("assistant", "bad")],
+            }
+        ]
+    )
+    assert tiny_tokenizer.decode(chat.ids) == "user film assistant"
+    with pytest.raises(InputError, match="row 1: chosen and rejected begin differently"):
+        prompts_of([{"chosen": "a film", "rejected": "a plot"}, *PAIRS])
+
+
+def test_columns_of_reward_functions_own_arguments(prompts_of):
+    with pytest.raises(InputError, match="has a column 'completions'.*: rename it"):
+        prompts_of([{"prompt": "the film", "completions": "good"}])
+
+
+def test_a_template_that_refuses(tiny_tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", "{{ raise_exception('no system') }}")
+    rows = load_rows(write_jsonl([{"prompt": [message("system", "film")]}]))
+    with pytest.raises(InputError, match="d, row 0: the chat template refuses .*: no system"):
+        prompts(rows, tiny_tokenizer, source="d", max_tokens=9)
+
+
+def test_conversation_needs_a_template(tiny_tokenizer, write_jsonl, monkeypatch):
+    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
+    rows = load_rows(write_jsonl([{"prompt": [{"role": "user", "content": "film"}]}]))
+    with pytest.raises(InputError, match="row 0: .*no chat template"):
+        prompts(rows, tiny_tokenizer, source="d", max_tokens=9)
+
+
+def test_pad():
+    ids, mask = pad([[5], [6, 7, 8]], side="left")
+    assert ids.tolist() == [[0, 0, 5], [6, 7, 8]]
+    assert mask.tolist() == [[False, False, True], [True] * 3]
+    ids, mask = pad([[5], [6, 7, 8]], side="right")
+    assert ids.tolist() == [[5, 0, 0], [6, 7, 8]]
+    assert mask.tolist() == [[True, False, False], [True] * 3]
+
+
+@pytest.mark.parametrize(("size", "batch"), [(10, 4), (7, 7), (3, 8)])
+def test_batches_cover_every_row_once_an_epoch(size, batch):
+    epochs = 4
+    flat = [i for s in range(size * epochs) for i in batch_indices(size, batch, s, seed=1)]
+    passes = [flat[e * size : (e + 1) * size] for e in range(epochs)]
+    assert all(sorted(p) == list(range(size)) for p in passes)
+    assert len({tuple(p) for p in passes}) > 1  # shuffled anew
+    assert batch_indices(size, batch, 5, seed=1) != batch_indices(size, batch, 5, seed=2)
+
+
+@pytest.mark.parametrize("name", ["prompt", "chosen"])
+def test_text_that_is_not_utf8(tmp_path, tiny_tokenizer, name):
+    file = tmp_path / "latin.jsonl"
+    row = '{"prompt": "the film", "chosen": "a", "rejected": "b"}'.replace("film", "caf\xe9")
+    file.write_bytes((row + "\n").encode("latin-1") * 3)
+    rows = load_rows(str(file))
+    read = prompts if name == "prompt" else preference_pairs
+    with pytest.raises(InputError, match="data=here is not UTF-8 text: .*byte 0xe9"):
+        read(rows, tiny_tokenizer, source="here", max_tokens=64)

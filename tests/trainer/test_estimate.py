@@ -1,0 +1,150 @@
+"""From scores to advantages: exact numbers on a small batch."""
+
+import pytest
+import torch
+
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.data.rows import pad
+from rlhf_fast.trainer.measure import Measured, measure
+from rlhf_fast.trainer.models.policy import load_policy
+from rlhf_fast.trainer.ppo import counts, estimate, minibatches, parts, shaped
+from rlhf_fast.trainer.rollout.sample import Sampling, roll_out
+
+MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+SCORES = torch.tensor([1.0, -1.0, 0.5, 2.0])
+
+
+def config(**options) -> PPOConfig:
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o", "batch_size": 4}
+    return PPOConfig(**(required | options))
+
+
+@pytest.fixture
+def old() -> Measured:
+    generator = torch.Generator().manual_seed(0)
+    logp, ref_logp, values = (torch.randn(4, 3, generator=generator) for _ in range(3))
+    return Measured(logp, torch.rand(4, 3), ref_logp, values)
+
+
+def rewards(old: Measured, beta: float) -> torch.Tensor:
+    """−β·KL on every token, the score on the last."""
+    r = -beta * (old.logp - old.ref_logp)
+    for row, length in enumerate(MASK.sum(1)):
+        r[row, length - 1] += SCORES[row]
+    return r * MASK
+
+
+def whitened(x: torch.Tensor) -> torch.Tensor:
+    return ((x - x[MASK].mean()) / x[MASK].std()) * MASK
+
+
+def test_gae_with_and_without_whitening(old):
+    r, advantages = rewards(old, 0.1), torch.zeros(4, 3)
+    for row, length in enumerate(MASK.sum(1).tolist()):
+        after = 0.0
+        for t in reversed(range(length)):
+            following = old.values[row, t + 1] if t + 1 < length else 0.0
+            after = r[row, t] + following - old.values[row, t] + 0.95 * after
+            advantages[row, t] = after
+    got, returns = estimate(SCORES, old, MASK, 0.1, config(whiten_advantages=False))
+    torch.testing.assert_close(got, advantages)
+    torch.testing.assert_close(returns[MASK], (advantages + old.values)[MASK])
+    got, again = estimate(SCORES, old, MASK, 0.1, config())
+    torch.testing.assert_close(got, whitened(advantages), atol=1e-5, rtol=1e-5)
+    assert torch.equal(returns[MASK], again[MASK])  # the critic learns the rewards' own scale
+
+
+def test_reinforce_is_the_reward_to_go(old):
+    r = rewards(old, 0.1)
+    discounted = torch.zeros(4, 3)
+    for t in range(3):
+        for later in range(t, 3):
+            discounted[:, t] += 0.9 ** (later - t) * r[:, later]
+    options = {"estimator": "reinforce", "gamma": 0.9}
+    got, returns = estimate(SCORES, old, MASK, 0.1, config(**options, whiten_advantages=False))
+    torch.testing.assert_close(got, discounted * MASK)
+    assert returns is None
+    got, _ = estimate(SCORES, old, MASK, 0.1, config(**options))
+    torch.testing.assert_close(got, whitened(discounted), atol=1e-5, rtol=1e-5)
+
+
+def test_whitened_rewards_keep_their_mean(old):
+    r = rewards(old, 0.1)
+    scaled = ((r - r[MASK].mean()) / r[MASK].std() + r[MASK].mean()) * MASK
+    options = {"estimator": "reinforce", "whiten_rewards": True, "whiten_advantages": False}
+    got, _ = estimate(SCORES, old, MASK, 0.1, config(**options))
+    torch.testing.assert_close(got, scaled.flip(1).cumsum(1).flip(1) * MASK, atol=1e-5, rtol=1e-5)
+
+
+def test_kl_in_the_loss_leaves_the_reward_alone(old):
+    options = {"estimator": "reinforce", "whiten_advantages": False}
+    got, _ = estimate(SCORES, old, MASK, 0.1, config(**options, kl_in="loss", kl_estimator="k3"))
+    torch.testing.assert_close(got, SCORES[:, None] * MASK)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
+def test_a_group_is_compared_with_itself(old, estimator):
+    """Two answers to a prompt; the KL of the sequence is taken off the score first."""
+    paid = SCORES - 0.1 * ((old.logp - old.ref_logp) * MASK).sum(1)
+    gap = torch.stack([paid[0] - paid[1], paid[1] - paid[0], paid[2] - paid[3], paid[3] - paid[2]])
+    expected = {"rloo": gap, "dr_grpo": gap / 2, "grpo": gap.sign() / 2**0.5}[estimator]
+    options = {"estimator": estimator, "samples_per_prompt": 2}
+    got, returns = estimate(SCORES, old, MASK, 0.1, config(**options))
+    torch.testing.assert_close(got, expected[:, None].expand(4, 3), atol=1e-3, rtol=1e-3)
+    assert returns is None
+
+
+def test_shaped_scores():
+    ended = torch.tensor([True, True, False, False])
+    for options, expected in (
+        ({}, [1.0, -1.0, -0.5, 1.0]),
+        ({"missing_eos_penalty": 0.25, "score_clip": 0.75}, [0.75, -0.75, 0.25, 0.5]),
+        ({"missing_eos_score": -3.0}, [1.0, -1.0, -3.0, -3.0]),
+    ):
+        torch.testing.assert_close(shaped(SCORES, ended, config(**options)), torch.tensor(expected))
+
+
+def test_every_pass_covers_the_batch_in_its_own_order():
+    generator = torch.Generator().manual_seed(0)
+    rows = minibatches(8, config(batch_size=8, epochs=3, minibatches=2), generator)
+    assert [len(r) for r in rows] == [4] * 6
+    passes = [torch.cat(rows[i : i + 2]) for i in (0, 2, 4)]
+    assert all(sorted(p.tolist()) == list(range(8)) for p in passes)
+    assert not torch.equal(passes[0], passes[1])
+
+
+def test_parts_of_a_minibatch():
+    rows = torch.arange(5)
+    assert [len(p) for p in parts(rows, 2)] == [2, 2, 1]
+    assert [len(p) for p in parts(rows, None)] == [5]
+    assert len(parts(rows[:0], None)) == 0  # a process without a share of a small minibatch
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "divisor"),
+    [
+        ("token-mean", 9),
+        ("seq-mean-token-mean", 4),
+        ("seq-mean-token-sum", 4),
+        ("token-sum", 4 * 7),
+    ],
+)
+def test_what_a_loss_is_divided_by(aggregation, divisor):
+    tokens, normalizer = counts(MASK, config(aggregation=aggregation, max_new_tokens=7))
+    assert (tokens.item(), normalizer.item()) == (9, divisor)
+
+
+def test_a_critic_of_its_own_reads_the_tokens(tiny_policy_folder):
+    """Also where the policy stands on a shared trunk, whose hidden states are not the critic's."""
+    policy = load_policy(
+        tiny_policy_folder, trainable_layers=1, device=torch.device("cpu"),
+        value_model=tiny_policy_folder,
+    )  # fmt: skip
+    torch.nn.init.normal_(policy.value_head.weight)
+    ids, mask = pad([[3, 4, 5], [6, 7]], side="left")
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    rollout = roll_out(policy, ids, mask, Sampling(4, 1.0, []), draws)
+    measured = measure(policy, rollout, config())
+    with torch.no_grad():
+        hidden = policy.value_body(rollout.ids[:1]).last_hidden_state[:, 2:-1]
+        torch.testing.assert_close(measured.values[:1], policy.value_head(hidden).squeeze(-1))

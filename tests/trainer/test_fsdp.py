@@ -1,0 +1,162 @@
+"""FSDP2: two processes, each with half of every weight, give the numbers of one, to rounding."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from launches import RANKS, SMOOTH_ADAM, assert_same_run, broken_off, flags, launch_two, runs_file
+
+from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer.config import RewardConfig
+from rlhf_fast.trainer.distributed.fsdp import Sharder, check
+from rlhf_fast.trainer.errors import InputError
+
+
+def fsdp_launch(folder: Path, script: list[str], **fsdp_config) -> CompletedProcess:
+    config = {
+        "fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": False,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+    }  # fmt: skip
+    return launch_two(folder, script, "FSDP", fsdp_config=config | fsdp_config)
+
+
+OPTIONS = SMOOTH_ADAM | {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
+
+
+def test_two_processes_give_the_numbers_of_one(
+    configured, tmp_path, untied_folder, tiny_reward_folder
+):
+    options = OPTIONS.copy()
+    # Tied embeddings, a value head on them; 3 rows a minibatch: one process has an idle pass.
+    alone = configured("alone", minibatches=4, micro_batch_size=1, **options)
+    together = replace(alone, output_dir=str(tmp_path / "together"))
+    ppo.train(alone)
+    done = fsdp_launch(
+        tmp_path,
+        ["-m", "rlhf_fast.trainer.cli", "ppo", *flags(together)],
+        fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        fsdp_reshard_after_forward=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes share each batch of 12 answers and all weights (FSDP2)" in done.stdout
+    assert_same_run(alone, together)
+
+    # A critic of its own, and a head of its own; 1 row a minibatch: one process has idle ones only.
+    options |= {
+        "batch_size": 6,
+        "minibatches": 6,
+        "model": untied_folder,
+        "value_model": tiny_reward_folder,
+    }
+    critic = configured("critic", **options)
+    ppo.train(critic)
+    several = [
+        replace(critic, output_dir=str(tmp_path / "critic_together")),
+        broken_off(alone, "by_one_then_two"),
+        broken_off(together, "by_two_then_two"),
+    ]
+    done = fsdp_launch(
+        tmp_path,
+        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
+        fsdp_auto_wrap_policy="SIZE_BASED_WRAP",
+        fsdp_min_num_params=5000,
+        fsdp_reshard_after_forward=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_one = broken_off(together, "by_two_then_one")
+    ppo.train(by_one)
+    assert_same_run(critic, several[0])
+    for continued in (*several[1:], by_one):
+        assert_same_run(alone, continued)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora_r": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
+        {"trainable_layers": 2, "minibatches": 4, "micro_batch_size": 1},
+    ],
+    ids=["LoRA", "top layers"],
+)
+def test_frozen_weights_are_sharded_too(configured, tmp_path, options):
+    """The reference is the policy without adapters, or shares its frozen layers."""
+    alone = configured("alone", **OPTIONS | options)
+    together = replace(alone, output_dir=str(tmp_path / "together"))
+    ppo.train(alone)
+    several = [together, broken_off(alone, "by_one_then_two")]
+    done = fsdp_launch(
+        tmp_path,
+        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
+        fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        fsdp_reshard_after_forward="lora_r" in options,
+        fsdp_activation_checkpointing=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    by_one = broken_off(together, "by_two_then_one")
+    ppo.train(by_one)
+    for run in (*several, by_one):
+        assert_same_run(alone, run)
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        ({"fsdp_version": 1}, "set fsdp_version: 2"),
+        ({"cpu_offload": True}, "fsdp_offload_params"),
+        ({"mixed_precision_policy": "fp16"}, "mixed_precision: fp16"),
+    ],
+)
+def test_what_is_not_supported_is_refused(configured, plugin, message):
+    plugin = FullyShardedDataParallelPlugin(**({"fsdp_version": 2} | plugin))
+    with pytest.raises(InputError, match=message):
+        check(plugin, configured())
+
+
+def test_only_ppo_is_sharded():
+    config = RewardConfig(model="model", data="data", output_dir="out")
+    with pytest.raises(InputError, match="FSDP is for `rlhf-fast ppo`"):
+        check(FullyShardedDataParallelPlugin(fsdp_version=2), config)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_activation_checkpointing_runs_layers_twice(tiny_config, asked):
+    from transformers import LlamaModel
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP", activation_checkpointing=asked
+    )
+    body, calls = LlamaModel(tiny_config), []
+    for layer in body.layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    layer_wise = SimpleNamespace(plugin=plugin, unit=lambda *_, **__: None)
+    layer_wise.wrapped = partial(Sharder.wrapped, layer_wise)
+    Sharder.layers(layer_wise, body, None)
+    body(torch.zeros(1, 4, dtype=torch.int64)).last_hidden_state.sum().backward()
+    assert len(calls) == (6 if asked else 3)
+
+
+def test_a_layer_that_the_model_has_not(tiny_config):
+    from transformers import LlamaModel
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="TRANSFORMER_BASED_WRAP",
+        transformer_cls_names_to_wrap=["GPT2Block"],
+    )  # fmt: skip
+    with pytest.raises(InputError, match="GPT2Block: LlamaModel has no such layer"):
+        Sharder.wrapped(SimpleNamespace(plugin=plugin), LlamaModel(tiny_config))
+
+
+@pytest.mark.parametrize("engine", ["MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_other_engines_are_refused(configured, monkeypatch, engine):
+    from rlhf_fast.trainer.distributed.workers import Workers
+
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(InputError, match="not supported.*fsdp_version: 2"):
+        Workers(configured())

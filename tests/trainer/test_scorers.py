@@ -1,0 +1,285 @@
+"""What scores an answer: functions, models with tokenizers of their own, sums of them."""
+
+import math
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.rewards.scorers import load_scorer
+
+CPU = torch.device("cpu")
+PROMPTS = ["the film", "a plot"]
+ANSWERS = ["is good", "was very bad"]
+MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
+
+FUNCTIONS = """
+import numpy
+import torch
+
+def length(prompts, completions, **columns):
+    return [len(c) for c in completions]
+
+def good(prompts, completions, **columns):
+    return ["good" in c for c in completions]
+
+def asked(prompts, completions, label, **columns):
+    return [None if x is None else float(x) for x in label]
+
+def seen(prompts, completions, **columns):
+    raise KeyError((prompts, completions))
+
+def deeper(prompts, completions, **columns):
+    return helper(completions)
+
+def helper(completions):
+    return [float("x")]  # line 21
+
+def array(prompts, completions, **columns):
+    return numpy.array([1.5, 2.5])
+
+def tensor(prompts, completions, **columns):
+    return torch.tensor([1.5, 2.5])
+
+def no_columns(prompts, completions):
+    return [0.0, 0.0]
+
+def text(prompts, completions, **columns):
+    return ["1.0", "2.0"]
+
+def short(prompts, completions, **columns):
+    return [1.0]
+
+def infinite(prompts, completions, **columns):
+    return [1.0, float("inf")]
+
+def large(prompts, completions, **columns):
+    return [1.0, 1e39]
+
+def huge(prompts, completions, **columns):
+    return [10**400, 1.0]
+
+def lazy(prompts, completions, **columns):
+    return (1.0 for _ in prompts)
+
+def empties(prompts, completions, **columns):
+    scores = [float(len(c)) for c in completions]
+    prompts.clear(), completions.clear()
+    return scores
+
+def nothing(prompts, completions, **columns):
+    return [1.0, None]
+
+async def promised(prompts, completions, **columns):
+    return [1.0, 2.0]
+"""
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """scored("length") -> the scores of PROMPTS and ANSWERS; the scorer is its attribute."""
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+
+    def score(*names: str, weights=None, prompts=PROMPTS, answers=ANSWERS, **columns):
+        specs = [f"{tmp_path / 'mine.py'}:{name}" for name in names]
+        score.scorer = load_scorer(specs, weights, field="reward", device=CPU)
+        return score.scorer(prompts, answers, columns).tolist()
+
+    return score
+
+
+@pytest.fixture
+def save(tmp_path, tiny_tokenizer):
+    """save(config, tokenizer) -> the folder of a random sequence classifier, and the model."""
+
+    def write(config, tokenizer=tiny_tokenizer, name="classifier"):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config).eval()
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name), model
+
+    return write
+
+
+def reverse_tokenizer(**options) -> PreTrainedTokenizerFast:
+    """Another vocabulary than tiny_tokenizer's, and it splits between characters, not words."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    letters = ["<pad>", "<eos>", *"zyxwvutsrqponmlkjihgfedcba ", ":", "!"]
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="!"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="!", **options
+    )
+
+
+def llama(vocabulary: int, **options) -> LlamaConfig:
+    sizes = {
+        "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "initializer_range": 0.5, "pad_token_id": 0, "num_labels": 1,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    return LlamaConfig(**sizes | options)
+
+
+# ---------------------------------------------------------------------------------- functions
+
+
+def test_weighted_sum_and_its_components(scored):
+    assert scored("length") == [7, 12]
+    assert scored.scorer.components == {}  # one score is the sum
+    assert scored("length", "good", weights=[0.1, 2.0]) == pytest.approx([2.7, 1.2])
+    components = {name: part.tolist() for name, part in scored.scorer.components.items()}
+    assert components == {"length": [7, 12], "good": [1, 0]}
+    assert scored("length", "good") == [8, 12]
+
+
+def test_none_leaves_a_reward_out_of_the_sum(scored):
+    assert scored("length", "asked", weights=[1.0, 10.0], label=[None, 2]) == [7, 32]
+    assert scored.scorer.components["asked"].isnan().tolist() == [True, False]
+    with pytest.raises(
+        InputError, match=r"reward=.*:asked and reward=.*:nothing returned None .*1"
+    ):
+        scored("asked", "nothing", label=[1, None])
+
+
+@pytest.mark.parametrize("name", ["array", "tensor"])
+def test_arrays_are_lists_of_numbers(scored, name):
+    assert scored(name) == [1.5, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("short", "mine.py:short returned 1 scores, expected a list of 2 numbers"),
+        ("text", "returned '1.0' for row 0, expected a finite number; prompt 'the film', answer"),
+        ("infinite", "returned inf for row 1"),
+        ("large", r"returned 1e\+39 for row 1, expected a finite number"),  # not in float32
+        ("huge", "returned 10000.* for row 0, expected a finite number"),
+        ("lazy", "lazy returned <generator object .*, expected a list of 2 numbers"),
+        ("nothing", "returned None for row 1, expected a finite number; prompt 'a plot', answer"),
+        ("promised", "returned <coroutine object .*, expected a list of 2 numbers"),
+        ("deeper", r"mine.py:deeper raised ValueError: .*'x' \(.*mine.py, line 21\)"),
+        ("no_columns", "no_columns cannot be called with prompts, completions, label: .*'label'"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:coroutine")
+def test_errors_of_functions_are_named(scored, name, message):
+    with pytest.raises(InputError, match=message):
+        scored(name, label=[1, 2])
+
+
+def test_a_function_that_empties_its_lists_harms_no_other(scored):
+    assert scored("empties", "length") == [2 * len(answer) for answer in ANSWERS]
+
+
+def test_one_reward_is_named_once(scored):
+    with pytest.raises(InputError, match="names the same reward twice"):
+        scored("length", "length")
+
+
+def test_functions_see_conversations(scored):
+    """A prompt that begins the answer is part of the answer, as in TRL."""
+    begun = [*MESSAGES[0], {"role": "assistant", "content": "is very"}]
+    with pytest.raises(InputError) as error:
+        scored("seen", prompts=[begun], answers=[" good"])
+    answer = [[{"role": "assistant", "content": "is very good"}]]
+    assert str(([MESSAGES[0]], answer)) in str(error.value)
+
+
+# ------------------------------------------------------------------------------------- models
+
+
+def test_reward_model_with_another_vocabulary(save):
+    """Text goes across: the ids are the reward model's own."""
+    tokenizer = reverse_tokenizer()
+    folder, model = save(llama(len(tokenizer)), tokenizer)
+    scores = load_scorer(folder, field="reward", device=CPU)(PROMPTS, ANSWERS, {})
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        ids = torch.tensor([[tokenizer.get_vocab()[c] for c in prompt + answer]])
+        assert score.item() == pytest.approx(model(ids).logits.item(), abs=1e-5)
+
+
+def test_conversations_go_through_the_reward_models_own_template(save):
+    template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}!{% endfor %}"
+    tokenizer = reverse_tokenizer(chat_template=template)
+    folder, model = save(llama(len(tokenizer)), tokenizer)
+    scores = load_scorer(folder, field="reward", device=CPU)(MESSAGES, ANSWERS, {})
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        ids = torch.tensor([[tokenizer.get_vocab()[c] for c in f"u:{prompt}!a:{answer}!"]])
+        assert score.item() == pytest.approx(model(ids).logits.item(), abs=1e-5)
+
+    folder, _ = save(llama(len(tokenizer)), reverse_tokenizer(), "plain")
+    with pytest.raises(InputError, match="reward=.*plain: a conversation, but .*no chat template"):
+        load_scorer(folder, field="reward", device=CPU)(MESSAGES, ANSWERS, {})
+
+
+@pytest.mark.parametrize("kind", [BertConfig, GPT2Config, BloomConfig, LlamaConfig])
+def test_any_sequence_classifier(save, kind, tiny_tokenizer):
+    """Padding moves no score: a batch gives what its rows give alone."""
+    sizes = {
+        "vocab_size": len(tiny_tokenizer), "hidden_size": 16, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "initializer_range": 0.5, "pad_token_id": 0, "num_labels": 1,
+    }  # fmt: skip
+    folder, model = save(kind(**sizes))
+    scores = load_scorer(folder, field="reward", device=CPU)(PROMPTS, ANSWERS, {})
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        ids = tiny_tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        assert score.item() == pytest.approx(model(ids).logits.item(), abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_label_of_a_classifier(save, tiny_tokenizer):
+    labels = {0: "bad", 1: "so so", 2: "good"}
+    config = llama(len(tiny_tokenizer), num_labels=3, id2label=labels)
+    folder, model = save(config)
+    scores = load_scorer(f"{folder}#so so", field="reward", device=CPU)(PROMPTS, ANSWERS, {})
+    for prompt, answer, score in zip(PROMPTS, ANSWERS, scores, strict=True):
+        ids = tiny_tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        p = torch.softmax(model(ids).logits[0], -1)[1].item()
+        assert score.item() == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
+
+    for spec in (folder, f"{folder}#great"):
+        with pytest.raises(InputError, match="gives 3 scores, expected one: .*#bad or .*#so so or"):
+            load_scorer(spec, field="reward", device=CPU)
+
+
+def test_label_of_several_that_do_not_exclude_each_other(save, tiny_tokenizer):
+    config = llama(
+        len(tiny_tokenizer), num_labels=2, id2label={0: "rude", 1: "long"},
+        problem_type="multi_label_classification",
+    )  # fmt: skip
+    folder, model = save(config)
+    (score,) = load_scorer(f"{folder}#long", field="reward", device=CPU)(["the film"], ["is"], {})
+    ids = tiny_tokenizer("the filmis", return_tensors="pt")["input_ids"]
+    p = torch.sigmoid(model(ids).logits[0, 1]).item()
+    assert score.item() == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
+
+
+def test_text_longer_than_the_reward_model_reads(save, tiny_tokenizer):
+    folder, _ = save(llama(len(tiny_tokenizer), max_position_embeddings=4))
+    scorer = load_scorer(folder, field="reward", device=CPU)
+    with pytest.raises(InputError, match="reads at most 4 tokens, but prompt and answer have 6"):
+        scorer(["the film "], ["is very very good"], {})
+
+
+def test_models_and_functions_in_one_sum(scored, save, tiny_tokenizer, tmp_path):
+    folder, _ = save(llama(len(tiny_tokenizer)), name="model")
+    alone = load_scorer(folder, field="reward", device=CPU)(PROMPTS, ANSWERS, {})
+    both = load_scorer(
+        [folder, f"{tmp_path / 'mine.py'}:length"], [1.0, -0.5], field="reward", device=CPU
+    )
+    assert both(PROMPTS, ANSWERS, {}).tolist() == pytest.approx(
+        (alone - torch.tensor([3.5, 6])).tolist()
+    )
+    assert list(both.components) == [tmp_path.name, "length"]  # <output_dir>/model, and a function

@@ -1,0 +1,131 @@
+"""Two processes on the same global batch give the numbers of one, to rounding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launches import assert_same_metrics, flags, launch
+
+from rlhf_fast.trainer import ppo, reward
+from rlhf_fast.trainer.config import PPOConfig, RewardConfig
+from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.run.folder import Run, read_metrics
+
+
+def launch_ddp(config: PPOConfig | RewardConfig) -> CompletedProcess:
+    command = "reward" if isinstance(config, RewardConfig) else "ppo"
+    options = ["--multi_gpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no",
+               "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
+    return launch(options, ["-m", "rlhf_fast.trainer.cli", command, *flags(config)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # 3 rows a minibatch: the two processes never have the same share of it
+        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True},
+        # 1 row a minibatch: one process has nothing to learn from
+        {"minibatches": 12, "estimator": "rloo", "samples_per_prompt": 2, "trainable_layers": 2},
+    ],
+    ids=["uneven shares", "empty shares"],
+)
+def test_two_processes_give_the_numbers_of_one(configured, options):
+    options = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2} | options
+    alone = configured("alone", **options)
+    device = "cpu" if torch.accelerator.is_available() else "auto"  # auto finds CPUs by itself
+    together = configured("together", **options | {"device": device})
+    together.data = alone.data
+    ppo.train(alone)
+    done = launch_ddp(together)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout  # without --multi_gpu a launch on a CPU starts one
+    assert_same_metrics(alone, together)
+    assert (Path(together.output_dir) / "model" / "model.safetensors").is_file()
+    kept = {p.name for p in (Path(together.output_dir) / "checkpoints").iterdir()}
+    assert kept == {"step_2.pt", "step_3.pt"}
+
+
+def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_jsonl, tmp_path):
+    rows = [
+        {"chosen": "the film " * (i % 3) + "is good", "rejected": "bad plot " * (i % 4) + "was bad",
+         "margin": 0.1 * i} for i in range(22)
+    ]  # fmt: skip
+    one, two = (
+        RewardConfig(
+            model=tiny_policy_folder, data=write_jsonl(rows), output_dir=str(tmp_path / name),
+            eval_pairs=4, batch_size=6, micro_batch_size=2, learning_rate=1e-3, center_coef=0.1,
+            trainable_layers=1, epochs=3, device="cpu",
+        )
+        for name in ("one", "two")
+    )  # fmt: skip
+    summary = reward.train(one)
+    done = launch_ddp(two)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "2 processes" in done.stdout and done.stdout.count("held-out pair accuracy") == 1
+    alone, shared = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (one, two))
+    assert len(alone) == 9
+    for a, b in zip(alone, shared, strict=True):
+        assert b == pytest.approx(a, rel=1e-4, abs=1e-5)
+    found = Run(RewardConfig(**(vars(two) | {"resume": True}))).summary
+    for name in ("accuracy", "loss", "score_mean", "score_std"):
+        assert found[name] == pytest.approx(summary[name], rel=1e-3, abs=1e-4), name
+    stored = json.loads((Path(two.output_dir) / "model" / "config.json").read_text())
+    assert stored["score_mean"] == found["score_mean"]
+
+
+def test_a_reward_that_fails_in_one_process_ends_all(configured, tmp_path):
+    (tmp_path / "fails.py").write_text(
+        "import os\n"
+        "calls = 0\n"
+        "def second(prompts, completions, **columns):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    bad = os.environ['RANK'] == '1' and calls == 2\n"
+        "    return [float('nan') if bad else 1.0] * len(prompts)\n"
+    )
+    config = configured(reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
+    done = launch_ddp(config)
+    assert done.returncode != 0
+    assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
+
+
+def test_batch_that_cannot_be_shared(configured, monkeypatch):
+    from rlhf_fast.trainer.distributed.workers import Workers
+
+    class Three:
+        distributed_type, process_index, num_processes = "NO", 0, 3
+        state = SimpleNamespace(destroy_process_group=lambda: None)
+
+        def __init__(self, **_):
+            pass
+
+    monkeypatch.setattr("rlhf_fast.trainer.distributed.workers.Accelerator", Three)
+    with pytest.raises(InputError, match="batch_size=16 cannot be shared by 3 processes"):
+        Workers(configured())
+
+
+def test_a_device_of_each_process_its_own(configured, monkeypatch):
+    from rlhf_fast.trainer.distributed.workers import Workers
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = configured()
+    config.device = "cuda:1"
+    with pytest.raises(InputError, match="device=cuda:1: each of several processes"):
+        Workers(config)
+
+
+def test_processes_see_one_folder(monkeypatch):
+    from rlhf_fast.trainer.distributed.workers import Workers
+
+    monkeypatch.setattr(
+        "rlhf_fast.trainer.distributed.workers.gather_object", lambda numbers: [*numbers, 0]
+    )
+    two = SimpleNamespace(size=2)
+    with pytest.raises(InputError, match=r"differ in the step .*\(\[3, 0\]\)"):
+        Workers.agreed(two, 3, "step")
+    assert Workers.agreed(two, 0, "step") == 0
