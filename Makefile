@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 
-.PHONY: install demo test bench lint clean
+.PHONY: install demo test bench docs lint clean
 install: $(VENV)/installed
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
@@ -44,6 +44,10 @@ bench: install
 	$(PIP) install -e ".[bench]"
 	$(PIP) install --no-deps --target bench/.peers -r bench/peers.txt
 	$(BIN)/python bench/run.py
+
+docs: install
+	$(PIP) install -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 lint: install
 	$(BIN)/ruff check --fix .
