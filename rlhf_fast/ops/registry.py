@@ -17,6 +17,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,13 +25,20 @@ import torch
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-extension_error = "not built"
-try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
-    extension = importlib.import_module("rlhf_fast._C")
-except ModuleNotFoundError:
-    extension = None
-except ImportError as error:  # built against another torch, say: everything still runs, slower
-    extension, extension_error = None, f"failed to load: {error}"
+
+
+def compiled(module: str) -> tuple[ModuleType | None, str]:
+    """A compiled extension, which registers its kernels when it is loaded; or why there is none."""
+    try:
+        return importlib.import_module(f"rlhf_fast.{module}"), ""
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:  # built against another torch, say: everything still runs, slower
+        return None, f"failed to load: {error}"
+
+
+extensions = {"C++": compiled("_C"), "CUDA": compiled("_cuda")}
+extension = extensions["C++"][0]
 
 
 @dataclass(frozen=True)

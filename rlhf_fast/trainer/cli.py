@@ -5,33 +5,34 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig, parse
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.installed import load
+
+
+def parsed(config: str, argv: Sequence[str], *, prog: str) -> Any:
+    options = load("rlhf_fast.trainer.config")
+    return options.parse(getattr(options, config), argv, prog=prog)
 
 
 def reward(argv: Sequence[str]) -> None:
     """train a reward model from pairs of a better and a worse text"""
-    config = parse(RewardConfig, argv, prog="rlhf-fast reward")
-    from rlhf_fast.trainer.reward import train
-
-    train(config)
+    config = parsed("RewardConfig", argv, prog="rlhf-fast reward")
+    load("rlhf_fast.trainer.reward").train(config)
 
 
 def ppo(argv: Sequence[str]) -> None:
     """train a language model with PPO against a reward model or function"""
-    config = parse(PPOConfig, argv, prog="rlhf-fast ppo")
-    from rlhf_fast.trainer.ppo import train
-
-    train(config)
+    config = parsed("PPOConfig", argv, prog="rlhf-fast ppo")
+    load("rlhf_fast.trainer.ppo").train(config)
 
 
 def generate(argv: Sequence[str]) -> None:
     """answer a prompt with a trained model"""
-    config = parse(GenerateConfig, argv, prog="rlhf-fast generate")
-    from rlhf_fast.trainer.generate import generate
-
-    for answer in generate(config):
+    config = parsed("GenerateConfig", argv, prog="rlhf-fast generate")
+    for answer in load("rlhf_fast.trainer.generate").generate(config):
         print(answer)
 
 
@@ -39,22 +40,18 @@ def plot(argv: Sequence[str]) -> None:
     """draw the plot of a PPO run from its metrics"""
     if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
         argv = ["--run", *argv]
-    config = parse(PlotConfig, argv, prog="rlhf-fast plot")
-    from pathlib import Path
-
-    from rlhf_fast.trainer.run.console import plot
-    from rlhf_fast.trainer.run.folder import read_metrics, replacing
-
+    config = parsed("PlotConfig", argv, prog="rlhf-fast plot")
+    stored = load("rlhf_fast.trainer.run.folder")
     folder = Path(config.run).expanduser()
     target = Path(config.output).expanduser() if config.output else folder / "plot.png"
-    metrics = read_metrics(folder / "metrics.jsonl")
+    metrics = stored.read_metrics(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
     if target.is_dir():
         raise InputError(f"output={target} is a folder: expected a file to write")
     try:
-        with replacing(target) as partial:
-            plot(metrics, partial)
+        with stored.replacing(target) as partial:
+            load("rlhf_fast.trainer.run.console").plot(metrics, partial)
     except OSError as error:
         raise InputError(f"output={target} cannot be written: {error.strerror}") from None
     print(target)

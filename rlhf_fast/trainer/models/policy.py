@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.distributed.fsdp import Sharded
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.installed import check_peft
 from rlhf_fast.trainer.models.packing import can_pack
 
 transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
@@ -235,10 +236,9 @@ class LoRA:
 
 def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
     """Only they train from here on; until they learn, they add zero."""
-    try:
-        from peft import LoraConfig
-    except ImportError:
-        raise InputError(f"lora_r={lora.r} needs peft: pip install peft") from None
+    check_peft(f"lora_r={lora.r}")
+    from peft import LoraConfig
+
     torch.manual_seed(lora.seed)  # A is drawn, B is zero
     try:
         model.add_adapter(

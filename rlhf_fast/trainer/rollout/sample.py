@@ -23,7 +23,7 @@ from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
 from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
 from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap, trunk_recorder
 from rlhf_fast.trainer.rollout.fused_layers import fused_layers
-from rlhf_fast.trainer.rollout.kv_cache import growing_cache
+from rlhf_fast.trainer.rollout.kv_cache import cache_arguments, growing_cache
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,7 @@ def sample(
     steps = sampling.max_new_tokens
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
     cache = growing_cache(model, prompt_length + steps)
+    with_cache = cache_arguments(base, cache)
     fused = fused_layers(model, cache)
 
     tokens = ids.new_zeros(batch, steps)
@@ -161,8 +162,7 @@ def sample(
                     new_ids,
                     attention_mask=attention[live, :end].long(),
                     position_ids=new_positions,
-                    past_key_values=cache,
-                    use_cache=True,
+                    **with_cache,
                 )
                 last = out.last_hidden_state[:, -1]  # [B, H]
             if trunk_layers:

@@ -44,11 +44,12 @@ class Bar:
 
 @contextmanager
 def progress_bar(name: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    roomy = console.width >= 110  # else the numbers beside the bar would not fit
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if roomy else []),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if roomy else []),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
@@ -110,29 +111,33 @@ def samples_table(
     prompts: list[Any], texts: list[str], scores: list[float], rows: int = 4
 ) -> Table:
     """Answers of this step with their scores."""
-    table = Table("prompt", "answer", "reward", show_lines=True)
+    table = Table(show_lines=True)
+    for name in ("prompt", "answer"):
+        table.add_column(name, overflow="fold")
+    table.add_column("reward", justify="right")
     for prompt, text, score in list(zip(prompts, texts, scores, strict=True))[:rows]:
         table.add_row(escape(shown(prompt)), escape(shown(text)), f"{score:+.2f}")
     return table
 
 
 def answers_table(before: dict[str, list], after: dict[str, list], rows: int = 8) -> Table:
-    """The same prompts answered by the reference and by the trained policy, with scores."""
+    """The same prompts answered by the reference and by the trained policy, with scores.
+
+    One below the other: side by side they leave a terminal of 80 columns a word a line.
+    """
     judged = "judge" in before
-    table = Table(show_lines=True)
-    table.add_column("prompt", ratio=2)
-    for name in ("before", "after"):
-        table.add_column(name, ratio=3)
-        table.add_column("reward", justify="right")
-        if judged:
-            table.add_column("judge", justify="right")
+    table = Table()
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("")
+    table.add_column("answer", ratio=3, overflow="fold")
+    for name in ("reward", "judge") if judged else ("reward",):
+        table.add_column(name, justify="right")
     for i in range(min(rows, len(before["prompt"]))):
-        cells = [escape(shown(before["prompt"][i]))]
-        for side in (before, after):
-            cells += [escape(shown(side["answer"][i])), f"{side['score'][i]:+.2f}"]
-            if judged:
-                cells.append(f"{side['judge'][i]:+.2f}")
-        table.add_row(*cells)
+        for name, side in (("before", before), ("after", after)):
+            prompt = escape(shown(before["prompt"][i])) if name == "before" else ""
+            scores = [side["score"][i], *([side["judge"][i]] if judged else [])]
+            cells = [prompt, name, escape(shown(side["answer"][i])), *(f"{x:+.2f}" for x in scores)]
+            table.add_row(*cells, end_section=name == "after")
     return table
 
 
