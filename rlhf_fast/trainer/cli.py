@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig, parse
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
+from rlhf_fast.trainer.run.terminal import give_up_what_is_gone, steady_terminal
 
 
 def reward(argv: Sequence[str]) -> None:
@@ -42,8 +44,9 @@ def plot(argv: Sequence[str]) -> None:
     config = parse(PlotConfig, argv, prog="rlhf-fast plot")
     from pathlib import Path
 
-    from rlhf_fast.trainer.run.console import plot
-    from rlhf_fast.trainer.run.folder import read_metrics, replacing
+    from rlhf_fast.trainer.run.files import replacing
+    from rlhf_fast.trainer.run.metrics import read_metrics
+    from rlhf_fast.trainer.run.plot import is_plot, plot
 
     folder = Path(config.run).expanduser()
     target = Path(config.output).expanduser() if config.output else folder / "plot.png"
@@ -52,8 +55,13 @@ def plot(argv: Sequence[str]) -> None:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
     if target.is_dir():
         raise InputError(f"output={target} is a folder: expected a file to write")
+    if os.path.lexists(target) and not is_plot(target):
+        raise InputError(
+            f"output={target} is there already and was not drawn by this command: it is not "
+            "written over; give another --output"
+        )
     try:
-        with replacing(target) as partial:
+        with replacing(target, target.with_name(f".{target.name}.{os.getpid()}")) as partial:
             plot(metrics, partial)
     except OSError as error:
         raise InputError(f"output={target} cannot be written: {error.strerror}") from None
@@ -85,7 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    name, *rest = argv
+    with steady_terminal():
+        code = call(*argv)
+    give_up_what_is_gone()
+    return code
+
+
+def call(name: str, *rest: str) -> int:
+    """One command; its exit code."""
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -94,9 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rlhf-fast {name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:  # a training says what can be gone on from
+        print(f"rlhf-fast {name}: {error}" if error.args else "interrupted", file=sys.stderr)
         return 130
+    except Ended as error:
+        return error.code
     return 0
 
 
