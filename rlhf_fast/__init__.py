@@ -1,5 +1,6 @@
 """RLHF with PPO whose losses never hold a full-vocabulary tensor."""
 
+from . import interrupted as _interrupted  # noqa: F401  before torch is imported
 from .ops.check import debug
 from .ops.gae import gae
 from .ops.gae_packed import gae_packed

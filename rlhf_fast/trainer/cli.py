@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.installed import load
+from rlhf_fast.trainer.run.terminal import give_up_what_is_gone, steady_terminal
 
 
 def parsed(config: str, argv: Sequence[str], *, prog: str) -> Any:
@@ -41,17 +43,25 @@ def plot(argv: Sequence[str]) -> None:
     if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
         argv = ["--run", *argv]
     config = parsed("PlotConfig", argv, prog="rlhf-fast plot")
-    stored = load("rlhf_fast.trainer.run.folder")
+    plots = load("rlhf_fast.trainer.run.plot")
+    from rlhf_fast.trainer.run.files import replacing
+    from rlhf_fast.trainer.run.metrics import read_metrics
+
     folder = Path(config.run).expanduser()
     target = Path(config.output).expanduser() if config.output else folder / "plot.png"
-    metrics = stored.read_metrics(folder / "metrics.jsonl")
+    metrics = read_metrics(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
     if target.is_dir():
         raise InputError(f"output={target} is a folder: expected a file to write")
+    if os.path.lexists(target) and not plots.is_plot(target):
+        raise InputError(
+            f"output={target} is there already and was not drawn by this command: it is not "
+            "written over; give another --output"
+        )
     try:
-        with stored.replacing(target) as partial:
-            load("rlhf_fast.trainer.run.console").plot(metrics, partial)
+        with replacing(target, target.with_name(f".{target.name}.{os.getpid()}")) as partial:
+            plots.plot(metrics, partial)
     except OSError as error:
         raise InputError(f"output={target} cannot be written: {error.strerror}") from None
     print(target)
@@ -82,7 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    name, *rest = argv
+    with steady_terminal():
+        code = call(*argv)
+    give_up_what_is_gone()
+    return code
+
+
+def call(name: str, *rest: str) -> int:
+    """One command; its exit code."""
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -91,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rlhf-fast {name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:  # a training says what can be gone on from
+        print(f"rlhf-fast {name}: {error}" if error.args else "interrupted", file=sys.stderr)
         return 130
+    except Ended as error:
+        return error.code
     return 0
 
 

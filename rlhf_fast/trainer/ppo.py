@@ -55,11 +55,11 @@ from rlhf_fast.trainer.rollout.sample import (
     decode,
     decodes_exactly,
 )
+from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import (
     Stopwatch,
     answers_table,
     console,
-    plot,
     profile,
     progress_bar,
     samples_table,
@@ -67,10 +67,13 @@ from rlhf_fast.trainer.run.console import (
 )
 from rlhf_fast.trainer.run.diagnostics import warnings
 from rlhf_fast.trainer.run.folder import Run, read_metrics
+from rlhf_fast.trainer.run.metrics import finite
+from rlhf_fast.trainer.run.plot import plot
 from rlhf_fast.trainer.schedule import Control, Schedule
 from rlhf_fast.trainer.update import Stepper
 
 
+@interrupts.guarded()
 def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     """Returns (and saves as summary.json) score, judge and KL before and after training."""
     workers = Workers(config)
@@ -118,7 +121,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     run.check_end(config.steps)
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
-    before = run.load("before.json") if run.exists else None
+    columns = ("prompt", "answer", "score", "kl")
+    before = run.load("before.json", columns) if run.exists else None
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
@@ -140,6 +144,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
             scheduler.after(step * updates)
+            learnt = partial(run.keep, step, weights, stepper.optimizer, control=control)
+            interrupts.step_begins(learnt, alone=workers.size == 1)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
             groups = config.batch_size // config.samples_per_prompt
@@ -154,7 +160,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             try:
                 scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
-                run.save_checkpoint(step, weights, stepper.optimizer, control=control)
+                interrupts.keep_what_was_learnt()
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
             columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
@@ -171,6 +177,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             advantages, returns = estimate(scores, old, mask, control.beta, config)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
+            interrupts.update_begins()
             stats = learn(
                 policy, rollout, old, advantages, returns, config, stepper, scheduler, control,
                 workers, generator,
@@ -209,7 +216,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
             control.adapt(row["objective/kl"])
             run.log(row)
-            history.append(row)
+            history.append(finite(row))
             if workers.is_main:
                 workers.log(row)
                 bar.show(summary_line(row))
@@ -220,8 +227,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     asked = [prompt.prompt for prompt in batch[mine]]
                     console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            ending = workers.largest(interrupts.asked())
+            if ending or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
+            if ending:
+                interrupts.stop(ending)
+
+    interrupts.steps_are_over()
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
@@ -236,7 +248,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
-        "skipped_updates": sum(row["skipped_updates"] for row in history),
+        "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
         "seconds": round(time.perf_counter() - began, 1),
     }
     run.save("summary.json", summary)

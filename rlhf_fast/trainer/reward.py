@@ -36,6 +36,7 @@ from rlhf_fast.trainer.models.policy import (
     score_tokens,
 )
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
+from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import console, progress_bar
 from rlhf_fast.trainer.run.folder import Run
 from rlhf_fast.trainer.schedule import Schedule, Updates
@@ -45,6 +46,7 @@ Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], wit
 WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
 
 
+@interrupts.guarded()
 def train(config: RewardConfig) -> dict:
     """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
     workers = Workers(config)
@@ -100,6 +102,8 @@ def train(config: RewardConfig) -> dict:
     with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
         for step in range(first, steps):
             schedule.after(step)
+            learnt = partial(run.keep, step, weights, optimizer, updates=updates)
+            interrupts.step_begins(learnt, alone=workers.size == 1)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 
@@ -115,6 +119,7 @@ def train(config: RewardConfig) -> dict:
                 sums["margin"] += stats.gap * share
                 sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
             workers.sum(sums.values())
+            interrupts.update_begins()
             norm, made = stepper.step(sums["loss"])
 
             row = {
@@ -132,9 +137,13 @@ def train(config: RewardConfig) -> dict:
             if workers.is_main:
                 workers.log(row)
                 bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            ending = workers.largest(interrupts.asked())
+            if ending or (step + 1) % config.save_every == 0 or step + 1 == steps:
                 run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
+            if ending:
+                interrupts.stop(ending)
 
+    interrupts.steps_are_over()
     result = workers.main_only(partial(normalise, model, held_out, config))
     run.write(
         "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))

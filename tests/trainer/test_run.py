@@ -14,6 +14,7 @@ import torch
 
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.run import files
 from rlhf_fast.trainer.run import folder as run_module
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
@@ -104,7 +105,9 @@ def test_killed_before_every_single_operation_on_the_disk(make, monkeypatch, ove
 
         with monkeypatch.context() as patch:
             for name in ("flush", "remove", "save_tensors"):
-                patch.setattr(run_module, name, counted(getattr(run_module, name)))
+                operation = counted(getattr(files, name))
+                patch.setattr(files, name, operation)
+                patch.setattr(run_module, name, operation)
             patch.setattr(os, "replace", counted(os.replace))
             try:
                 advance(config)
@@ -130,12 +133,13 @@ def test_a_folder_is_never_missing_without_a_copy(make, monkeypatch):
     run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("old")))
     real = os.replace
 
-    def killed_after_first(source, target):
+    def killed_after_its_first(source, target):
         real(source, target)
-        raise Killed
+        if source == run.folder / "model":
+            raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", killed_after_first)
+        patch.setattr(os, "replace", killed_after_its_first)
         run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("new")))
     assert (run.folder / ".model.old" / "w").read_text() == "old"
     assert (run.folder / ".model.partial" / "w").read_text() == "new"
@@ -271,9 +275,9 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut, "step_4.pt cannot be read: .*zip archive.*without the file --resume goes on from"),
-        (lambda path: path.write_bytes(b""), "step_4.pt cannot be read: "),
-        (lambda path: torch.save([1], path), "step_4.pt is not a checkpoint of what is trained"),
+        (cut, "step_4.pt cannot be read: .*zip file.*without the file --resume goes on from"),
+        (lambda path: path.write_bytes(b""), "step_4.pt cannot be read: it is empty"),
+        (lambda path: torch.save([1], path), "step_4.pt is not a checkpoint of a run"),
         (lambda path: torch.save({"step": 4}, path), "step_4.pt is not a checkpoint of what"),
     ],
     ids=["cut", "empty", "a list", "incomplete"],
@@ -311,7 +315,7 @@ def test_a_file_of_the_users_own_among_the_checkpoints(make):
         ("config.yaml", "- a", "config.yaml cannot be read"),
         ("config.yaml", "a: [\n", "config.yaml cannot be read: while parsing"),
         ("summary.json", "{", "summary.json cannot be read: .*without the file --resume makes it"),
-        ("metrics.jsonl", "{}\nxyz\n", "metrics.jsonl, line 2 cannot be read: Expecting value"),
+        ("metrics.jsonl", "xyz\n{}\n", "metrics.jsonl, line 1 cannot be read: Expecting value"),
     ],
 )
 def test_a_file_that_cannot_be_read(make, name, text, message):

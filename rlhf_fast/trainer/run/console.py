@@ -1,11 +1,10 @@
-"""What a run shows: progress bars, tables of answers, where the time went, the plot."""
+"""What a run shows: progress bars, tables of answers, where the time went."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rlhf_fast.trainer.errors import InputError
-
 console = Console(highlight=False)
-
-PANELS = (
-    ("objective/scores", "reward (score, before KL)"),
-    ("objective/kl", "KL from the reference (nats a sequence)"),
-    ("objective/judge", "independent judge"),
-    ("policy/clipfrac_avg", "share of clipped ratios"),
-    ("loss/value_avg", "value loss"),
-)
 
 
 class Bar:
@@ -95,11 +84,12 @@ SHARES = {"rollout": "rollout", "score": "reward", "reference": "reference", "up
 
 def profile(rows: list[dict[str, float]]) -> str:
     """Where a run's time went, in one line. `reference` includes old log-probs and values."""
+    rows = [row for row in rows if row.get("perf/seconds")]
     if not rows:
-        return "no step was made"
+        return "no step was timed"
     total = sum(row["perf/seconds"] for row in rows)
     shares = {
-        shown: sum(row[f"perf/{name}_seconds"] for row in rows) / total
+        shown: sum(row.get(f"perf/{name}_seconds") or 0 for row in rows) / total
         for name, shown in SHARES.items()
     }
     return f"{total / len(rows):.2f} s a step: " + ", ".join(
@@ -145,25 +135,3 @@ def shown(text: Any) -> str:
     if isinstance(text, list):  # a conversation: its last message is what is answered
         text = text[-1]["content"]
     return " ".join(text.split())
-
-
-def plot(metrics: list[dict[str, float]], path: Path) -> None:
-    """One PNG of the run: each panel a metric over steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = [(key, title) for key, title in PANELS if metrics and key in metrics[0]]
-    if not panels:
-        raise InputError(f"{path.parent} has no metrics of a PPO run to plot")
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        axes.plot(
-            [row["step"] for row in metrics], [row.get(key) for row in metrics], linewidth=1.5
-        )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")
