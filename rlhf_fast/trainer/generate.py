@@ -7,13 +7,8 @@ import torch
 from rlhf_fast.trainer.config import GenerateConfig
 from rlhf_fast.trainer.data.rows import pad, start, tokenize
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    check_vocabulary,
-    load_causal_lm,
-    load_tokenizer,
-    pick_device,
-    stop_tokens,
-)
+from rlhf_fast.trainer.models.loading import load_causal_lm, pick_device
+from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from rlhf_fast.trainer.rollout.sample import Sampling, decode, sample
 
 

@@ -12,7 +12,8 @@ from rlhf_fast import linear_token_logprobs
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import Prompt, pad
 from rlhf_fast.trainer.distributed.workers import Workers
-from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
+from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.rewards.scorers import Scorer
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,

@@ -46,7 +46,9 @@ from rlhf_fast.trainer.measure import (
     score_all,
     slices,
 )
-from rlhf_fast.trainer.models.policy import LoRA, Policy, load_policy, logit_divisor, softcap
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import Policy, load_policy
 from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,

@@ -29,12 +29,8 @@ from rlhf_fast.trainer.config import RewardConfig
 from rlhf_fast.trainer.data.rows import Pair, batch_indices, load_rows, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    load_tokenizer,
-    new_reward_model,
-    score_texts,
-    score_tokens,
-)
+from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
+from rlhf_fast.trainer.models.tokenizer import load_tokenizer
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
 from rlhf_fast.trainer.run.console import console, progress_bar
 from rlhf_fast.trainer.run.folder import Run

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from rlhf_fast.trainer.data.rows import Text, join, tokenize
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import load_reward_model, score_texts
+from rlhf_fast.trainer.models.reward_model import load_reward_model, score_texts
 
 # (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
 Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]

@@ -20,8 +20,10 @@ from transformers import (
 
 from rlhf_fast import token_logprobs
 from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
-from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap, trunk_recorder
+from rlhf_fast.trainer.models.policy import Policy
+from rlhf_fast.trainer.models.trunk import trunk_recorder
 from rlhf_fast.trainer.rollout.fused_layers import fused_layers
 from rlhf_fast.trainer.rollout.kv_cache import growing_cache
 
