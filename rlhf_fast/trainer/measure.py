@@ -20,6 +20,7 @@ from rlhf_fast.trainer.rollout.sample import (
     RolloutEngine,
     Sampling,
     answer_hidden,
+    decode,
     roll_out,
     widen,
 )
@@ -57,6 +58,16 @@ def sample_answers(
     ids, mask, draws = (x[share].to(policy.model.device) for x in (ids, mask, draws))
     with policy.whole(), policy.precision():
         return roll_out(policy, ids, mask, sampling, draws, engine)
+
+
+def read_answers(
+    policy: Policy, rollout: Rollout, batch: list[Prompt], config: PPOConfig
+) -> list[str]:
+    """The answers as rewards read them; batch: the prompts of the rollout's rows."""
+    return decode(
+        policy.tokenizer, rollout.labels, rollout.mask, batch,
+        special_tokens=config.keep_special_tokens, stop_ids=policy.stop_ids,
+    )  # fmt: skip
 
 
 def score(scorer: Scorer, batch: list[Prompt], texts: list[str]) -> Tensor:

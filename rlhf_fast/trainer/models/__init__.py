@@ -1,4 +1,4 @@
-"""Policy, critic, reference and reward model: one file an idea. Here are the names of all of them."""
+"""Policy, critic, reference, reward model: one file an idea, and here the names of all of them."""
 
 from rlhf_fast.trainer.models.attention import (
     has_flash_attention,

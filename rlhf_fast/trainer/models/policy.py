@@ -25,9 +25,11 @@ from rlhf_fast.trainer.models.attention import (
     use_flash_attention,
 )
 from rlhf_fast.trainer.models.critic import load_critic, new_value_head
-from rlhf_fast.trainer.models.loading import load_causal_lm
+from rlhf_fast.trainer.models.loading import load_causal_lm, source_dtype
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.lora import LoRA, add_adapters, merged
+from rlhf_fast.trainer.models.packing import final_hidden
+from rlhf_fast.trainer.models.saving import save_model
 from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
 from rlhf_fast.trainer.models.trunk import frozen_copy, top_slice, trunk_recorder
 
@@ -50,6 +52,7 @@ class Policy:
     reference_head: nn.Module
     trunk_layers: int
     stop_ids: list[int]
+    save_dtype: torch.dtype = torch.float32  # what `save` rounds the weights to
     bf16: bool = False  # forward passes in bfloat16, by autocast
     packed: bool = False  # forward passes over whole answers go without padding (packing.py)
     exact_decoding: bool = False  # see rollout.decodes_exactly
@@ -105,12 +108,17 @@ class Policy:
     def save(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
         """The policy as transformers reads it, adapters merged; the value head beside it."""
         if self.reference_model is not None:
-            self.model.save_pretrained(folder, state_dict=state["model"])
+            save_model(self.model, folder, state["model"], self.save_dtype)
         else:
-            merged(self.model, state["model"]).save_pretrained(folder)
+            whole = merged(self.model, state["model"])
+            save_model(whole, folder, whole.state_dict(keep_vars=True), self.save_dtype)
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file(state["value_head"], folder / "value_head.safetensors")
+
+    def save_critic(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
+        """The body of a critic of its own."""
+        save_model(self.value_body, folder, state["value_model"], self.save_dtype)
 
 
 def load_policy(
@@ -124,15 +132,18 @@ def load_policy(
     attn_implementation: str | None = None,
     bf16: bool = False,
     packing: bool | None = None,
+    save_dtype: str | None = None,
+    trust: bool = False,
 ) -> Policy:
+    """save_dtype: None keeps the dtype of the source. trust: run Python code that it brings."""
     flash = has_flash_attention(device)
     if attn_implementation == "flash_attention_2" and not flash:
         where = (
             "flash-attn is not installed" if device.type == "cuda" else f"not on device={device}"
         )
         raise InputError(f"attn_implementation={attn_implementation}: {where}")
-    tokenizer = load_tokenizer(name, field="model")
-    model = load_causal_lm(name, device, attn_implementation=attn_implementation)
+    tokenizer = load_tokenizer(name, field="model", trust=trust)
+    model = load_causal_lm(name, device, trust=trust, attn_implementation=attn_implementation)
     check_vocabulary(tokenizer, model, field="model", name=name)
     prefer_flash = flash and bf16 and attn_implementation is None
     if prefer_flash:
@@ -155,7 +166,9 @@ def load_policy(
 
     value_body = value_head = None
     if value_model is not None:
-        value_body, value_head = load_critic(value_model, tokenizer, device, attn_implementation)
+        value_body, value_head = load_critic(
+            value_model, tokenizer, device, attn_implementation, trust=trust
+        )
         if prefer_flash:
             use_flash_attention(value_body)
     elif critic:
@@ -171,6 +184,9 @@ def load_policy(
         reference_head,
         trunk_layers,
         stop_tokens(model, tokenizer),
+        getattr(torch, save_dtype)
+        if save_dtype
+        else source_dtype(name, field="model", trust=trust),
         bf16,
     )
     with policy.precision():  # flash attention has no float32
@@ -184,22 +200,44 @@ def load_policy(
 
 @torch.no_grad()
 def check_architecture(policy: Policy, name: str) -> None:
-    """Layers cut off and a head applied by hand must give the model's own logits.
+    """Layers cut off and a head applied by hand must give the model's own logits, and padding must
+    change nothing.
 
     They do not where a model does something of its own to either; better to know now than to train
     on log-probs of another distribution.
     """
+    who = f"model={name} ({type(policy.model).__name__})"
+    cut = " with trainable_layers" if policy.trunk_layers else ""
     device = policy.model.device
-    ids = torch.arange(8, device=device)[None] % policy.model.config.get_text_config().vocab_size
-    with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
-        expected = policy.model(ids, use_cache=False).logits
-    given = {"inputs_embeds": recorded[0]} if policy.trunk_layers else {"input_ids": ids}
-    logits = policy.head(policy.body(**given, use_cache=False).last_hidden_state)
-    if (cap := softcap(policy.model)) is not None:
-        logits = cap * torch.tanh(logits / cap)
-    logits = logits / logit_divisor(policy.model)
-    if not torch.allclose(logits, expected, rtol=1e-3, atol=1e-3):
+    ids = torch.arange(8, device=device)[None] % policy.model.get_input_embeddings().num_embeddings
+    try:
+        with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
+            expected = policy.model(ids, use_cache=False).logits
+        given = {"inputs_embeds": recorded[0]} if policy.trunk_layers else {"input_ids": ids}
+        hidden = policy.body(**given, use_cache=False).last_hidden_state
+        logits = policy.head(hidden)
+        if (cap := softcap(policy.model)) is not None:
+            logits = cap * torch.tanh(logits / cap)
+        logits = logits / logit_divisor(policy.model)
+        same = torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+        rows = torch.cat([torch.cat([ids[:, :5], ids], 1), ids.roll(1, 1).repeat(1, 2)[:, :13]])
+        mask = torch.ones_like(rows, dtype=torch.bool)
+        mask[0, :5] = False  # left, as prompts are
+        base = policy.model.base_model
+        alone = base(ids, use_cache=False).last_hidden_state[0]
+        padded = final_hidden(base, mask, packed=False, input_ids=rows)[0, 5:]
+    except Exception as error:  # whatever a family's own code raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"{who} cannot be trained here{cut}: {reason}") from error
+    if not same:
+        raise InputError(f"{who} computes its logits in a way that is not supported{cut}")
+    if not close(padded, alone, policy.bf16):
         raise InputError(
-            f"model={name} ({type(policy.model).__name__}) computes its logits in a way that "
-            "is not supported" + (" with trainable_layers" if policy.trunk_layers else "")
+            f"{who} reads padding as text: prompts of several lengths in one batch are not "
+            "supported by it"
         )
+
+
+def close(a: Tensor, b: Tensor, bf16: bool) -> bool:
+    """Of hidden states: the same but for rounding (bfloat16's alone is 0.005 in SmolLM2-135M)."""
+    return bool((a - b).norm() <= (0.05 if bf16 else 1e-3) * b.norm())

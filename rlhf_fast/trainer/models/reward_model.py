@@ -12,7 +12,7 @@ from transformers import (
 
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.loading import load_model
+from rlhf_fast.trainer.models.loading import load_config, load_model, refuse_quantised
 from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer
 from rlhf_fast.trainer.models.trunk import top_slice
 
@@ -24,22 +24,27 @@ def new_reward_model(
     trainable_layers: int | None,
     seed: int,
     device: torch.device,
+    trust: bool = False,
 ) -> PreTrainedModel:
     """A language model with a Linear(H, 1) on its last token; the head's std is 1/√(H+1)."""
     torch.manual_seed(seed)  # the head below is the only thing drawn
+    refuse_quantised(load_config(name, field="model", trust=trust), "model", name)
     model = load_model(
-        AutoModelForSequenceClassification, name, field="model", device=device, num_labels=1
-    )
-    check_vocabulary(tokenizer, model, field="model", name=name)
+        AutoModelForSequenceClassification, name,
+        field="model", device=device, trust=trust, num_labels=1, new_head=True,
+    )  # fmt: skip
     if not hasattr(model, "score"):
         raise InputError(
             f"model={name} ({type(model).__name__}) is not a decoder: its score is not a Linear "
             "on the last token"
         )
-    if type(model).__name__ not in (model.config.architectures or ()):  # else it is trained on
+    make_room(model, tokenizer)
+    check_vocabulary(tokenizer, model, field="model", name=name)
+    if model.new_head:  # else it is trained on
         nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.config.score_mean, model.config.score_std = 0.0, 1.0  # raw scores, until trained
-    model.config.pad_token_id = tokenizer.pad_token_id
+    for config in (model.config, model.config.get_text_config()):  # of a wrapper: the latter counts
+        config.pad_token_id = tokenizer.pad_token_id
     if trainable_layers is not None:
         top = top_slice(model.base_model, trainable_layers, name)
         model.requires_grad_(False)
@@ -48,14 +53,37 @@ def new_reward_model(
     return model
 
 
+@torch.no_grad()
+def make_room(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """An embedding for a pad token that is new (see tokenizer.choose_pad): zero, and never read."""
+    rows = model.get_input_embeddings().weight.size(0)
+    if tokenizer.pad_token_id == rows:
+        model.resize_token_embeddings(rows + 1, mean_resizing=False)
+        model.get_input_embeddings().weight[rows] = 0
+
+
+def load_classifier(name: str, *, field: str, **kwargs) -> PreTrainedModel:
+    """A sequence classifier. Where the config does not say how many labels it has (transformers
+    then takes it for two), its score head does: OpenRLHF's reward models."""
+    model = load_model(
+        AutoModelForSequenceClassification, name, field=field, new_head=True, **kwargs
+    )
+    if model.new_head:
+        labels = 1 if model.config.num_labels == 2 else model.config.num_labels
+        model = load_model(
+            AutoModelForSequenceClassification, name, field=field, num_labels=labels, **kwargs
+        )
+    return model
+
+
 def load_reward_model(
-    name: str, *, field: str, device: torch.device
+    name: str, *, field: str, device: torch.device, trust: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A sequence classifier with its tokenizer. `folder#label` names a label of one with several;
     its number is put into the model's config as `score_label`."""
     folder, _, label = name.partition("#")
-    tokenizer = load_tokenizer(folder, field=field)
-    model = load_model(AutoModelForSequenceClassification, folder, field=field, device=device)
+    tokenizer = load_tokenizer(folder, field=field, trust=trust)
+    model = load_classifier(folder, field=field, device=device, trust=trust)
     check_vocabulary(tokenizer, model, field=field, name=folder)
     labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if label and label not in labels or not label and len(labels) > 1:
