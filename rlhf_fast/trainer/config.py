@@ -63,6 +63,15 @@ class RunConfig:
         help="updates with a loss or gradient that is not finite are skipped; after this many in "
         "a row the run stops and keeps the batch in bad_batch.pt",
     )
+    save_dtype: str | None = option(
+        None,
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype in which the trained model is saved [unset: that of the model it began as]; "
+        "training itself is in float32",
+    )
+    trust_remote_code: bool = option(
+        False, help="run Python code that a model's or tokenizer's folder brings along"
+    )
     report_to: str | None = option(
         None, help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …"
     )
@@ -179,6 +188,12 @@ class PPOConfig(RunConfig):
         None, help="takes the place of the score of an answer that ran into max_new_tokens"
     )
     score_clip: float | None = option(None, help="scores are clipped to ± this")
+
+    keep_special_tokens: bool = option(
+        False,
+        help="rewards read an answer with its special tokens (<think>, tool calls), which are left "
+        "out otherwise; what ends it and padding stay out",
+    )
 
     # Models
     value_model: str | None = option(
@@ -328,7 +343,8 @@ class PPOConfig(RunConfig):
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
         "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
-        "reward", "reward_weights", "judge", "max_new_tokens", "temperature", "top_k", "top_p",
+        "reward", "reward_weights", "judge", "keep_special_tokens",
+        "max_new_tokens", "temperature", "top_k", "top_p",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -456,6 +472,12 @@ class GenerateConfig:
     temperature: float = option(1.0, help="divides the logits; 0 always takes the likeliest token")
     top_k: int = option(0, help="sample among the k likeliest tokens only; 0: among all")
     top_p: float = option(1.0, help="sample among the likeliest tokens that together have this p")
+    keep_special_tokens: bool = option(
+        False, help="write the special tokens of an answer, too (<think>, tool calls)"
+    )
+    trust_remote_code: bool = option(
+        False, help="run Python code that the model's or tokenizer's folder brings along"
+    )
     seed: int = option(0, help="seed of the sampling")
     device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
 

@@ -42,17 +42,20 @@ from rlhf_fast.trainer.measure import (
     gather,
     measure,
     predict_values,
+    read_answers,
     sample_answers,
     score_all,
     slices,
 )
-from rlhf_fast.trainer.models.policy import LoRA, Policy, load_policy, logit_divisor, softcap
+from rlhf_fast.trainer.models.loading import context_length
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import Policy, load_policy
 from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
     RolloutEngine,
     answer_hidden,
-    decode,
     decodes_exactly,
 )
 from rlhf_fast.trainer.run import interrupts
@@ -85,8 +88,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
-    judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
+    given = {"device": device, "trust": config.trust_remote_code}
+    reward = load_scorer(config.reward, config.reward_weights, field="reward", **given)
+    judge = load_scorer(config.judge, field="judge", **given) if config.judge else None
     engine = load_engine(config) if engine is None else engine
     policy = load_policy(
         config.model,
@@ -98,6 +102,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         attn_implementation=config.attn_implementation,
         bf16=config.bf16,
         packing=config.packing,
+        save_dtype=config.save_dtype,
+        trust=config.trust_remote_code,
     )
     policy.exact_decoding = decodes_exactly(policy)
     workers.shard(policy)
@@ -156,7 +162,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             clock.lap("rollout")
 
             # 2. Score the answers.
-            texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+            texts = read_answers(policy, rollout, batch[mine], config)
             try:
                 scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
@@ -239,8 +245,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     whole = gathered(policy.state(), keep=workers.is_main)
     run.write("model", lambda folder: policy.save(folder, whole))
     if policy.value_body is not None:
-        save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
-        run.write("value_model", save_critic)
+        run.write("value_model", lambda folder: policy.save_critic(folder, whole))
     if config.lora_r is not None:
         save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
         run.write("adapter", save_adapter)
@@ -486,7 +491,7 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
             f"data={config.data} has {len(prompts)} prompts: too few to keep "
             f"eval_prompts={config.eval_prompts} of them from training"
         )
-    room = getattr(policy.model.config, "max_position_embeddings", None)
+    room = context_length(policy.model)
     longest = max(len(prompt.ids) for prompt in prompts)
     if room is not None and longest + config.max_new_tokens > room:
         raise InputError(
@@ -517,7 +522,7 @@ def evaluate(
     for rows in slices(len(prompts), config.batch_size):
         batch = prompts[rows]
         rollout = sample_answers(policy, batch, config, generator)
-        texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+        texts = read_answers(policy, rollout, batch, config)
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
         result["answer"] += texts

@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -29,12 +30,10 @@ from rlhf_fast.trainer.config import RewardConfig
 from rlhf_fast.trainer.data.rows import Pair, batch_indices, load_rows, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    load_tokenizer,
-    new_reward_model,
-    score_texts,
-    score_tokens,
-)
+from rlhf_fast.trainer.models.loading import context_length, source_dtype
+from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
+from rlhf_fast.trainer.models.saving import rounded, save_model
+from rlhf_fast.trainer.models.tokenizer import choose_pad, load_tokenizer
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import console, progress_bar
@@ -58,21 +57,24 @@ def train(config: RewardConfig) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    tokenizer = load_tokenizer(config.model, field="model")
+    trust = config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, field="model", trust=trust)
     pairs, held_out = load_pairs(config, tokenizer)
+    texts = [text for pair in pairs + held_out for text in (pair.chosen, pair.rejected)]
+    choose_pad(tokenizer, used=set().union(*texts))
     model = new_reward_model(
         config.model,
         tokenizer,
         trainable_layers=config.trainable_layers,
         seed=config.seed,
         device=device,
+        trust=trust,
     )
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
     )
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(text) for pair in pairs + held_out for text in (pair.chosen, pair.rejected))
+    room, longest = context_length(model), max(map(len, texts))
     if room is not None and longest > room:
         raise InputError(
             f"model={config.model} reads at most {room} tokens, but the longest text has "
@@ -144,10 +146,13 @@ def train(config: RewardConfig) -> dict:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
+    dtype = source_dtype(config.model, field="model", trust=trust)
+    if config.save_dtype:
+        dtype = getattr(torch, config.save_dtype)
+    model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
+    # What is measured, here and below, is the model as it is saved.
     result = workers.main_only(partial(normalise, model, held_out, config))
-    run.write(
-        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
-    )
+    run.write("model", partial(save, model, tokenizer, dtype))
     summary = result | {"seconds": round(time.perf_counter() - began, 1)}
     run.save("summary.json", summary)
     workers.end()
@@ -157,6 +162,11 @@ def train(config: RewardConfig) -> dict:
             f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
         )
     return summary
+
+
+def save(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
+    save_model(model, folder, model.state_dict(keep_vars=True), dtype)
+    tokenizer.save_pretrained(folder)
 
 
 def normalise(

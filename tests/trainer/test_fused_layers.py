@@ -5,7 +5,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_fast.ops.decoding.decoder_layer import reference
-from rlhf_fast.trainer.models.policy import LoRA, load_policy
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import fused_layers as module
 from rlhf_fast.trainer.rollout import sample as rollout_module
 from rlhf_fast.trainer.rollout.fused_layers import FusedLayers, fused_layers

@@ -12,7 +12,8 @@ from transformers import (
 
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.measure import measure
-from rlhf_fast.trainer.models.policy import load_policy, logit_divisor
+from rlhf_fast.trainer.models.logits import logit_divisor
+from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import sample as rollout_module
 from rlhf_fast.trainer.rollout.sample import (
     Completions,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import datasets
 import torch
@@ -24,6 +25,10 @@ from rlhf_fast.trainer.run.console import console
 datasets.disable_progress_bars()  # reading is quick; training has bars of its own
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+_put_around: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[list[int], list[int]]] = (
+    WeakKeyDictionary()
+)
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
@@ -151,7 +156,7 @@ def prompts(
             row |= extract_prompt(row["chosen"], row["rejected"], where)
         prompt = row.pop("prompt")
         check_texts({"prompt": prompt}, where)
-        ids = tokenize(*start(prompt, tokenizer, where), tokenizer)
+        ids = tokenize(*start(prompt, tokenizer, where), tokenizer, goes_on=True)
         if not ids:
             raise InputError(f"{where}: prompt has no tokens")
         if len(ids) <= max_tokens:
@@ -264,9 +269,40 @@ def render(messages: list[dict], tokenizer, where: str, **options: bool) -> str:
         ) from error
 
 
-def tokenize(text: str, templated: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # A chat template has put the special tokens in already.
-    return tokenizer(text, add_special_tokens=not templated)["input_ids"]
+def tokenize(
+    text: str, templated: bool, tokenizer: PreTrainedTokenizerBase, *, goes_on: bool = False
+) -> list[int]:
+    """Token ids with what the tokenizer puts around a text (<s>, [CLS] … [SEP], an eos), once.
+
+    A chat template has put its special tokens in already; so has one that rendered the text before
+    it came here, which then begins with them. goes_on: a policy continues the text, so nothing is
+    put behind it: after an eos there is nothing to say.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if templated:
+        return ids
+    before, after = put_around(tokenizer, text)
+    if before and ids[: len(before)] != before:
+        ids = before + ids
+    if after and not goes_on and ids[-len(after) :] != after:
+        ids = ids + after
+    return ids
+
+
+def put_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer's post-processor puts before and behind a text."""
+    if tokenizer not in _put_around:
+        for probe in ("a", text):  # some tokenizers know no "a" and make nothing of it
+            bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(probe)["input_ids"]
+            places = range(len(whole) - len(bare) + 1 if bare else 0)
+            at = next((i for i in places if whole[i : i + len(bare)] == bare), None)
+            if at is not None:
+                _put_around[tokenizer] = whole[:at], whole[at + len(bare) :]
+                break
+        else:
+            return [], []
+    return _put_around[tokenizer]
 
 
 def pad(rows: Sequence[list[int]], *, side: str, fill: int = 0) -> tuple[Tensor, Tensor]:

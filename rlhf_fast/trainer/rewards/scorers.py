@@ -26,7 +26,8 @@ from torch import Tensor
 
 from rlhf_fast.trainer.data.rows import Text, join, tokenize
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import load_reward_model, score_texts
+from rlhf_fast.trainer.models.loading import context_length
+from rlhf_fast.trainer.models.reward_model import load_reward_model, score_texts
 
 # (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
 Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]
@@ -76,8 +77,12 @@ def load_scorer(
     *,
     field: str,
     device: torch.device,
+    trust: bool = False,
 ) -> Scorer:
-    """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise."""
+    """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise.
+
+    trust: run Python code that a model's folder brings.
+    """
     specs = [specs] if isinstance(specs, str) else specs
     if len(set(specs)) < len(specs):
         raise InputError(f"{field}={list(specs)} names the same reward twice: give it a weight")
@@ -89,17 +94,15 @@ def load_scorer(
         parts[spec] = (
             function_score(load_function(*named.groups(), spec, field), f"{field}={spec}")
             if named
-            else model_score(spec, field, device)
+            else model_score(spec, field, device, trust=trust)
         )
     return Scorer(parts, weights or [1.0] * len(specs), field)
 
 
-def model_score(spec: str, field: str, device: torch.device) -> Score:
-    model, tokenizer = load_reward_model(spec, field=field, device=device)
+def model_score(spec: str, field: str, device: torch.device, *, trust: bool = False) -> Score:
+    model, tokenizer = load_reward_model(spec, field=field, device=device, trust=trust)
     who = f"{field}={spec}"
-    limit = min(
-        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf)
-    )
+    limit = min(tokenizer.model_max_length, context_length(model) or math.inf)
 
     def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
         rows = []

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -53,13 +50,3 @@ def growing_cache(model: PreTrainedModel, room: int) -> DynamicCache:
         GrowingLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
-
-
-def cache_arguments(base: nn.Module, cache: DynamicCache) -> dict[str, Any]:
-    """The arguments that make `base` read and write the cache, by the name that it has for it.
-
-    transformers 5.24 calls it `cache`, and drops the name of all the years before in 5.40; a model
-    that brings its own code may keep that one.
-    """
-    new = "cache" in inspect.signature(base.forward).parameters
-    return {"cache" if new else "past_key_values": cache, "use_cache": True}
