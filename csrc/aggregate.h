@@ -31,6 +31,8 @@ inline std::vector<double> coefficients(
   if (normalizer.has_value()) {
     n = normalizer->scalar_type() == ScalarType::Double ? *data<double>(*normalizer)
                                                         : *data<float>(*normalizer);
+    STD_TORCH_CHECK(n >= 0 && std::isfinite(n), "normalizer must be finite and at least 0, got ",
+                    n);
   }
   for (double& c : counts) {
     const double divisor = aggregation == "seq-mean-token-mean" ? n * c : n;

@@ -227,6 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_kl(
   dispatch_floating(logits, "logits_kl", [&](auto element) {
     using T = decltype(element);
     using S = typename Lane<T>::Scalar;
+    check_temperature(data<S>(per_token), label, rows);
     S *kl_ = mutable_data<S>(kl);
     S *logp_a = mutable_data<S>(a_logp), *logp_b = mutable_data<S>(b_logp);
     S *norm_a = mutable_data<S>(a_norm), *norm_b = mutable_data<S>(b_norm);
@@ -269,6 +270,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
                         Tensor out) {
   const int64_t rows = logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
+  for (int64_t i = 0; i < rows; ++i) check_label(label[i], vocab, i);
   STD_TORCH_CHECK(out.stride(1) == logits.stride(1) && out.stride(2) == logits.stride(2),
                   "out must lie in memory as logits does");
 

@@ -148,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
     using S = typename Lane<T>::Scalar;
     const T* x = data<T>(logits);
     const S* divisors = data<S>(per_token);
+    check_temperature(divisors, label, n);
     S *logp_ = mutable_data<S>(logp), *norm_ = mutable_data<S>(norm);
     S* entropy_ = want_entropy ? mutable_data<S>(entropy) : nullptr;
     auto write = [&](int64_t i, S at_label, S max, double sum, double weighted) {
@@ -205,6 +206,7 @@ void token_logprobs_backward(
     const MaybeTensor& per_token, std::optional<double> softcap, Tensor out) {
   const int64_t n = logits.size(0) * logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
+  for (int64_t i = 0; i < n; ++i) check_label(label[i], vocab, i);
   const Rows rows(logits), out_rows(out);
 
   dispatch_floating(logits, "token_logprobs_backward", [&](auto element) {

@@ -30,6 +30,7 @@ def coefficients(
     """c_b as [B] for mask [B, T]."""
     counts = mask.sum(-1).to(dtype)
     if normalizer is not None:
+        _range(normalizer)
         n = normalizer.to(dtype)
     elif aggregation == "token-mean":
         n = counts.sum()
@@ -55,11 +56,16 @@ def checked(
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer must be a number, got {check.describe(normalizer)}")
         n = normalizer.detach().to(dtype)
-        if check.values_can_be_read(n) and not 0 <= n.item() < torch.inf:
-            raise ValueError(f"normalizer must be finite and at least 0, got {n.item()}")
+        _range(n)
         return n
     check.number("normalizer", normalizer, above=0)
     return torch.full((), float(normalizer), dtype=dtype, device=like.device)
+
+
+def _range(normalizer: Tensor) -> None:
+    """Looked at again by whatever computes with it: a compiled graph skips the first look."""
+    if check.values_can_be_read(normalizer) and not 0 <= normalizer.item() < torch.inf:
+        raise ValueError(f"normalizer must be finite and at least 0, got {normalizer.item()}")
 
 
 def reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -11,22 +12,22 @@ from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
 
-_debug = False
+_debug: ContextVar[bool] = ContextVar("debug", default=False)  # each thread has its own
 
 
 @contextlib.contextmanager
 def debug() -> Iterator[None]:
-    """Check label values on CUDA too, inside this context. Each check waits for the device.
+    """Check label values on CUDA too, inside this context, in this thread. Each check waits for the
+    device.
 
     On CPU an out-of-range label is always an error; on CUDA the check would stop the host until
     the device has caught up, so it runs only here.
     """
-    global _debug
-    before, _debug = _debug, True
+    token = _debug.set(True)
     try:
         yield
     finally:
-        _debug = before
+        _debug.reset(token)
 
 
 def describe(x: object) -> str:
@@ -89,7 +90,7 @@ def at_least_1d(name: str, x: Tensor) -> None:
 
 def values_can_be_read(x: Tensor) -> bool:
     """Looking at values waits for a GPU, and cannot be traced."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug)
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug.get())
 
 
 def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
@@ -117,6 +118,16 @@ def label_range(x: Tensor, vocab: int) -> None:
         raise ValueError(
             f"labels{where} is {int(x[tuple(where)])}, outside [0, {vocab}) and not {IGNORE_INDEX}"
         )
+
+
+def temperature_range(x: Tensor | None, labels: Tensor) -> None:
+    """One divisor a row, finite and above 0 wherever the row is not ignored."""
+    if x is None or not values_can_be_read(x):
+        return
+    wrong = ~((x > 0) & (x < torch.inf)) & (labels != IGNORE_INDEX)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(f"temperature{where} is {float(x[tuple(where)])}, not finite and above 0")
 
 
 def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:

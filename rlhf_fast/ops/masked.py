@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, register, save_for_backward
 
 EPSILON = 1e-8
 
@@ -127,7 +127,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mean_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    save_for_backward(ctx, inputs[1])
 
 
 def _mean_autograd(ctx: Any, grad: Tensor) -> Any:
@@ -218,6 +218,7 @@ MEAN = define_kernel(
     triton="masked:masked_mean",
     backward=_mean_autograd,
     setup_context=_mean_context,
+    linear=True,
 )
 MOMENTS = define_kernel(
     "masked_moments(Tensor values, Tensor mask) -> Tensor",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, register, save_for_backward
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 MAX_EXPONENT = 20.0
@@ -83,7 +83,7 @@ def _backward(grad: Tensor, logp: Tensor, ref_logp: Tensor, estimator: str) -> T
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logp, ref_logp, ctx.estimator = inputs
-    ctx.save_for_backward(logp, ref_logp)
+    save_for_backward(ctx, logp, ref_logp)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, graph_is_kept, register, save_for_backward
 
 
 def token_logprobs(
@@ -43,8 +43,10 @@ def token_logprobs(
         softcap: > 0, Gemma's bound on the logits; None for none.
         entropy: return the entropy too, with its gradient.
         inplace_backward: let the backward overwrite ``logits`` with its gradient: no second
-            [..., V] tensor. Nothing else may read ``logits`` after that. Inside torch.compile
-            this is left to the compiler's own buffer reuse.
+            [..., V] tensor. Nothing else may read ``logits`` after that, and autograd refuses
+            who tries. Logits that are a leaf (or a view of one), that share memory among rows, or
+            whose graph is kept (retain_graph) are left as they are. Inside torch.compile this is
+            left to the compiler's own buffer reuse.
 
     Returns:
         logp [...] in nats, or (logp, entropy); float32 (float64 for float64 logits).
@@ -69,7 +71,7 @@ def token_logprobs(
         None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous(),
         softcap,
         entropy,
-        inplace_backward and not torch.compiler.is_compiling(),
+        inplace_backward and _may_overwrite(logits),
     )
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
@@ -127,6 +129,7 @@ def _forward(
     norm is the row's (max, log Σ e^(z − max)), not their sum logsumexp: at logits of 1e4 one
     float32 would hold that to only 1e-3 nats, and p in the backward no better.
     """
+    check.temperature_range(per_token, labels)
     z, _ = _scaled(logits, temperature, per_token, softcap)
     kept = labels != check.IGNORE_INDEX
     largest = z.amax(-1, keepdim=True)
@@ -197,7 +200,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
-    ctx.save_for_backward(logits, labels, per_token, norm, entropy if ctx.entropy else None)
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, logits, labels, per_token, norm, entropy if ctx.entropy else None)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
@@ -207,7 +211,11 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
     logits, labels, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
-    out = logits if ctx.inplace else torch.empty_like(logits)
+    inplace = ctx.inplace and not graph_is_kept()
+    if inplace:
+        out = logits.detach()
+    else:  # contiguous, since rows of the logits may overlap in memory
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     torch.ops.rlhf_fast.token_logprobs_backward(
         grad_logp.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
@@ -218,8 +226,10 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
         ctx.temperature,
         per_token,
         ctx.softcap,
-        out.detach(),
+        out,
     )
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
     return out, *nothing
 
 
@@ -232,20 +242,28 @@ def _temperature(
         return float(temperature), None
     check.tensor("labels", labels)
     check.like("temperature", temperature, "labels", labels)
-    if check.values_can_be_read(temperature):
-        right = (temperature > 0) & (temperature < torch.inf)
-        wrong = ~right & (labels != check.IGNORE_INDEX)
-        if bool(wrong.any()):
-            where = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"temperature{where} is {float(temperature[tuple(where)])}, not finite and above 0"
-            )
+    check.temperature_range(temperature, labels)
     return 1.0, temperature.detach().to(dtype)
 
 
 def _softcap(softcap: float | None) -> None:
     if softcap is not None:
         check.number("softcap", softcap, above=0.0)
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether a gradient can take the place of the logits."""
+    if torch.compiler.is_compiling():
+        return False
+    whole = logits._base if logits._is_view() else logits
+    if whole.is_leaf and whole.requires_grad:
+        return False
+    extent = 1  # elements between the first and the last of the dimensions so far
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False  # two elements in one place
+        extent += (size - 1) * stride
+    return True
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -28,34 +29,56 @@ DETERMINISTIC_ROWS = 128
 
 Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
 
-_budget: int | None = None
+_budget: ContextVar[int | None] = ContextVar("chunk_budget", default=None)  # each thread's own
 _memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
 
 
 @contextlib.contextmanager
 def chunk_budget(n_bytes: int) -> Iterator[None]:
-    """``n_bytes``, above 0: what one chunk of logits may take inside this context.
+    """``n_bytes``, at least 1: what one chunk of logits may take inside this context, in this
+    thread, and in the backward of what is called here.
 
     Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
     what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
     rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
     half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
-    to its backward, which begins with the chunk that lies there.
+    to its backward, which begins with the chunk that lies there. ``release_memory`` gives it back.
     """
-    global _budget
-    check.number("n_bytes", n_bytes, above=0)
-    before, _budget = _budget, int(n_bytes)
+    check.number("n_bytes", n_bytes, low=1)
+    token = _budget.set(int(n_bytes))
     try:
         yield
     finally:
-        _budget = before
+        _budget.reset(token)
+
+
+def budget() -> int | None:
+    """This thread's budget; None: there is none."""
+    return _budget.get()
+
+
+def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
+    """For a backward: its forward's budget, or this thread's where that is smaller. Autograd runs
+    the backward of a GPU's ops in a thread of its own, which has none."""
+    given = [n for n in (of_forward, budget()) if n is not None]
+    return chunk_budget(min(given)) if given else contextlib.nullcontext()
+
+
+def release_memory() -> None:
+    """Give back the memory that the linear ops keep between calls: the last call's chunk of logits.
+
+    A backward that would have begun with that chunk makes its logits again. On CPU the memory goes
+    back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).
+    """
+    _memory.clear()
 
 
 def most_rows(vocab: int, element_size: int, device_type: str) -> int:
     """Rows of logits that a chunk may have."""
-    if _budget is None and device_type == "cpu":
+    limit = budget()
+    if limit is None and device_type == "cpu":
         return CPU_ROWS
-    return max(1, (_budget or GPU_BYTES) // max(1, vocab * element_size))
+    return max(1, (GPU_BYTES if limit is None else limit) // max(1, vocab * element_size))
 
 
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
@@ -192,6 +215,14 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
     return memory if _memory.pop(key, None) is memory else None
 
 
+def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:
+    """Drop what a call with this key and so many buffers has no use for: of other dtypes and loops."""
+    device, dtype, _ = key
+    for other in list(_memory):
+        if other[0] == device and (other[1] != dtype or other[2] >= buffers):
+            _memory.pop(other, None)
+
+
 def kept_rows(keep: Tensor) -> Tensor | None:
     """Indices of the rows to compute; None when that is all of them.
 
@@ -229,13 +260,15 @@ def chunks(
         kept: 4NHV for all of them is then more than 6NHV for the others.
     """
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
-    key = (device, dtype, slot)
+    key, used = (device, dtype, slot), 0
+    _forget_others(key, buffers)
     if memory is None:
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None
     else:
         last = memory.last
+        used = last.padded.numel()
         kept = keep[last.rows]
         if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
             yield last._replace(inputs=inputs_of(head, last.rows, kept))
@@ -249,8 +282,10 @@ def chunks(
         size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
     else:
         size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
-    whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
-    last = None
+    whole, memory, last = memory and memory.whole, None, None
+    if whole is not None and whole.numel() > 2 * max(size * vocab, used):
+        whole = None  # what is kept is bounded by the last need
+    whole, buffer = chunk_buffer(whole, size, vocab, dtype, device)
     for start in range(0, total, max(size, 1)):
         stop = min(start + size, total)
         rows = slice(start, stop) if index is None else index[start:stop]
@@ -318,7 +353,8 @@ def chunk_buffer(
     """
     width = vocab if device.type == "cpu" else aligned(vocab)
     if whole is None or whole.numel() < rows * width:
-        whole = torch.empty(rows * width, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or no later call could write to it
+            whole = torch.empty(rows * width, dtype=dtype, device=device)
     used = whole[: rows * width]
     if device.type == "cpu":
         return whole, used.view(vocab, rows).t()
@@ -344,14 +380,22 @@ class Needs(NamedTuple):
 
 class Gradients:
     """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
-    better and is cast to its tensor's dtype once, at the end."""
+    better and is cast once, at the end: to its tensor's dtype, or to ``dtype``.
 
-    def __init__(self, head: Head, needs: Needs) -> None:
+    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to nothing,
+    those of a large loss scale to infinity. There each row's incoming gradient is brought near 1 by
+    a power of two (``fit``), which the products' results are multiplied by again in float32.
+    """
+
+    def __init__(self, head: Head, needs: Needs, dtype: torch.dtype | None = None) -> None:
         self.head, self.needs = head, needs
+        self.dtype = dtype or head.hidden.dtype
         self.accumulator = check.accumulator(head.hidden)
         self.first = True
+        self.row_units: Tensor | None = None  # [n], float32: what a chunk's dlogits are in units of
+        self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
         self.inputs = [
-            torch.zeros_like(x) if needed else None
+            torch.zeros_like(x, dtype=self.dtype) if needed else None
             for (x, _), needed in zip(head.products, (needs.hidden, needs.low), strict=False)
         ]
         self.weights = [
@@ -360,6 +404,31 @@ class Gradients:
         ]
         self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
         self.narrow: Tensor | None = None
+
+    def fit(
+        self, *gradients: Tensor | None, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor | None, ...]:
+        """The incoming gradients [1, n] of a chunk's rows in the units that its dlogits can have;
+        temperature: the logits' divisor, by which dlogits are larger or smaller."""
+        if self.head.hidden.dtype != torch.float16:
+            return gradients
+        sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
+        exponents = torch.frexp(sizes).exponent.clamp(-100, 100) - 4  # sizes become 8 to 16
+        self.row_units = torch.exp2(exponents.float()).view(-1)
+        return tuple(None if g is None else g / self.row_units for g in gradients)
+
+    def _common_unit(self) -> Tensor:
+        """The chunk's rows [n] relative to the unit of the sums, which is raised where it must be
+        (rows of which nothing is left beside the largest do not matter beside it either)."""
+        largest = self.row_units.max()
+        if self.unit is None:
+            self.unit = largest
+        else:
+            before, self.unit = self.unit, torch.maximum(self.unit, largest)
+            for total in (*self.weights, self.bias):
+                if total is not None:
+                    total *= before / self.unit
+        return (self.row_units / self.unit).unsqueeze(-1).to(self.head.hidden.dtype)
 
     def dlogits(self, chunk: Chunk) -> Tensor:
         """[n, V] to write the gradient of a chunk's logits to, in the dtype that the products take:
@@ -378,29 +447,36 @@ class Gradients:
         """One chunk, whose gradient has been written to dlogits(chunk)."""
         padded, dlogits = self._padded(chunk), self.dlogits(chunk)
         plain = isinstance(chunk.rows, slice) and padded.shape == dlogits.shape
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=self.accumulator)
+        units = None if self.row_units is None else self._common_unit()
         products = zip(chunk.inputs, self.head.products, self.inputs, self.weights, strict=True)
         with as_they_are(dlogits.device):
+            if self.bias is not None and units is None:
+                self.bias += dlogits.sum(0, dtype=self.accumulator)
+            elif self.bias is not None:
+                _accumulate(self.bias.unsqueeze(-1), dlogits.t(), units, first=False)
             for x, (_, w), d_x, d_w in products:
-                if d_x is not None and plain:
+                if d_x is not None and units is not None:
+                    d_rows = (padded @ w)[: dlogits.shape[0]].float()
+                    d_x[chunk.rows] = (d_rows * self.row_units.unsqueeze(-1)).to(d_x.dtype)
+                elif d_x is not None and plain:
                     torch.mm(dlogits, w, out=d_x[chunk.rows])
                 elif d_x is not None:
                     d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
                 if d_w is not None:
-                    _accumulate(d_w, dlogits.t(), x, self.first)
+                    _accumulate(d_w, dlogits.t(), x if units is None else x * units, self.first)
         self.first = False
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients in the order of Needs; empty where not asked for."""
-        if self.first:
-            for d_w in self.weights:
-                if d_w is not None:
-                    d_w.zero_()
+        for total in (*self.weights, self.bias):
+            if total is not None and self.first:
+                total.zero_()
+            elif total is not None and self.unit is not None:
+                total *= self.unit
         d_hidden, d_low = (*self.inputs, None)[:2]
         d_weight, d_up = (*self.weights, None)[:2]
         return tuple(
-            self.head.hidden.new_empty(0) if d is None else d.to(self.head.hidden.dtype)
+            self.head.hidden.new_empty(0) if d is None else d.to(self.dtype)
             for d in (d_hidden, d_weight, self.bias, d_low, d_up)
         )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import check
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
-from ..registry import Op, Sample, define_kernel, register
+from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -200,6 +200,7 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) of logits, ref_logits [1, n, V];
     norm as in token_logprobs: (max, log Σ e^(z − max))."""
+    check.temperature_range(per_token, labels)
     ignored = labels == check.IGNORE_INDEX
 
     def one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -365,9 +366,15 @@ def _backward(
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
 
-        torch.ops.rlhf_fast.logits_kl_backward(
+        divisors = part(per_token)
+        g_logp, g_kl = grads.fit(
             part(grad_logp),
             part(grad_kl),
+            temperature=temperature if divisors is None else divisors,
+        )
+        torch.ops.rlhf_fast.logits_kl_backward(
+            g_logp,
+            g_kl,
             chunk.logits[None],
             ref_logits[None],
             part(labels),
@@ -375,7 +382,7 @@ def _backward(
             ref_norm[:, chunk.rows][:, None].contiguous(),
             part(kl),
             temperature,
-            part(per_token),
+            divisors,
             softcap,
             reverse,
             grads.dlogits(chunk)[None],
@@ -397,11 +404,13 @@ def _backward_fake(grad_logp, grad_kl, hidden, weight, bias, *arguments):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *inputs, ctx.reverse, ctx.compact, ctx.same, _ = inputs
-    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
+    *heads, labels, ctx.temperature, per_token, ctx.softcap = inputs
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
-    ctx.save_for_backward(*tensors, per_token, norm, ref_norm, kl)
+    ctx.budget = linear.budget()
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, *heads, labels, per_token, norm, ref_norm, kl)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
@@ -411,16 +420,18 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | Non
     *heads, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     scale, how = (ctx.temperature, per_token, ctx.softcap), (ctx.compact, ctx.same)
-    if grad_kl is None:  # the reference has no part in it
-        grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-            grad_logp, None, *heads[:3], None, None, labels, norm, None, *scale, *how,
-            [*needs, False, False],
-        )[:3]  # fmt: skip
-    else:
-        grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
-        grads = torch.ops.rlhf_fast.linear_token_kl_backward(
-            grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how, needs
-        )
+    with linear.within(ctx.budget):
+        if grad_kl is None:  # the reference has no part in it
+            grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+                grad_logp, None, *heads[:3], None, None, labels, norm, None, *scale, *how,
+                [*needs, False, False],
+            )[:3]  # fmt: skip
+        else:
+            grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
+            grads = torch.ops.rlhf_fast.linear_token_kl_backward(
+                grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how,
+                needs,
+            )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 

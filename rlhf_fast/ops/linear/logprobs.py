@@ -13,7 +13,7 @@ from .. import check
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..linear import vocab_parallel
-from ..registry import Op, Sample, define_kernel, register
+from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
 
 def linear_token_logprobs(
@@ -198,15 +198,21 @@ def _backward(
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
 
-        arguments = (
+        divisors = part(per_token)
+        g_logp, g_entropy = grads.fit(
             part(grad_logp),
             part(grad_entropy),
+            temperature=temperature if divisors is None else divisors,
+        )
+        arguments = (
+            g_logp,
+            g_entropy,
             chunk.logits[None],
             part(labels),
             norm[:, chunk.rows][:, None].contiguous(),
             None if grad_entropy is None else part(entropy),
             temperature,
-            part(per_token),
+            divisors,
             softcap,
         )
         out = grads.dlogits(chunk)[None]
@@ -235,11 +241,13 @@ def _backward_fake(grad_logp, grad_entropy, *arguments):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *inputs, ctx.entropy, ctx.compact, ctx.same, _ = inputs
-    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
+    *head, labels, ctx.temperature, per_token, ctx.softcap = inputs
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
-    ctx.save_for_backward(*tensors, per_token, norm, entropy if ctx.entropy else None)
+    ctx.budget = linear.budget()
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, *head, labels, per_token, norm, entropy if ctx.entropy else None)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
@@ -250,10 +258,11 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
     needs = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-        grad_logp, grad_entropy, *tensors, norm, entropy, ctx.temperature, per_token, ctx.softcap,
-        ctx.compact, ctx.same, needs,
-    )  # fmt: skip
+    with linear.within(ctx.budget):
+        grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+            grad_logp, grad_entropy, *tensors, norm, entropy, ctx.temperature, per_token,
+            ctx.softcap, ctx.compact, ctx.same, needs,
+        )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 

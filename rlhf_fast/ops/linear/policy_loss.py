@@ -13,7 +13,7 @@ from .. import aggregate, check, policy_loss, token_kl
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..policy_loss import PolicyStats
-from ..registry import Op, Sample, define_kernel, register
+from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 
 
 def linear_policy_loss(
@@ -49,7 +49,8 @@ def linear_policy_loss(
     again; here the loss is known while a chunk's logits exist, so they are overwritten with their
     gradient at once, and dX and dW are ready when the forward ends. The backward only scales them
     by the incoming gradient.
-    (16-bit ones are rounded by then, and once more where that is not a power of two.)
+    (bfloat16 ones are rounded by then, and once more where that is not a power of two; float16 ones
+    wait in float32 for a loss scale.)
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
     of its log-probs, so ``ratio="sequence"`` is those two ops in one call.
 
@@ -222,7 +223,7 @@ def _forward(
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     head = linear.Head(hidden, weight, bias)
-    grads = linear.Gradients(head, linear.Needs(*needs))
+    grads = linear.Gradients(head, linear.Needs(*needs), _saved_dtype(hidden))
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     for chunk in linear.chunks(head, keep, compact=compact, deterministic=deterministic):
@@ -243,8 +244,13 @@ def _forward(
             part(ref_logp), None, *options, "token-sum", "token", loss,
         )  # fmt: skip
         scale = part(coefficient)
+        d_logp, d_entropy = grads.fit(
+            d_logp * scale,
+            d_entropy * scale if entropy_coef else None,
+            temperature=temperature if divisors is None else divisors,
+        )
         torch.ops.rlhf_fast.token_logprobs_backward(
-            d_logp * scale, d_entropy * scale if entropy_coef else None, logits, targets, norm,
+            d_logp, d_entropy, logits, targets, norm,
             entropy_ if entropy_coef else None, temperature, divisors, softcap,
             grads.dlogits(chunk)[None],
         )  # fmt: skip
@@ -261,9 +267,15 @@ def _forward(
     return total, stats, *grads.result()[:3]
 
 
+def _saved_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradients between forward and backward: they come before a GradScaler's loss scale,
+    without which float16 cannot hold them."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
 def _fake(hidden, weight, bias, labels, old_logp, *rest):
     grads = [
-        torch.empty_like(x) if needed else hidden.new_empty(0)
+        torch.empty_like(x, dtype=_saved_dtype(hidden)) if needed else hidden.new_empty(0)
         for x, needed in zip((hidden, weight, bias), rest[-1], strict=True)
     ]
     return old_logp.new_empty(()), old_logp.new_empty(len(PolicyStats._fields)), *grads
@@ -273,17 +285,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, stats, *grads = output
     ctx.set_materialize_grads(False)  # or autograd fills zeros [V, H] for the gradient of dW
     ctx.mark_non_differentiable(stats, *grads)
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*grads)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     if grad is None:
         return (None,) * 24
-    # loss.backward() comes with exactly 1: then dW needs no second copy. Looking costs a host sync
-    # on a GPU, and cannot be traced.
-    one = grad.device.type == "cpu" and detect_fake_mode([grad]) is None and grad.item() == 1
+    # loss.backward() comes with exactly 1: then dW needs no second copy, unless the next backward
+    # needs this one. Looking costs a host sync on a GPU, and cannot be traced or batched.
+    looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
+    looked_at = looked_at and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    one = looked_at and not graph_is_kept() and grad.item() == 1
     scaled = [
-        (g if one else g * grad) if needed else None
+        (g if one else g * grad).to(ctx.dtype) if needed else None
         for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
     ]
     return *scaled, *(None,) * 21

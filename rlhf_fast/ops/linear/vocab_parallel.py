@@ -16,6 +16,7 @@ from .. import check
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..linear import logprobs as engine
+from ..registry import first_derivative_only, gradient_wanted
 
 
 def linear_token_logprobs(
@@ -28,6 +29,7 @@ def linear_token_logprobs(
     """(logp [N], entropy [N] or empty) over the whole vocabulary, the same on every rank."""
     first, vocab = part_of_vocabulary(head.weight, group)
     check.labels(labels, "hidden", hidden, vocab)
+    gradient_wanted("linear_token_logprobs", head)
     return _VocabParallel.apply(*head, labels.reshape(-1), first, options, group)
 
 
@@ -56,13 +58,14 @@ class _VocabParallel(torch.autograd.Function):
             x.masked_fill_(ignored, 0.0) if x.numel() else x
         norm.copy_(whole_norm)  # in place: the engine knows by it the chunk that it has left
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.group = options, group
+        ctx.options, ctx.group, ctx.budget = options, group, linear.budget()
         ctx.save_for_backward(hidden, weight, bias, low, up, local, elsewhere, norm, whole_entropy)
         if not options[3]:
             ctx.mark_non_differentiable(whole_entropy)
         return whole_logp, whole_entropy
 
     @staticmethod
+    @first_derivative_only("linear_token_logprobs")
     def backward(ctx, grad_logp, grad_entropy):
         *head, local, elsewhere, norm, entropy = ctx.saved_tensors
         temperature, per_token, softcap, _, compact, deterministic, _ = ctx.options
@@ -71,10 +74,11 @@ class _VocabParallel(torch.autograd.Function):
         if grad_logp is None:
             grad_logp = torch.zeros_like(grad_entropy)
         needs = list(ctx.needs_input_grad[:5])
-        grads = engine._backward(
-            grad_logp, grad_entropy, *head, local, norm, entropy, temperature, per_token, softcap,
-            compact, deterministic, needs, elsewhere,
-        )  # fmt: skip
+        with linear.within(ctx.budget):
+            grads = engine._backward(
+                grad_logp, grad_entropy, *head, local, norm, entropy, temperature, per_token,
+                softcap, compact, deterministic, needs, elsewhere,
+            )  # fmt: skip
         grads = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
         for i in (0, 3):  # hidden and low are the same on all ranks: each holds a part of the sum
             if grads[i] is not None:
