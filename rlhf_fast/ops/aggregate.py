@@ -54,11 +54,14 @@ def checked(
         check.same_device("normalizer", normalizer, "mask", like)
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer must be a number, got {check.describe(normalizer)}")
-        n = normalizer.detach().to(dtype)
-        if check.values_can_be_read(n) and not 0 <= n.item() < torch.inf:
-            raise ValueError(f"normalizer must be finite and at least 0, got {n.item()}")
-        return n
-    check.number("normalizer", normalizer, above=0)
+        n = normalizer.detach()
+        if check.values_can_be_read(n) and not bool((n == 0) | check.numbers(n, dtype)):
+            raise ValueError(
+                f"normalizer must be finite and at least 0, and no smaller than "
+                f"{check.SMALLEST:g} where it is not 0; got {n.item()}"
+            )
+        return n.to(dtype)
+    check.number("normalizer", normalizer, above=0, dtype=dtype)
     return torch.full((), float(normalizer), dtype=dtype, device=like.device)
 
 
@@ -69,7 +72,12 @@ def reference(
     n = None if normalizer is None else torch.as_tensor(normalizer, device=x.device)
     rows, kept = check.flat(x), check.flat(mask)
     per_row = rows.masked_fill(~kept, 0.0).sum(-1)
-    return (coefficients(kept, aggregation, n, rows.dtype) * per_row).sum()
+    return times(coefficients(kept, aggregation, n, rows.dtype), per_row).sum()
+
+
+def times(coefficient: Tensor, x: Tensor) -> Tensor:
+    """coefficient · x, and 0 where the coefficient is 0, whatever x is: infinite x included."""
+    return torch.where(coefficient == 0, 0.0, coefficient * x)
 
 
 def masked_means(mask: Tensor, *columns: Tensor) -> list[Tensor]:

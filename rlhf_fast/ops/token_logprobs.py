@@ -56,8 +56,9 @@ def token_logprobs(
     check.floating("logits", logits)
     check.at_least_1d("logits", logits)
     check.labels(labels, "logits", logits, logits.shape[-1])
-    divisor, per_token = _temperature(temperature, labels, check.accumulator(logits))
-    _softcap(softcap)
+    dtype = check.accumulator(logits)
+    divisor, per_token = _temperature(temperature, labels, dtype)
+    _softcap(softcap, dtype)
     check.flag("entropy", entropy)
     check.flag("inplace_backward", inplace_backward)
 
@@ -228,24 +229,24 @@ def _temperature(
 ) -> tuple[float, Tensor | None]:
     """(float, None) or (1.0, [...] tensor)."""
     if not isinstance(temperature, Tensor):
-        check.number("temperature", temperature, above=0.0)
+        check.number("temperature", temperature, above=0.0, dtype=dtype)
         return float(temperature), None
     check.tensor("labels", labels)
     check.like("temperature", temperature, "labels", labels)
     if check.values_can_be_read(temperature):
-        right = (temperature > 0) & (temperature < torch.inf)
-        wrong = ~right & (labels != check.IGNORE_INDEX)
+        wrong = ~check.numbers(temperature, dtype) & (labels != check.IGNORE_INDEX)
         if bool(wrong.any()):
             where = wrong.nonzero()[0].tolist()
             raise ValueError(
                 f"temperature{where} is {float(temperature[tuple(where)])}, not finite and above 0"
+                + ("" if dtype == torch.float64 else f" (float32: at least {check.SMALLEST:g})")
             )
     return 1.0, temperature.detach().to(dtype)
 
 
-def _softcap(softcap: float | None) -> None:
+def _softcap(softcap: float | None, dtype: torch.dtype) -> None:
     if softcap is not None:
-        check.number("softcap", softcap, above=0.0)
+        check.number("softcap", softcap, above=0.0, dtype=dtype)
 
 
 def _rows(logits: Tensor) -> Tensor:
