@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -120,14 +121,17 @@ def label_range(x: Tensor, vocab: int) -> None:
         )
 
 
-def temperature_range(x: Tensor | None, labels: Tensor) -> None:
-    """One divisor a row, finite and above 0 wherever the row is not ignored."""
+def temperature_range(x: Tensor | None, labels: Tensor, dtype: torch.dtype) -> None:
+    """One divisor a row, a number above 0 in dtype wherever the row is not ignored."""
     if x is None or not values_can_be_read(x):
         return
-    wrong = ~((x > 0) & (x < torch.inf)) & (labels != IGNORE_INDEX)
+    wrong = ~numbers(x, dtype) & (labels != IGNORE_INDEX)
     if bool(wrong.any()):
         where = wrong.nonzero()[0].tolist()
-        raise ValueError(f"temperature{where} is {float(x[tuple(where)])}, not finite and above 0")
+        raise ValueError(
+            f"temperature{where} is {float(x[tuple(where)])}, not finite and above 0"
+            + ("" if dtype == torch.float64 else f" (float32: at least {SMALLEST:g})")
+        )
 
 
 def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:
@@ -145,16 +149,41 @@ def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to {n}, the length of {other_name}; got {x}")
 
 
-def number(name: str, x: object, *, low: float | None = None, above: float | None = None) -> None:
-    """x is a finite Python number, >= low or > above where given."""
+# What an option of a float32 computation may be, beside 0: float32 ends at 1e-38 and 3e38, and what
+# an option is divided by, or divides, must stay inside, too.
+SMALLEST, LARGEST = 1e-30, 1e30
+
+
+def number(
+    name: str,
+    x: object,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """x is a finite Python number, >= low or > above where given, that an op can compute with in
+    dtype."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
-    if x != x or x in (float("inf"), float("-inf")):
+    if not abs(x) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {x}")
     if low is not None and x < low:
         raise ValueError(f"{name} must be at least {low}, got {x}")
     if above is not None and x <= above:
         raise ValueError(f"{name} must be above {above}, got {x}")
+    if dtype != torch.float64 and x and not SMALLEST <= abs(x) <= LARGEST:
+        raise ValueError(
+            f"{name} must be 0 or of size {SMALLEST:g} to {LARGEST:g} in float32, got {x}; "
+            "float64 tensors take others"
+        )
+
+
+def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where x, > 0, is finite and a number that an op can compute with in dtype."""
+    if dtype == torch.float64:
+        return (x > 0) & (x < torch.inf)
+    return (x >= SMALLEST) & (x <= LARGEST)
 
 
 def flag(name: str, x: object) -> None:

@@ -113,13 +113,13 @@ def masked_whiten_reference(
 
 def _all_reduced(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(count, mean, sum of squared deviations) of all ranks together, Chan et al. 1979."""
-    count, mean, deviation = moments.unbind()
+    count, mean, deviation = moments.double().unbind()
     sums = torch.stack([count, count * mean])
     dist.all_reduce(sums, group=group)
     global_mean = sums[1] / sums[0].clamp(min=1)
     deviation = deviation + count * (mean - global_mean) ** 2
     dist.all_reduce(deviation, group=group)
-    return torch.stack([sums[0], global_mean, deviation])
+    return torch.stack([sums[0], global_mean, deviation]).to(moments.dtype)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _mean_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _mean_autograd(ctx: Any, grad: Tensor) -> Any:
     (mask,) = ctx.saved_tensors
-    return mask * (grad / mask.sum().clamp(min=1)), None
+    return torch.where(mask, grad / mask.sum().clamp(min=1), 0.0), None
 
 
 def _moments(values: Tensor, mask: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ def token_logprobs(
     check.floating("logits", logits)
     check.at_least_1d("logits", logits)
     check.labels(labels, "logits", logits, logits.shape[-1])
-    divisor, per_token = _temperature(temperature, labels, check.accumulator(logits))
-    _softcap(softcap)
+    dtype = check.accumulator(logits)
+    divisor, per_token = _temperature(temperature, labels, dtype)
+    _softcap(softcap, dtype)
     check.flag("entropy", entropy)
     check.flag("inplace_backward", inplace_backward)
 
@@ -129,7 +130,7 @@ def _forward(
     norm is the row's (max, log Σ e^(z − max)), not their sum logsumexp: at logits of 1e4 one
     float32 would hold that to only 1e-3 nats, and p in the backward no better.
     """
-    check.temperature_range(per_token, labels)
+    check.temperature_range(per_token, labels, check.accumulator(logits))
     z, _ = _scaled(logits, temperature, per_token, softcap)
     kept = labels != check.IGNORE_INDEX
     largest = z.amax(-1, keepdim=True)
@@ -238,17 +239,17 @@ def _temperature(
 ) -> tuple[float, Tensor | None]:
     """(float, None) or (1.0, [...] tensor)."""
     if not isinstance(temperature, Tensor):
-        check.number("temperature", temperature, above=0.0)
+        check.number("temperature", temperature, above=0.0, dtype=dtype)
         return float(temperature), None
     check.tensor("labels", labels)
     check.like("temperature", temperature, "labels", labels)
-    check.temperature_range(temperature, labels)
+    check.temperature_range(temperature, labels, dtype)
     return 1.0, temperature.detach().to(dtype)
 
 
-def _softcap(softcap: float | None) -> None:
+def _softcap(softcap: float | None, dtype: torch.dtype) -> None:
     if softcap is not None:
-        check.number("softcap", softcap, above=0.0)
+        check.number("softcap", softcap, above=0.0, dtype=dtype)
 
 
 def _may_overwrite(logits: Tensor) -> bool:

@@ -101,7 +101,7 @@ def check_head(
     lora: Lora | None = None,
     prefix: str = "",
 ) -> Head:
-    """The checked head, flat, in autocast's dtype where autocast is on.
+    """The checked head, flat, in autocast's dtype where autocast is on (float64 it leaves alone).
 
     A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
     on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
@@ -126,11 +126,9 @@ def check_head(
         check.same_device(bias_name, bias, hidden_name, hidden)
     down, up, scale = (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight)
     weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias, down, up = (None if x is None else x.to(dtype) for x in (bias, down, up))
+    hidden, weight, bias, down, up = (
+        None if x is None else x.to(product_dtype(x)) for x in (hidden, weight, bias, down, up)
+    )
     for name, x in ((weight_name, weight), (bias_name, bias), ("lora's A", down), ("lora's B", up)):
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
@@ -140,6 +138,14 @@ def check_head(
     rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
     low = None if down is None else scale * (rows @ down.t())
     return Head(rows, weight, bias, low, up)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product takes x in: autocast, where it is on, leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def check_lora(lora: Lora, hidden: Tensor, weight: Tensor) -> Lora:
@@ -152,7 +158,7 @@ def check_lora(lora: Lora, hidden: Tensor, weight: Tensor) -> Lora:
     rank = down.shape[0] if down.dim() == 2 else 0
     check.shaped("lora's A", down, [rank, hidden.shape[-1]], "[r, H]")
     check.shaped("lora's B", up, [weight.shape[0], rank], "[V, r]")
-    check.number("lora's scale", scale)
+    check.number("lora's scale", scale, dtype=check.accumulator(hidden))
     return lora
 
 

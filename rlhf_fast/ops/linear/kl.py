@@ -87,8 +87,9 @@ def linear_token_kl(
     head = linear.check_head(hidden, weight, bias)
     ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     check.labels(labels, "hidden", hidden, weight.shape[0])
-    divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
-    from_logits._softcap(softcap)
+    dtype = check.accumulator(hidden)
+    divisor, per_token = from_logits._temperature(temperature, labels, dtype)
+    from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
     tied = ref_weight is None
@@ -125,7 +126,7 @@ def _check_reference(
             f"{list(hidden.shape[:-1])}; got {check.describe(ref_hidden)}"
         )
     check.same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if linear.product_dtype(ref_hidden) != linear.product_dtype(hidden):
         raise TypeError(
             f"ref_hidden must have the dtype of hidden, {hidden.dtype}; "
             f"got {check.describe(ref_hidden)}"
@@ -200,7 +201,7 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) of logits, ref_logits [1, n, V];
     norm as in token_logprobs: (max, log Σ e^(z − max))."""
-    check.temperature_range(per_token, labels)
+    check.temperature_range(per_token, labels, check.accumulator(hidden))
     ignored = labels == check.IGNORE_INDEX
 
     def one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

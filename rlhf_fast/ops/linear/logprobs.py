@@ -78,7 +78,7 @@ def linear_token_logprobs(
     head = linear.check_head(hidden, weight, bias, lora)
     accumulator = check.accumulator(hidden)
     divisor, per_token = from_logits._temperature(temperature, labels, accumulator)
-    from_logits._softcap(softcap)
+    from_logits._softcap(softcap, accumulator)
     for name, x in (("entropy", entropy), ("compact", compact), ("deterministic", deterministic)):
         check.flag(name, x)
     options = (

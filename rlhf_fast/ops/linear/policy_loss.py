@@ -55,8 +55,10 @@ def linear_policy_loss(
     of its log-probs, so ``ratio="sequence"`` is those two ops in one call.
 
     Rows that cannot matter leave before the first matrix product: masked ones, and, with token
-    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
-    statistics are means over the tokens that stayed. Without grad mode (or where nothing requires
+    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. Nothing
+    is known of those, so the statistics (but the surrogate) are means over the tokens that stayed,
+    ``PolicyStats.tokens`` of them: weigh by that, not by the mask, whatever you add up over
+    micro-batches or processes; where it is 0 they say nothing. Without grad mode (or where nothing requires
     grad): 2NHV, no gradients.
 
     On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
@@ -101,13 +103,14 @@ def linear_policy_loss(
     for name, x in per_token_inputs.items():
         check.like(name, x, "labels", labels)
     check.boolean_mask(mask, "labels", labels)
-    policy_loss.check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
-    )
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
+    policy_loss.check_options(
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss,
+        dtype,
+    )  # fmt: skip
     counting = labels.masked_fill(~mask, check.IGNORE_INDEX)
     divisor, per_token = from_logits._temperature(temperature, counting, dtype)
-    from_logits._softcap(softcap)
+    from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
 
@@ -216,7 +219,7 @@ def _forward(
     deterministic: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [13], d_hidden, d_weight, d_bias), empty where not needed."""
+    """(loss, stats [14], d_hidden, d_weight, d_bias), empty where not needed."""
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
@@ -245,7 +248,7 @@ def _forward(
         )  # fmt: skip
         scale = part(coefficient)
         d_logp, d_entropy = grads.fit(
-            d_logp * scale,
+            aggregate.times(scale, d_logp),
             d_entropy * scale if entropy_coef else None,
             temperature=temperature if divisors is None else divisors,
         )
