@@ -201,7 +201,7 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) of logits, ref_logits [1, n, V];
     norm as in token_logprobs: (max, log Σ e^(z − max))."""
-    check.temperature_range(per_token, labels, check.accumulator(hidden))
+    check.temperature_range(per_token, labels, check.accumulator(logits))
     ignored = labels == check.IGNORE_INDEX
 
     def one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
