@@ -8,8 +8,10 @@ from rich.console import Console
 from rlhf_fast.trainer.run import console
 
 PROMPTS = ["This movie was one of those", "I have to say that this film"]
-ANSWERS = ["that I have watched again and again since it came out in the cinemas, all of it wonderful",
-           "donaudampfschifffahrtsgesellschaftskapitänswitwe is a word that is not cut"]  # fmt: skip
+ANSWERS = [
+    "that I have watched again and again since it came out in the cinemas, all wonderful",
+    "donaudampfschifffahrtsgesellschaftskapitänswitwe is a word that is not cut",
+]
 
 
 def printed(table, width: int = 80) -> list[str]:
