@@ -84,7 +84,7 @@ import sys
 class Absent:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"numpy", "transformers", "accelerate", "datasets", "safetensors",
-                                  "yaml", "rich", "matplotlib", "packaging", "peft", "triton"}:
+                                  "yaml", "rich", "matplotlib", "packaging", "peft"}:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Absent())
