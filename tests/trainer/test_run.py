@@ -145,7 +145,8 @@ def test_a_folder_is_never_missing_without_a_copy(make, monkeypatch):
     assert (run.folder / ".model.partial" / "w").read_text() == "new"
     run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("newer")))
     assert (run.folder / "model" / "w").read_text() == "newer"
-    assert not [p for p in run.folder.iterdir() if p.name.startswith(".")]
+    left = sorted(p.name for p in run.folder.iterdir() if p.name.startswith("."))
+    assert left == [".rlhf_fast.json", ".rlhf_fast.lock"]
 
 
 def no_room(*_):
@@ -198,6 +199,68 @@ def test_full_disk_while_a_model_is_saved(make, tiny_config):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (run.folder / "model").exists() and not (run.folder / ".model.partial").exists()
+
+
+def test_full_disk_while_a_tokenizer_is_saved(make, tiny_tokenizer):
+    """tokenizers raises a bare Exception; what is no error of a disk keeps its own."""
+    run = Run(make())
+    run.begin()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(InputError, match=r"model cannot be written: File too large .os error"):
+            run.write(
+                "model",
+                lambda path: (
+                    path.mkdir(),
+                    tiny_tokenizer._tokenizer.save(f"{path}/tokenizer.json"),
+                ),
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (run.folder / "model").exists() and not (run.folder / ".model.partial").exists()
+    with pytest.raises(ZeroDivisionError):
+        run.write("model", lambda path: 1 / 0)
+
+
+def killed_at(moment: int, remove):
+    """`remove` until so many things have been removed."""
+    left = moment
+
+    def killed(path):
+        nonlocal left
+        if path.exists():
+            if left == 0:
+                raise Killed
+            left -= 1
+        remove(path)
+
+    return killed
+
+
+def test_killed_while_it_overwrites(make, monkeypatch):
+    """What is left is the whole old run or none: never its weights without its end."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    moments = 0
+    for moment in range(99):
+        config = make(f"run{moment}")
+        advance(config)
+        (Path(config.output_dir) / "checkpoints" / ".step_9.pt.partial").write_text("a kill's")
+        overwriting = Run(make(f"run{moment}", resume=False, overwrite=True))
+        try:
+            with monkeypatch.context() as patch:
+                for module in (files, run_module):
+                    patch.setattr(module, "remove", killed_at(moment, module.remove))
+                overwriting.begin()
+            break
+        except Killed:
+            moments += 1
+        left = Run(config)
+        assert left.summary == ({"w": 10.0} if left.exists else None)
+        advance(config)
+        check_finished(config)
+        assert left.exists or not list(left.folder.rglob("*.partial"))
+    assert moments > 5
 
 
 def test_resume_is_a_switch_and_takes_auto(make):
