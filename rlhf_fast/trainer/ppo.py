@@ -52,11 +52,13 @@ from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.lora import LoRA
 from rlhf_fast.trainer.models.policy import Policy, load_policy
 from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.trainer.rollout.memory import Way, way_of_decoding
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
     RolloutEngine,
     answer_hidden,
     decodes_exactly,
+    sample,
 )
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import (
@@ -106,6 +108,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         trust=config.trust_remote_code,
     )
     policy.exact_decoding = decodes_exactly(policy)
+    if workers.is_main and engine is None and way_of_decoding(policy.model, sample) is Way.NONE:
+        console.print(
+            f"{type(policy.model).__name__} has no cache that decoding can use: each token takes a "
+            "pass over all before it, which is slow for long answers"
+        )
     workers.shard(policy)
     held_out, prompts = split_prompts(config, policy)
     weights, critic = policy.trained(), policy.critic()

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.run.console import console
 
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")  # transformers' names over time
 PROMPT, STEPS = 12, 6  # of the trial: longer than the windows of tiny models
@@ -29,6 +28,7 @@ _found: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 
 class Way(Enum):
     OURS = "a cache that has room for all tokens from the start (kv_cache.py)"
+    STATE = "the same, of states that have read the padding: only the prompt's pass gets the mask"
     OWN = "the cache that the model makes at its first pass"
     NONE = "nothing: every token takes a pass over all before it"
 
@@ -38,17 +38,21 @@ class Memory:
 
     def __init__(self, model: PreTrainedModel, way: Way, make: Callable[[], Any]) -> None:
         self.way, self.name = way, cache_argument(model)
-        self.cache = make() if way is Way.OURS else None
+        self.cache = make() if way in (Way.OURS, Way.STATE) else None
+        self.passes = 0
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        if self.way is Way.NONE:
-            return {"use_cache": False}
-        given = {} if self.cache is None else {self.name: self.cache}
-        return given | {"use_cache": True}
+    def arguments(self, mask: Tensor) -> dict[str, Any]:
+        """Of the next pass; mask [b, t]: the real ones among all tokens up to it."""
+        given: dict[str, Any] = {"use_cache": self.way is not Way.NONE}
+        if self.cache is not None:
+            given[self.name] = self.cache
+        if not self.passes or self.way is not Way.STATE:
+            given["attention_mask"] = mask.long()
+        return given
 
     def take(self, out: Any) -> None:
         """What a pass has given back."""
+        self.passes += 1
         if self.way is Way.OWN:
             self.cache = out[self.name]
 
@@ -74,11 +78,6 @@ def way_of_decoding(model: PreTrainedModel, sample: Callable) -> Way:
             raise InputError(
                 f"model={model.name_or_path} ({kind}) gives other states token by token than for a "
                 "whole text, with and without a cache: answers cannot be sampled from it"
-            )
-        if way is Way.NONE:
-            console.print(
-                f"{kind} has no cache that decoding can use: each token takes a pass over all "
-                "before it, which is slow for long answers"
             )
         _found[model] = way
     return _found[model]

@@ -167,9 +167,8 @@ def sample(
             else:
                 out = base(
                     new_ids,
-                    attention_mask=attention[live, :end].long(),
                     position_ids=new_positions,
-                    **memory.arguments,
+                    **memory.arguments(attention[live, :end]),
                 )
                 memory.take(out)
                 last = out.last_hidden_state[:, -1]  # [B, H]
