@@ -14,9 +14,11 @@ from rlhf_fast.trainer.models.policy import (
     pick_device,
     stop_tokens,
 )
+from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.rollout.sample import Sampling, decode, sample
 
 
+@quiet()
 def generate(config: GenerateConfig) -> list[str]:
     """`config.samples` answers, without the prompt."""
     device = pick_device(config.device)

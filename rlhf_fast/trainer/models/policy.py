@@ -32,8 +32,6 @@ from rlhf_fast.trainer.distributed.fsdp import Sharded
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.packing import can_pack
 
-transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
-
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
