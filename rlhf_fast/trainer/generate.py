@@ -9,9 +9,11 @@ from rlhf_fast.trainer.data.rows import Prompt, pad, start, tokenize
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.loading import context_length, load_causal_lm, pick_device
 from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
+from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.rollout.sample import Sampling, decode, sample
 
 
+@quiet()
 def generate(config: GenerateConfig) -> list[str]:
     """`config.samples` answers, without the prompt."""
     device = pick_device(config.device)

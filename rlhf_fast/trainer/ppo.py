@@ -32,7 +32,8 @@ from rlhf_fast import (
 )
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.trainer.config import CRITIC_FREE, GROUPED, PPOConfig
-from rlhf_fast.trainer.data.rows import Prompt, batch_indices, load_rows
+from rlhf_fast.trainer.data.read import Rows, load_rows
+from rlhf_fast.trainer.data.rows import Prompt, batch_indices
 from rlhf_fast.trainer.data.rows import prompts as load_prompts
 from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
@@ -51,7 +52,9 @@ from rlhf_fast.trainer.models.loading import context_length
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.lora import LoRA
 from rlhf_fast.trainer.models.policy import Policy, load_policy
-from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.trainer.quiet import quiet
+from rlhf_fast.trainer.rewards.functions import load_function
+from rlhf_fast.trainer.rewards.scorers import Scorer, load_scorer
 from rlhf_fast.trainer.rollout.memory import Way, way_of_decoding
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
@@ -70,6 +73,7 @@ from rlhf_fast.trainer.run.console import (
     samples_table,
     summary_line,
 )
+from rlhf_fast.trainer.run.contents import check_contents
 from rlhf_fast.trainer.run.diagnostics import warnings
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 from rlhf_fast.trainer.run.metrics import finite
@@ -79,6 +83,7 @@ from rlhf_fast.trainer.update import Stepper
 
 
 @interrupts.guarded()
+@quiet()
 def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     """Returns (and saves as summary.json) score, judge and KL before and after training."""
     workers = Workers(config)
@@ -90,9 +95,18 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    given = {"device": device, "trust": config.trust_remote_code}
-    reward = load_scorer(config.reward, config.reward_weights, field="reward", **given)
-    judge = load_scorer(config.judge, field="judge", **given) if config.judge else None
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
+    load = partial(
+        load_scorer,
+        device=device,
+        trust=config.trust_remote_code,
+        timeout=config.reward_timeout,
+        ran={},
+    )
+    reward = load(config.reward, config.reward_weights, field="reward")
+    judge = load(config.judge, field="judge") if config.judge else None
     engine = load_engine(config) if engine is None else engine
     policy = load_policy(
         config.model,
@@ -114,7 +128,10 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             "pass over all before it, which is slow for long answers"
         )
     workers.shard(policy)
-    held_out, prompts = split_prompts(config, policy)
+    held_out, prompts = split_prompts(config, policy, rows)
+    for scorer in (reward, judge):
+        if scorer is not None:
+            scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
     weights, critic = policy.trained(), policy.critic()
     optimizer = torch.optim.AdamW(
         [
@@ -132,6 +149,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     )
     control = Control(config)
     run.check_end(config.steps)
+    names = ("model", "value_model", "reward", "judge", "rollout_engine")
+    contents = {"data": rows} | {name: getattr(config, name) for name in names}
+    workers.main_only(partial(check_contents, run, contents))
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
     columns = ("prompt", "answer", "score", "kl")
@@ -280,7 +300,7 @@ def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     if config.missing_eos_score is not None:
         return scores.where(ended, config.missing_eos_score)
-    return scores - config.missing_eos_penalty * (~ended).float()
+    return scores - config.eos_penalty * (~ended).float()
 
 
 def estimate(
@@ -307,7 +327,7 @@ def estimate(
         else:  # reinforce: the rewards to go, which are GAE at λ = 1 without values
             zeros = torch.zeros_like(rewards)
             advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
-    if config.whiten_advantages:
+    if config.whitens_advantages:
         advantages = masked_whiten(advantages, mask)
     return advantages, returns
 
@@ -462,12 +482,7 @@ def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
 def load_engine(config: PPOConfig) -> RolloutEngine | None:
     if config.rollout_engine is None:
         return None
-    module, _, name = config.rollout_engine.rpartition(":")
-    if not module:
-        raise InputError(
-            f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
-        )
-    engine = load_function(module, name, config.rollout_engine, "rollout_engine")
+    engine = load_function(config.rollout_engine, "rollout_engine")
     try:
         inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
     except TypeError as error:
@@ -485,11 +500,10 @@ def lora_options(config: PPOConfig) -> LoRA | None:
     return LoRA(config.lora_r, config.lora_alpha, [m for m in modules if m] or None, config.seed)
 
 
-def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
+def split_prompts(
+    config: PPOConfig, policy: Policy, rows: Rows
+) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts answered before and after, prompts to train on)."""
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
     prompts = load_prompts(
         rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
     )
@@ -498,15 +512,37 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
             f"data={config.data} has {len(prompts)} prompts: too few to keep "
             f"eval_prompts={config.eval_prompts} of them from training"
         )
-    room = context_length(policy.model)
+    models = {f"model={config.model}": policy.model}
+    if policy.value_body is not None:
+        models[f"value_model={config.value_model}"] = policy.value_body
     longest = max(len(prompt.ids) for prompt in prompts)
-    if room is not None and longest + config.max_new_tokens > room:
-        raise InputError(
-            f"model={config.model} reads at most {room} tokens, but the longest prompt has "
-            f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
-            f"max_prompt_tokens={config.max_prompt_tokens}"
+    for name, model in models.items():
+        room = context_length(model)
+        if room is not None and longest + config.max_new_tokens > room:
+            raise InputError(
+                f"{name} reads at most {room} tokens, but the longest prompt has "
+                f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
+                f"max_prompt_tokens={config.max_prompt_tokens}"
+            )
+    return hold_out(prompts, config.eval_prompts)
+
+
+def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(the first `count` different prompts, the rows of all others)."""
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(tuple(prompt.ids), prompt)
+    if len(first) <= count:
+        console.print(
+            f"the {len(prompts)} prompts are duplicates of only {len(first)} different ones: the "
+            f"eval_prompts={count} answered before and after are trained on, too"
         )
-    return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
+        return prompts[:count], prompts[count:]
+    held_out = dict(list(first.items())[:count])
+    rest = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]
+    if twice := len(prompts) - count - len(rest):
+        console.print(f"{twice} rows with the same prompt as one of eval_prompts are left out")
+    return list(held_out.values()), rest
 
 
 def evaluate(

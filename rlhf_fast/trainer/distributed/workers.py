@@ -173,8 +173,7 @@ class Workers:
 
     def share(self, size: int) -> slice:
         """This process's rows of a batch."""
-        rows = size // self.size
-        return slice(self.rank * rows, (self.rank + 1) * rows)
+        return slice(self.rank * size // self.size, (self.rank + 1) * size // self.size)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Each process's rows [b, …] -> all rows [B, …], in the batch's order."""

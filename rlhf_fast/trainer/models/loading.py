@@ -15,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from rlhf_fast.trainer.errors import InputError
 
-transformers_logging.disable_progress_bar()  # a bar per loaded model hides the bars that matter
-
 HEADS = {"score", "classifier", "classification_head"}  # what families call a classifier's head
 POINTER = b"version https://git-lfs"  # how a file begins that Git LFS has not fetched
 
@@ -156,11 +154,15 @@ def source_dtype(name: str, *, field: str, trust: bool = False) -> torch.dtype:
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Tokens that the model can read; None where nothing says. (A wrapper's own config, Gemma 3's
-    say, does not: that of its text model does.)"""
+    say, does not: that of its text model does. RoBERTa and its kind number theirs from the pad
+    on.)"""
     config = model.config.get_text_config(decoder=True)
     names = ("max_position_embeddings", "n_positions", "max_seq_len", "context_length")
     found = (getattr(config, name, None) for name in names)
-    return next((room for room in found if isinstance(room, int) and room > 0), None)
+    room = next((room for room in found if isinstance(room, int) and room > 0), None)
+    embeddings = getattr(model.base_model, "embeddings", None)
+    pad = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return room if room is None or pad is None else room - pad - 1
 
 
 def pick_device(name: str) -> torch.device:

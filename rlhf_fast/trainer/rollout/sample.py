@@ -106,6 +106,10 @@ def roll_out(
         )  # fmt: skip
     else:
         done = engine(policy.model, ids, mask, sampling, draws)
+        if done.tokens.size(1) == 0:  # all answers ended at once, and the engine drops the end
+            done = Completions(*(nn.functional.pad(x, (0, 1)) for x in (
+                done.tokens, done.mask, done.logp,
+            )))  # fmt: skip
     length = done.mask.sum(1, keepdim=True)
     last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
