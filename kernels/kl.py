@@ -13,7 +13,7 @@ LOWEST = tl.constexpr(-1000.0)  # e^x − 1 is −1 there
 
 @triton.jit
 def times(a, b):
-    """a·b, and 0 where a is 0, whatever b is: the product with a coefficient, infinite b included."""
+    """a·b, and 0 where the coefficient a is 0, whatever b is: infinite b included."""
     return tl.where(a == 0, 0.0, a * b)
 
 
