@@ -91,3 +91,10 @@ def masked_means(mask: Tensor, *columns: Tensor) -> list[Tensor]:
     """Mean of each column over the counting tokens; 0 where none counts."""
     n = mask.sum().clamp(min=1)
     return [x.masked_fill(~mask, 0.0).sum() / n for x in columns]
+
+
+def masked_variance(mask: Tensor, x: Tensor) -> Tensor:
+    """Population variance over the counting tokens, by two passes; 0 where none counts."""
+    d = x - masked_means(mask, x)[0]
+    square, off = masked_means(mask, d * d, d)  # off: the rounding of the mean
+    return (square - off * off).clamp(min=0)

@@ -248,7 +248,7 @@ def reference(
         clipfrac=mean(clips.to(dtype)),
         dual_clipfrac=mean(dual.to(dtype)),
         ratio_mean=mean(rho),
-        ratio_var=mean((rho - mean(rho)) ** 2),
+        ratio_var=aggregate.masked_variance(mask, rho).detach(),
         ratio_max=kept(rho).amax().detach() if mask.numel() else zero.new_zeros(()),
         old_kl_k1=mean(-token_log_ratio),
         old_kl_k2=mean(0.5 * token_log_ratio**2),

@@ -115,7 +115,8 @@ def reference(
     loss = aggregate.reference(
         0.5 * torch.where(larger, clipped, squared), mask, aggregation, normalizer
     )
-    return_var, residual_var = variance(R, mask), variance(R - V, mask)
+    return_var = aggregate.masked_variance(mask, R).detach()
+    residual_var = aggregate.masked_variance(mask, R - V).detach()
     stats = ValueStats(
         clipfrac=mean(larger.to(dtype)),
         value_mean=mean(V),
@@ -131,12 +132,6 @@ def reference(
         tokens=mask.sum().to(dtype),
     )
     return loss, stats
-
-
-def variance(x: Tensor, mask: Tensor) -> Tensor:
-    """Population variance over the counting tokens, by two passes: x is 0 where masked."""
-    (mean,) = aggregate.masked_means(mask, x)
-    return aggregate.masked_means(mask, (x - mean) ** 2)[0].detach()
 
 
 def _forward(

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from rlhf_fast.ops.aggregate import AGGREGATIONS
+from rlhf_fast.ops.check import LARGEST, SMALLEST
 from rlhf_fast.ops.policy_loss import LOSSES, RATIOS
 
 from .errors import InputError
@@ -581,8 +582,15 @@ def one_of(config: Any) -> None:
 def check(config: Any, holds: Any, expected: str, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and holds(value)):
+        if value is None:
+            continue
+        if not (math.isfinite(value) and holds(value)):
             raise InputError(f"{name}={value}: expected a finite number, {expected}")
+        if value and not SMALLEST <= abs(value) <= LARGEST:
+            raise InputError(
+                f"{name}={value}: expected a number that float32 can compute with, "
+                f"{SMALLEST:g} to {LARGEST:g}"
+            )
 
 
 # ------------------------------------------------------------------------------------ parsing

@@ -48,6 +48,7 @@ from rlhf_fast.trainer.measure import (
     score_all,
     slices,
 )
+from rlhf_fast.trainer.metrics import OF_POLICY, SPREAD, Means, times, with_variance
 from rlhf_fast.trainer.models.loading import context_length
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.lora import LoRA
@@ -227,8 +228,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 "objective/kl": kl.mean().item(),
                 "objective/kl_coef": control.beta,
                 "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
-                "objective/non_score_reward": -control.beta * kl.mean().item(),
-                "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
+                "objective/non_score_reward": -times(control.beta, kl.mean().item()),
+                "objective/rlhf_reward": scores.mean().item()
+                - times(control.beta, kl.mean().item()),
                 **stats,
                 "val/num_eos_tokens": int(rollout.ended.sum()),
                 "val/answer_tokens": mask.sum().item() / len(batch),
@@ -312,7 +314,7 @@ def estimate(
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
         advantages = group_advantages(
-            scores - beta * kl, config.samples_per_prompt, method=config.estimator
+            scores - times(beta, kl), config.samples_per_prompt, method=config.estimator
         )
         advantages = advantages[:, None].expand(mask.shape)
     else:
@@ -332,14 +334,6 @@ def estimate(
     return advantages, returns
 
 
-# Sums over a minibatch's parts, of all processes: each has all of them, whatever its share.
-AVERAGED = (
-    "loss", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
-    "val/ratio", "val/ratio_var",
-)  # fmt: skip
-OF_VALUES = ("loss/value_avg", "val/clipfrac_avg")
-
-
 def learn(
     policy: Policy,
     rollout: Rollout,
@@ -353,16 +347,22 @@ def learn(
     workers: Workers,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """The passes over one batch; their statistics, averaged over the updates made."""
+    """The passes over one batch; their statistics, over all tokens of the updates made."""
     device, mask = policy.model.device, rollout.mask
     correction = None
     if config.tis_cap is not None:
         correction = (old.logp - rollout.logp).exp().clamp(max=config.tis_cap)
-    stats: dict[str, list[Tensor]] = defaultdict(list)
-    skipped = 0
+    losses = ["loss", "loss/policy_avg"]
+    statistics = [*OF_POLICY, SPREAD]
+    if policy.value_head is not None:
+        losses.append("loss/value_avg")
+        statistics.append("val/clipfrac_avg")
+    step = Means([*losses, *statistics, "grad_norm"], device)
+    updates = skipped = 0
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
-        sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
+        known = Means(statistics, device)
+        sums = dict.fromkeys(losses, torch.zeros((), device=device))  # of the parts' losses
         mine = parts(minibatch[workers.rank :: workers.size], config.micro_batch_size)
         for part, counted in workers.in_step(mine, idle=minibatch[:1]):
             m = mask[part] & counted
@@ -378,53 +378,61 @@ def learn(
                 stepper.backward(policy_part)
             with policy.precision():
                 values = predict_values(policy, hidden, rollout, part)
-            share = m.sum() / tokens
-            loss = to_learn = policy_part
+            to_learn = None if apart else policy_part
+            sums["loss"] = sums["loss"] + policy_part.detach()
+            sums["loss/policy_avg"] = sums["loss/policy_avg"] + policy_part.detach()
             if values is not None:
                 value_part, value_stats = value_loss(
                     values, old.values[part], returns[part], m,
                     clip=config.value_clip, normalizer=tokens,
                 )  # fmt: skip
-                loss = policy_part + config.value_coef * value_part
-                to_learn = config.value_coef * value_part if apart else loss
-                sums["loss/value_avg"] += value_part.detach()
-                sums["val/clipfrac_avg"] += value_stats.clipfrac * share
-            stepper.backward(to_learn)
-
-            sums["loss"] += loss.detach()
-            sums["loss/policy_avg"] += policy_part.detach()
-            sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
-            sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
-            sums["policy/entropy_avg"] += policy_stats.entropy * share
-            # The ratio's distance from 1: of all parts together a variance, too, in few digits.
-            distance = policy_stats.ratio_mean - 1
-            sums["val/ratio"] += distance * share
-            sums["val/ratio_var"] += (policy_stats.ratio_var + distance**2) * share
-        totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
-        workers.sum([totals])
+                sums["loss/value_avg"] = sums["loss/value_avg"] + value_part.detach()
+                known.add({"val/clipfrac_avg": value_stats.clipfrac}, value_stats.tokens)
+                if config.value_coef:
+                    weighted = config.value_coef * value_part
+                    sums["loss"] = sums["loss"] + weighted.detach()
+                    to_learn = weighted if apart else policy_part + weighted
+            if to_learn is not None:
+                stepper.backward(to_learn)
+            known.add(
+                {
+                    "policy/approxkl_avg": policy_stats.old_kl_k2,
+                    "policy/clipfrac_avg": policy_stats.clipfrac,
+                    "policy/entropy_avg": policy_stats.entropy,
+                    "val/ratio": policy_stats.ratio_mean,
+                    SPREAD: policy_stats.ratio_var + (policy_stats.ratio_mean - 1) ** 2,
+                },
+                policy_stats.tokens,  # rows of no advantage may have left
+            )
+        totals = torch.stack(list(sums.values()))
+        workers.sum([totals, known.sums])
         sums = dict(zip(sums, totals, strict=True))
-        sums["val/ratio_var"] -= sums["val/ratio"] ** 2
-        sums["val/ratio"] += 1
 
-        too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
-        if too_far:
+        target = config.target_kl
+        if target is not None and known["policy/approxkl_avg"] > target:
             stepper.drop()
             break
         norm, made = stepper.step(sums["loss"])
         if made:
-            for name, value in sums.items():
-                stats[name].append(value)
-            stats["grad_norm"].append(norm)
+            updates += 1
+            step.add(sums | {"grad_norm": norm}, 1)
+            step.merge(known)
         else:
             skipped += 1
         scheduler.step()
         if not control.made(made):
             break
-    return {
-        **{name: torch.stack(values).mean().item() for name, values in stats.items()},
-        "policy/updates": len(stats["grad_norm"]),
-        "skipped_updates": skipped,
-    }
+    stats = with_variance(step.known())
+    if updates and "val/ratio" not in stats:  # no token had an advantage: nothing was looked at
+        stats |= unmoved(old, mask)
+    return {**stats, "policy/updates": updates, "skipped_updates": skipped}
+
+
+def unmoved(old: Measured, mask: Tensor) -> dict[str, float]:
+    """A step's statistics of the policy that it began with."""
+    entropy = masked_mean(old.entropy, mask).item()
+    zeros = dict.fromkeys(("policy/approxkl_avg", "policy/clipfrac_avg", SPREAD), 0.0)
+    return zeros | {"policy/entropy_avg": entropy, "val/ratio": 1.0}
 
 
 def policy_term(
@@ -608,7 +616,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(returns − values)/Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
-    returns, values = returns[mask], values[mask]
-    spread = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / spread.clamp(min=1e-8)).item()
+    """1 − Var(returns − values)/Var(returns): 1 is a perfect critic, 0 one that knows nothing, or
+    returns that are all the same (see ValueStats)."""
+    return value_loss(values, None, returns, mask, clip=None)[1].explained_var.item()

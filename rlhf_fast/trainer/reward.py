@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -32,6 +31,7 @@ from rlhf_fast.trainer.data.read import Rows, load_rows
 from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.metrics import Means
 from rlhf_fast.trainer.models.loading import context_length, source_dtype
 from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
 from rlhf_fast.trainer.models.saving import rounded, save_model
@@ -118,24 +118,22 @@ def train(config: RewardConfig) -> dict:
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 
-            sums = {name: torch.zeros((), device=device) for name in AVERAGED}
+            means = Means(("loss", "accuracy", "margin", "mean_reward"), device)
             mine = batch[workers.share(len(batch))]
             for at in range(0, len(mine), micro):
                 part = mine[at : at + micro]
                 loss, stats = batch_loss(score, part, center_coef=config.center_coef)
-                share = len(part) / len(batch)
-                stepper.backward(loss * share)
-                sums["loss"] += loss.detach() * share
-                sums["accuracy"] += stats.accuracy * share
-                sums["margin"] += stats.gap * share
-                sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
-            workers.sum(sums.values())
+                stepper.backward(loss * (len(part) / len(batch)))
+                of_part = {"loss": loss, "accuracy": stats.accuracy, "margin": stats.gap}
+                of_part["mean_reward"] = (stats.chosen + stats.rejected) / 2
+                means.add(of_part, len(part))
+            workers.sum([means.sums])
             interrupts.update_begins()
-            norm, made = stepper.step(sums["loss"])
+            norm, made = stepper.step(means["loss"])
 
             row = {
                 "step": step + 1,
-                **{name: total.item() for name, total in sums.items()},
+                **means.known(),
                 "grad_norm": norm.item(),
                 "lr": optimizer.param_groups[0]["lr"],
                 "skipped_updates": int(not made),

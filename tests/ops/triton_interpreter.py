@@ -7,6 +7,7 @@ real; so tests/ops/test_triton.py runs this file in a process of its own. By han
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -50,6 +51,9 @@ def replay(run, args: tuple, written: list[int], dtype: torch.dtype | None = Non
     return outputs + [copies[i] for i in written]
 
 
+COUNTED = ("policy_loss", "value_loss")  # output 1: statistics, the last the number of tokens
+
+
 class EveryKernelCall(TorchDispatchMode):
     """Holds each kernel's launcher against its fallback, on the arguments the ops really pass."""
 
@@ -83,6 +87,9 @@ class EveryKernelCall(TorchDispatchMode):
             if kernel.name == "token_logprobs" and i == 2:  # the norm of an ignored row is not used
                 x, y, z = (t[:, args[1] != -100] for t in (x, y, z))
             assert torch.equal(x.isnan(), y.isnan()), f"{what}: NaN in the wrong places"
+            if kernel.name in COUNTED and i == 1:  # as the largest it would hide the others
+                assert x[-1] == y[-1], f"{what}: {x[-1]} tokens for {y[-1]}"
+                x, y, z = x[:-1], y[:-1], z[:-1]
             allowed = tolerance(y, z, result[i].dtype)
             finite = y.isfinite()
             assert torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()), what
@@ -183,6 +190,111 @@ def test_softcap_and_temperature_in_every_block(name: str) -> None:
     sample = OPS[name].workload(shape, generator, "cpu", torch.float32)
     options = {"softcap": 1.5, "temperature": torch.tensor([0.6, 1.4])}
     run(Sample("", sample.arguments | options, sample.grads), OPS[name], torch.float32)
+
+
+@pytest.mark.parametrize("program", [0, 255, 256, 511, 600])
+def test_an_extremum_may_be_in_any_program(program: int) -> None:
+    """The last launch looks at 256 programs at a time."""
+    x = (
+        OPS["policy_loss"]
+        .workload({"B": 601, "T": 1}, torch.Generator().manual_seed(0), "cpu", torch.float32)
+        .arguments
+    )
+    x["mask"][program], x["old_logp"][program] = True, x["logp"][program] - 3.0
+    launcher = KERNELS["policy_loss"].launcher
+    stats = launcher(
+        x["logp"], x["old_logp"], x["advantages"], x["mask"], None, None, None, None, 0.2, 0.2,
+        None, 0.0, 0.0, "k3", "token-mean", "token", "ppo",
+    )[1]  # fmt: skip
+    assert stats[7].item() == pytest.approx(math.exp(3.0), rel=1e-5)
+
+
+@pytest.mark.parametrize("level, spread", [(1e3, 0.01), (1e4, 0.1), (0.1, 0.0), (-7e4, 0.0)])
+def test_a_variance_keeps_its_digits(level: float, spread: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    returns = level + spread * torch.randn(3, 2100, generator=g)
+    values = returns + (spread or 1.0) / 2 * torch.randn(3, 2100, generator=g)
+    mask = torch.rand(3, 2100, generator=g) > 0.2
+    launcher = KERNELS["value_loss"].launcher
+    stats = launcher(values, None, returns, mask, None, 0.0, "token-mean")[1]
+    R, E = returns.double()[mask], (returns.double() - values.double())[mask]
+    explained = (1 - E.var(correction=0) / R.var(correction=0)).item() if spread else 0.0
+    assert stats[5].item() == pytest.approx(explained, abs=1e-2)
+    assert stats[3].item() == pytest.approx(R.var(correction=0).item(), rel=1e-2, abs=1e-3)
+    assert stats[6] == mask.sum()
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("name", ["reinforce", "weight", "entropy", "normalizer"])
+def test_a_coefficient_of_0_beside_an_infinity(name: str) -> None:
+    A, ones = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2)
+    loss = "ppo" if name in ("entropy", "normalizer") else "reinforce"
+    of_zero = name == "normalizer"
+    total, _, d_logp, _ = KERNELS["policy_loss"].launcher(
+        torch.tensor([[-INF, -1.0]]), -ones, A, torch.ones(1, 2, dtype=torch.bool),
+        A if name == "weight" else None, torch.tensor([[INF, 1.0]]) if name == "entropy" else None,
+        -ones if of_zero else None, torch.tensor(0.0) if of_zero else None, 0.2, 0.2, None, 0.0,
+        1.0 if of_zero else 0.0, "k2", "token-mean", "token", loss,
+    )  # fmt: skip
+    assert total.isfinite() and d_logp.isfinite().all()
+    assert not of_zero or (total == 0 and not d_logp.any())
+
+
+def test_no_penalty_and_no_centring_of_an_infinity() -> None:
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    impossible = torch.tensor([[-1.0, -INF, -2.0]])
+    for estimator in ("k1", "k2", "k3", "abs"):
+        rewards = KERNELS["kl_penalized_rewards"].launcher(
+            torch.ones(1), -torch.ones(1, 3), impossible, mask, 0.0, estimator
+        )
+        assert rewards.tolist() == [[0.0, 0.0, 1.0]]
+    loss, _, *grads = KERNELS["pairwise_loss"].launcher(
+        torch.tensor([INF, 1.0]), torch.zeros(2), None, 0.0
+    )
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)) / 2)
+    assert all(g.isfinite().all() for g in grads)
+    values = torch.tensor([[0.5, 0.25, INF]])
+    advantages, _ = KERNELS["gae"].launcher(
+        torch.tensor([[1.0, 2.0, 0.0]]), values, None, None, torch.tensor([INF]), 0.0, 0.9, True
+    )
+    assert advantages.tolist() == [[0.5, 1.75, -INF]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_rises_with_the_gap_and_points_back(dtype: torch.dtype) -> None:
+    d = torch.tensor([0.0, -1.0, -19.0, -20.0, -25.0, -1e3, -1e9, -INF], dtype=dtype)
+    zero, one = torch.zeros_like(d), torch.ones_like(d)
+    kl = KERNELS["token_kl"].launcher(d, zero, "k3")
+    slope = KERNELS["token_kl_backward"].launcher(one, d, zero, "k3")
+    assert kl[0] == 0 and (kl.diff() > 0).all() and (slope <= 0).all()
+    assert torch.equal(KERNELS["token_kl"].launcher(-d, zero, "k3").isnan(), d.isnan())
+
+
+@pytest.mark.parametrize("name", ["masked_mean", "policy_loss", "value_loss", "gae"])
+def test_any_byte_but_0_is_true(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = OPS[name].workload({"B": 3, "T": 50}, generator, "cpu", torch.float32).arguments
+    sevens = (x["mask"].to(torch.uint8) * 6).view(torch.bool)
+
+    def called(mask: Tensor) -> list[Tensor]:
+        found = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.namespace != "rlhf_fast":
+                    return func(*args, **(kwargs or {}))
+                result = KERNELS[func._schema.name.split("::")[1]].launcher(*args)
+                found.extend([result] if isinstance(result, Tensor) else result)
+                return result
+
+        with Mode():
+            OPS[name].function(**{**x, "mask": mask})
+        return found
+
+    for clean, odd in zip(called(x["mask"]), called(sevens), strict=True):
+        assert torch.equal(clean, odd)
 
 
 @pytest.mark.parametrize("holes", ["skip", "zero"])

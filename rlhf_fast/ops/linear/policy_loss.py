@@ -58,8 +58,9 @@ def linear_policy_loss(
     ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. Nothing
     is known of those, so the statistics (but the surrogate) are means over the tokens that stayed,
     ``PolicyStats.tokens`` of them: weigh by that, not by the mask, whatever you add up over
-    micro-batches or processes; where it is 0 they say nothing. Without grad mode (or where nothing
-    requires grad): 2NHV, no gradients.
+    micro-batches or processes; where it is 0 they say nothing.
+
+    Without grad mode (or where nothing requires grad): 2NHV, no gradients.
 
     On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
 
