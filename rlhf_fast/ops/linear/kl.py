@@ -98,7 +98,7 @@ def linear_token_kl(
     check.choice("direction", direction, DIRECTIONS)
     head = linear.check_head(hidden, weight, bias, lora)
     ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_lora)
-    check.labels(labels, "hidden", hidden, None if group else weight.shape[0])
+    check.labels(labels, "hidden", hidden, weight.shape[0] if group is None else None)
     divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
     from_logits._softcap(softcap)
     check.flag("compact", compact)

@@ -83,7 +83,7 @@ def linear_token_logprobs(
     from_logits._softcap(softcap)
     for name, x in (("entropy", entropy), ("compact", compact), ("deterministic", deterministic)):
         check.flag(name, x)
-    check.labels(labels, "hidden", hidden, None if group else head.weight.shape[0])
+    check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
     logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
         *head,
         labels.reshape(-1),
@@ -308,8 +308,9 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 
 FORWARD = define_kernel(
-    f"linear_token_logprobs({linear.HEAD}, Tensor labels, float temperature, Tensor? per_token, float? softcap, "
-    "bool entropy, bool compact, bool deterministic, str? group, bool backward_follows) "
+    f"linear_token_logprobs({linear.HEAD}, Tensor labels, float temperature, Tensor? per_token, "
+    "float? softcap, bool entropy, bool compact, bool deterministic, str? group, "
+    "bool backward_follows) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
@@ -320,7 +321,8 @@ FORWARD = define_kernel(
 BACKWARD = define_kernel(
     f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {linear.HEAD}, "
     "Tensor labels, Tensor norm, Tensor? entropy, float temperature, Tensor? per_token, "
-    "float? softcap, bool compact, bool deterministic, str? group, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float? softcap, bool compact, bool deterministic, str? group, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
     engine=True,

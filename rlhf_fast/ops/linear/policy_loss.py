@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch._guards import detect_fake_mode
+from torch.distributed import ProcessGroup
 
 from .. import aggregate, check, policy_loss, token_kl
 from .. import token_logprobs as from_logits
@@ -99,7 +99,7 @@ def linear_policy_loss(
     head = linear.check_head(hidden, weight, bias, lora)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
-    check.labels(labels, "hidden", hidden, None if group else head.weight.shape[0])
+    check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
     per_token_inputs = {"old_logp": old_logp, "advantages": advantages}
     optional = {"ref_logp": ref_logp, "weights": weights}
     per_token_inputs |= {name: x for name, x in optional.items() if x is not None}

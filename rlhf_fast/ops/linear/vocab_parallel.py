@@ -87,7 +87,7 @@ def token_logprobs(
     )
     if part is None:
         return logp, H, norm
-    (logp,), mean, (norm,) = combined([logp], H if entropy else None, [norm], [-1], labels, part)
+    (logp,), mean, (norm,) = combined([logp], [norm], H if entropy else None, [-1], labels, part)
     return logp, H if mean is None else mean, norm
 
 
@@ -107,11 +107,10 @@ def logits_kl(
     )
     if part is None:
         return logp, ref_logp, kl, norm, ref_norm
+    both = [(logp, norm), (ref_logp, ref_norm)]
     order = 1 if reverse else -1  # the distribution that the mean is taken over comes first
-    logps, kl, norms = combined(
-        [logp, ref_logp][::order], kl, [norm, ref_norm][::order], [1, -1], labels, part
-    )
-    return *logps[::order], kl, *norms[::order]
+    logps, kl, norms = combined(*zip(*both[::order], strict=True), kl, [1, -1], labels, part)
+    return *logps.unbind()[::order], kl, *norms.unbind()[::order]
 
 
 def some_label(labels: Tensor, part: Part | None) -> Tensor:
@@ -121,21 +120,21 @@ def some_label(labels: Tensor, part: Part | None) -> Tensor:
 
 def combined(
     logps: Sequence[Tensor],
-    mean: Tensor | None,
     norms: Sequence[Tensor],
+    mean: Tensor | None,
     signs: Sequence[int],
     labels: Tensor,
     part: Part,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Row statistics of this part -> (logps, mean, norms) of the whole vocabulary.
+    """Row statistics of this part -> (logps, mean, norms), stacked, of the whole vocabulary.
 
     logps [...], norms [2, ...]: of one or two distributions p_i over the same tokens.
-    mean [...] or None: the mean over p_0 of Σ_i sign_i log p_i: entropy (−1), KL(p_0 ‖ p_1) (1, −1).
+    mean [...] or None: over p_0, of Σ_i sign_i log p_i: entropy (−1), or KL(p_0 ‖ p_1) (1, −1).
 
-    With e_i = Σ_part e^(z_i − m_i), m_i the whole maximum, a part holds the share e_i / Σe_i of p_i,
-    and the log p_i of its tokens are lower by −log share_i in the whole than in the part.
-    A part whose logits are all −inf has a norm of (anything finite or −inf, −inf): a share of 0, and
-    whatever else it says is NaN.
+    With e_i = Σ_part e^(z_i − m_i), m_i the whole maximum, a part holds the share e_i / Σ e_i of
+    p_i, and the log p_i of its tokens are lower by −log share_i in the whole than in the part.
+    A part whose logits are all −inf has a norm of (anything below +inf, −inf): its share is 0, and
+    what else the row kernels say of it may be NaN.
     """
     largest, log_sum = torch.stack(tuple(norms), 1)
     whole = largest.clone()
