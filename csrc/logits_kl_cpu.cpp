@@ -298,7 +298,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
         const int64_t i = first + k;
         dead[k] = label[i] == kIgnoreIndex || (g_logp[i] == 0 && g_kl[i] == 0);
         if (g_kl[i] == 0) gradient.kl[k] = 0;
-        if (dead[k]) continue;
+        if (dead[k] || label[i] == kElsewhere) continue;
         at_label[k] = static_cast<S>(at(x, label[i], k));
         ref_at_label[k] = static_cast<S>(at(ref, label[i], k));
       }
@@ -314,7 +314,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
         }
       });
       for (int64_t k = 0; k < n; ++k) {
-        if (dead[k]) continue;
+        if (dead[k] || label[first + k] == kElsewhere) continue;
         const KlGradient<S, S> row = gradient.row(k);
         grad_label(to + label[first + k] * x.stride + k, at_label[k], ref_at_label[k], reverse,
                    &row);

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
+ELSEWHERE = -1  # to kernels: the label is in a part of the vocabulary that another rank holds
 
 _debug: ContextVar[bool] = ContextVar("debug", default=False)  # each thread has its own
 
@@ -94,10 +95,11 @@ def values_can_be_read(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug.get())
 
 
-def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
+def labels(x: object, logits_name: str, leading: Tensor, vocab: int | None) -> None:
     """labels: int64, one for each row; -100 (ignored) or in [0, vocab).
 
-    Inside torch.compile the values are left to the kernel's own check.
+    Inside torch.compile, and where other ranks know the rest of the vocabulary (None), the values
+    are left to the kernel's own check.
     """
     tensor("labels", x)
     if x.dtype != torch.int64:
@@ -108,7 +110,7 @@ def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
             f"got {describe(x)}"
         )
     same_device("labels", x, logits_name, leading)
-    if values_can_be_read(x):
+    if vocab is not None and values_can_be_read(x):
         label_range(x, vocab)
 
 

@@ -128,12 +128,13 @@ def _forward(
     """(logp [B, T], entropy [B, T] or empty, norm [2, B, T]).
 
     norm is the row's (max, log Σ e^(z − max)), not their sum logsumexp: at logits of 1e4 one
-    float32 would hold that to only 1e-3 nats, and p in the backward no better.
+    float32 would hold that to only 1e-3 nats, and p in the backward no better. Where all are −inf
+    its second is −inf.
     """
     check.temperature_range(per_token, labels, check.accumulator(logits))
     z, _ = _scaled(logits, temperature, per_token, softcap)
     kept = labels != check.IGNORE_INDEX
-    largest = z.amax(-1, keepdim=True)
+    largest = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)  # -inf - top is -inf
     z = z - largest
     log_sum = z.exp().sum(-1, keepdim=True).log()
     log_p = z.sub_(log_sum)
@@ -158,28 +159,10 @@ def _backward(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy))."""
-    g = softmax_gradient(
-        grad_logp, grad_entropy, logits, norm, entropy, temperature, per_token, softcap
-    )
-    _, dz = _scaled(logits, temperature, per_token, softcap)
-    index = labels.clamp(min=0).unsqueeze(-1)
-    g.scatter_add_(-1, index, grad_logp.unsqueeze(-1) * dz.gather(-1, index))
-    g.masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
-    out.copy_(g)
+    """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy)).
 
-
-def softmax_gradient(
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    norm: Tensor,
-    entropy: Tensor | None,
-    temperature: float,
-    per_token: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    """The gradient of logits that are nobody's label: −dz/dlogits · p (g_logp + g_entropy(...))."""
+    A label of check.ELSEWHERE is that of no token here.
+    """
     z, dz = _scaled(logits, temperature, per_token, softcap)
     log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
     p = log_p.exp()
@@ -187,7 +170,14 @@ def softmax_gradient(
     if grad_entropy is not None:
         tilt = log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1)
         g -= grad_entropy.unsqueeze(-1) * p * tilt
-    return g.mul_(dz)
+    add_at_label(g, labels, grad_logp)
+    g.mul_(dz).masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
+    out.copy_(g)
+
+
+def add_at_label(g: Tensor, labels: Tensor, grad_logp: Tensor) -> None:
+    here = grad_logp.masked_fill(labels < 0, 0.0).unsqueeze(-1)
+    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), here)
 
 
 def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):

@@ -172,23 +172,21 @@ def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
     ref = {name: x.pop(name) for name in ("ref_hidden", "ref_weight")}
     if op == "linear_token_kl":
         x |= ref | {"ref_bias": torch.randn(V, generator=generator)}
-    elif op == "linear_policy_loss":
+    if op == "linear_policy_loss":
         shape = ("hidden", (4, -1, H)), ("labels", (4, -1))
         x |= {name: x[name].detach().view(size) for name, size in shape}
         x["hidden"].requires_grad_()
         constants = {"old_logp": x["labels"] / -100, "advantages": x["labels"] / V - 0.5}
         x |= constants | {"mask": x["labels"] > 100}
-    else:
-        x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
-                     torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
+    x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
+                 torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
 
     def results(cast) -> list[torch.Tensor]:
         head = {"hidden", "weight", "bias", "lora", *ref, "ref_bias"} & x.keys()
         made = x | {k: tuple(map(cast, x[k])) if k == "lora" else cast(x[k]) for k in head}
         out = getattr(rf, op)(**made)
         out = out[0] + out[2] if op == "linear_token_kl" else out[0] if "mask" in x else out
-        leaves = [y for k in ("hidden", "weight", "bias") for y in (x[k],)]
-        leaves += x["lora"][:2] if "lora" in x else ()
+        leaves = [x["hidden"], x["weight"], x["bias"], *x["lora"][:2]]
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):

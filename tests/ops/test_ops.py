@@ -27,7 +27,7 @@ def all_samples() -> list:
 
 # inputs that kernels take in 16 bits
 VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias", "lora"}
-VOCABULARY_SIZED |= {"ref_hidden", "ref_weight", "ref_bias"}
+VOCABULARY_SIZED |= {"ref_hidden", "ref_weight", "ref_bias", "ref_lora"}
 every_sample = pytest.mark.parametrize(("op", "sample"), all_samples())
 every_16_bit_sample = pytest.mark.parametrize(
     ("op", "sample"), [p for p in all_samples() if VOCABULARY_SIZED & set(p.values[1].arguments)]
@@ -55,6 +55,25 @@ def tensors(output: object) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else [t for x in output for t in tensors(x)]
 
 
+def leaves_of(made: dict, grads: tuple[str, ...]) -> list[Tensor]:
+    """The differentiable tensors, an adapter's A and B each."""
+    named = [made[name] for name in grads]
+    flat = [part for x in named for part in (x if isinstance(x, tuple) else (x,))]
+    return [x for x in flat if isinstance(x, Tensor)]
+
+
+def with_leaves(made: dict, grads: tuple[str, ...], leaves: tuple[Tensor, ...]) -> dict:
+    """made with these in the place of ``leaves_of``'s."""
+    new = iter(leaves)
+
+    def place(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(map(place, x))
+        return next(new) if isinstance(x, Tensor) else x
+
+    return made | {name: place(made[name]) for name in grads}
+
+
 def run(function, made: dict, grads: tuple[str, ...], inplace: bool = False) -> list[Tensor]:
     """Outputs, then the gradients of grads under fixed random cotangents."""
     passed = dict(made)
@@ -70,7 +89,7 @@ def run(function, made: dict, grads: tuple[str, ...], inplace: bool = False) -> 
         torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
         for x in differentiable
     ]
-    inputs = [made[name] for name in grads]
+    inputs = leaves_of(made, grads)
     return outputs + list(torch.autograd.grad(differentiable, inputs, cotangents))
 
 
@@ -113,9 +132,10 @@ def check_against_float64(
 
     In 16 bits the inputs' rounding is nearly all of the error and the same for both. In float32
     both are a handful of random roundings, other ones on each machine's BLAS, and eager's largest
-    on a small sample is one draw of them: hence a factor.
+    on a small sample is one draw of them: hence a factor. So it is in 16 bits with an adapter,
+    whose product eager rounds by itself and once more in the sum, where ours is rounded once.
     """
-    factor = 1.1 if dtype.itemsize == 2 else 2.0
+    factor = 1.1 if dtype.itemsize == 2 and "lora" not in sample.arguments else 2.0
     inplace = bool(sample.arguments.get("inplace_backward"))
     narrow = arguments(sample, dtype, only)
     exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
@@ -177,7 +197,7 @@ def one_for_each_option(op: Op) -> list[Sample]:
     chosen = []
     for sample in op.samples(torch.Generator().manual_seed(0)):
         options = {
-            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor))
+            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor | tuple))
             for name, x in sample.arguments.items()
         }
         if options - seen:
@@ -222,7 +242,7 @@ def test_an_incoming_gradient_that_is_one_number(op: Op, sample: Sample) -> None
 
     def gradients(function) -> tuple[Tensor, ...]:
         made = arguments(sample, torch.float64)
-        leaves = [made[name] for name in sample.grads]
+        leaves = leaves_of(made, sample.grads)
         if sample.arguments.get("inplace_backward"):
             made["logits"] = made["logits"] * 1.0
         outputs = [x for x in tensors(function(**made)) if x.requires_grad]
@@ -266,7 +286,7 @@ def test_gradcheck(op: Op, one_thread) -> None:
     checked = 0
     for sample in op.samples(torch.Generator().manual_seed(2)):
         made = arguments(sample, torch.float64)
-        size = max(made[name].numel() for name in sample.grads) if sample.grads else 0
+        size = max((x.numel() for x in leaves_of(made, sample.grads)), default=0)
         far = any(word in sample.name for word in ("huge", "one-hot", "far", "beyond"))
         garbage = any(
             isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all()
@@ -278,10 +298,10 @@ def test_gradcheck(op: Op, one_thread) -> None:
             continue
 
         def function(*leaves: Tensor, made=made, sample=sample) -> tuple[Tensor, ...]:
-            outputs = tensors(op.function(**made | dict(zip(sample.grads, leaves, strict=True))))
+            outputs = tensors(op.function(**with_leaves(made, sample.grads, leaves)))
             return tuple(x for x in outputs if x.requires_grad)
 
-        leaves = tuple(made[name] for name in sample.grads)
+        leaves = tuple(leaves_of(made, sample.grads))
         assert torch.autograd.gradcheck(function, leaves, eps=1e-7, atol=1e-5, rtol=1e-4)
         checked += 1
     has_gradient = any(s.grads for s in op.samples(torch.Generator()))

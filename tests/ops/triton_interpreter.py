@@ -117,10 +117,15 @@ def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
             return tuple(map(cast, x))
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
+    def leaf(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(map(leaf, x))
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
     arguments = {name: cast(x) for name, x in sample.arguments.items()}
-    for name in sample.grads:
-        arguments[name] = arguments[name].detach().clone(memory_format=torch.preserve_format)
-        arguments[name].requires_grad_()
+    arguments |= {name: leaf(arguments[name]) for name in sample.grads}
     with EveryKernelCall() as mode:
         result = op.function(**{k: x for k, x in arguments.items()})
         if sample.grads:
