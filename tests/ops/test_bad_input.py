@@ -416,7 +416,7 @@ def test_a_bad_label_inside_a_compiled_graph_is_caught_by_the_kernel() -> None:
 
 
 def test_chunk_budget_is_checked() -> None:
-    with pytest.raises(ValueError, match="n_bytes must be above 0"), rf.chunk_budget(0):
+    with pytest.raises(ValueError, match="n_bytes must be at least 1"), rf.chunk_budget(0.5):
         pass
 
 

@@ -397,19 +397,16 @@ def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) ->
     hidden, weight, labels = inputs(requires_grad=False)
     shapes = (V,), (3, H), (V, 3)
     parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x, w, bias, down, up = (y.bfloat16().to(dtype) for y in parts)
-        with AsOnAGPU():
-            results.append(rf.linear_token_logprobs(x, w, labels, bias=bias))
-            low = (
-                (x @ down.t()).bfloat16().to(dtype)
-            )  # rounded on a GPU too, before the last product
-            head = linear.Head(x, w, bias, low, up)
-            (chunk,) = linear.chunks(head, labels >= 0)
-            results.append(chunk.logits.clone())
-    for narrow, wide in zip(results[:2], results[2:], strict=True):
-        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+    x, w, bias, down, up = (y.bfloat16() for y in parts)
+    low = x @ down.t()  # rounded on a GPU too, before the last product
+    with AsOnAGPU():
+        narrow = rf.linear_token_logprobs(x, w, labels, bias=bias)
+        (chunk,) = linear.chunks(linear.Head(x, w, bias, down, up), labels >= 0)
+    x, w, bias, low, up = (y.float() for y in (x, w, bias, low, up))
+    wide = rf.linear_token_logprobs(x, w, labels, bias=bias)
+    torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+    logits = x @ w.t() + bias + low @ up.t()
+    torch.testing.assert_close(chunk.logits, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:

@@ -248,7 +248,7 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
 
 
 def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:
-    """Drop what a call with this key and so many buffers has no use for."""
+    """Drop what a call with this key and so many loops has no use for: other dtypes, more loops."""
     device, dtype, _ = key
     for other in list(_memory):
         if other[0] == device and (other[1] != dtype or other[2] >= buffers):
