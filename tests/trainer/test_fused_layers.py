@@ -163,6 +163,7 @@ def test_what_is_fused_samples_what_the_modules_do(kind, options, monkeypatch):
     """Rows that end early leave, and 150 rows are too many until some have."""
     model = tiny(kind, **options)
     assert is_fused(model)
+    rollout_module.way_of_decoding(model, sample)  # tried beforehand
     calls = []
     step = FusedLayers.__call__
     monkeypatch.setattr(

@@ -60,7 +60,7 @@ def check_merge(model: PreTrainedModel, lora: LoRA) -> None:
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     zero = {name: p.clone() for name, p in adapters.items() if not p.any()}  # the Bs
     generator = torch.Generator().manual_seed(lora.seed)
-    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().weight.size(0)
     try:
         for name in zero:
             p = adapters[name]

@@ -209,7 +209,7 @@ def check_architecture(policy: Policy, name: str) -> None:
     who = f"model={name} ({type(policy.model).__name__})"
     cut = " with trainable_layers" if policy.trunk_layers else ""
     device = policy.model.device
-    ids = torch.arange(8, device=device)[None] % policy.model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=device)[None] % policy.model.get_input_embeddings().weight.size(0)
     try:
         with trunk_recorder(policy.model, policy.trunk_layers) as recorded:
             expected = policy.model(ids, use_cache=False).logits
