@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.data.read import Rows
+from rlhf_fast.trainer.data.read import load_rows as load_rows  # rlhf_fast.data had it in 0.1
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.console import console
 
@@ -69,9 +70,9 @@ def preference_pairs(
             pairs.append(Pair(*sides, margin, asked(prompt, row)))
     report_left_out(source, same, len(rows), "have the same text as chosen and as rejected")
     if not pairs:
+        differ = " of different texts" if same else ""
         raise InputError(
-            f"data={source}: no pair of different texts is at most max_tokens={max_tokens} tokens "
-            "long"
+            f"data={source}: no pair{differ} is at most max_tokens={max_tokens} tokens long"
         )
     too_long = len(rows) - same - len(pairs)
     report_left_out(source, too_long, len(rows), f"are longer than max_tokens={max_tokens}")
