@@ -14,17 +14,8 @@ from rlhf_fast.trainer import reward
 from rlhf_fast.trainer.config import RewardConfig
 from rlhf_fast.trainer.data.rows import Pair, preference_pairs
 from rlhf_fast.trainer.errors import InputError
-<<<<<<< HEAD
 from rlhf_fast.trainer.models.reward_model import load_reward_model, new_reward_model, score_texts
 from rlhf_fast.trainer.models.tokenizer import load_tokenizer
-from rlhf_fast.trainer.reward import batch_loss, load_pairs, score_rows, similar_lengths, train
-=======
-from rlhf_fast.trainer.models.policy import (
-    load_reward_model,
-    load_tokenizer,
-    new_reward_model,
-    score_texts,
-)
 from rlhf_fast.trainer.reward import (
     batch_loss,
     hold_out,
@@ -34,7 +25,6 @@ from rlhf_fast.trainer.reward import (
     steps_of_a_pass,
     train,
 )
->>>>>>> data
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
 
