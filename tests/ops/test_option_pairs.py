@@ -124,12 +124,16 @@ def results(function, x: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
     """Outputs, and the gradients through each of them alone and through all together."""
     outputs = tensors(function(**x))
     ways = [(y * y).sum() for y in outputs if y.requires_grad]
-    grads = [
-        grad
+    grads = [  # zeros where none comes through: a coefficient of 0 leaves its term out
+        torch.zeros_like(leaf) if grad is None else grad
         for way in (*ways, sum(ways))
-        for grad in torch.autograd.grad(way, leaves, retain_graph=True, allow_unused=True)
+        for leaf, grad in zip(
+            leaves,
+            torch.autograd.grad(way, leaves, retain_graph=True, allow_unused=True),
+            strict=True,
+        )
     ]
-    return outputs + [grad for grad in grads if grad is not None]
+    return outputs + grads
 
 
 @pytest.mark.parametrize("op", OPTIONS)
