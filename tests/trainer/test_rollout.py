@@ -1,3 +1,4 @@
+import inspect
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.measure import measure
 from rlhf_fast.trainer.models.policy import load_policy, logit_divisor
 from rlhf_fast.trainer.rollout import sample as rollout_module
+from rlhf_fast.trainer.rollout.kv_cache import cache_arguments
 from rlhf_fast.trainer.rollout.sample import (
     Completions,
     Sampling,
@@ -293,3 +295,24 @@ def test_wider_rollouts_are_the_same_answers(policy):
     torch.testing.assert_close(
         a[rollout.mask], b[:, : a.size(1)][rollout.mask], atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it(policy):
+    """Renamed in transformers 5.24; a model's own code may be older, a wrapper names neither."""
+    base, cache = policy.model.base_model, object()
+    ours = cache_arguments(base, cache)
+    assert ours["use_cache"] and cache in ours.values()
+    assert set(ours) - {"use_cache"} <= set(inspect.signature(base.forward).parameters)
+
+    class Old(torch.nn.Module):
+        def forward(self, ids, past_key_values=None): ...
+
+    class New(torch.nn.Module):
+        def forward(self, ids, cache=None): ...
+
+    class Wrapper(torch.nn.Module):
+        def forward(self, *args, **kwargs): ...
+
+    assert set(cache_arguments(Old(), cache)) == {"past_key_values", "use_cache"}
+    assert set(cache_arguments(New(), cache)) == {"cache", "use_cache"}
+    assert set(cache_arguments(Wrapper(), cache)) == set(ours)

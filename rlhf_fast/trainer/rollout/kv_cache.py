@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, __version__
 from transformers.cache_utils import DynamicLayer
+
+RENAMED = Version(__version__) >= Version("5.24")
 
 
 class GrowingLayer(DynamicLayer):
@@ -59,7 +62,8 @@ def cache_arguments(base: nn.Module, cache: DynamicCache) -> dict[str, Any]:
     """The arguments that make `base` read and write the cache, by the name that it has for it.
 
     transformers 5.24 calls it `cache`, and drops the name of all the years before in 5.40; a model
-    that brings its own code may keep that one.
+    that brings its own code may keep that one, and a wrapper names neither.
     """
-    new = "cache" in inspect.signature(base.forward).parameters
+    named = inspect.signature(base.forward).parameters
+    new = "cache" in named or ("past_key_values" not in named and RENAMED)
     return {"cache" if new else "past_key_values": cache, "use_cache": True}
