@@ -21,9 +21,9 @@ $(VENV)/torch:
 	if [ -z "$(TORCH)" ] || nvidia-smi -L >/dev/null 2>&1; then \
 		$(PIP) install $(PINS) "torch$(TORCH)"; \
 	else \
-		$(PIP) install "torch$(TORCH)+cpu" || { \
+		$(PIP) install $(PINS) "torch$(TORCH)+cpu" || { \
 			$(PIP) install uv && \
-			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu "torch$(TORCH)"; }; \
+			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu $(PINS) "torch$(TORCH)"; }; \
 	fi
 	touch $@
 

@@ -1,5 +1,6 @@
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from rlhf_fast.trainer.measure import measure
 from rlhf_fast.trainer.models.logits import logit_divisor
 from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import sample as rollout_module
+from rlhf_fast.trainer.rollout.memory import cache_argument
 from rlhf_fast.trainer.rollout.sample import (
     Completions,
     Sampling,
@@ -297,3 +299,19 @@ def test_wider_rollouts_are_the_same_answers(policy):
     torch.testing.assert_close(
         a[rollout.mask], b[:, : a.size(1)][rollout.mask], atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it():
+    """Renamed in transformers 5.24; a model's own code may be older."""
+
+    class Old(torch.nn.Module):
+        def forward(self, ids, past_key_values=None): ...
+
+    class New(torch.nn.Module):
+        def forward(self, ids, cache=None): ...
+
+    class Without(torch.nn.Module):
+        def forward(self, ids): ...
+
+    for body, name in ((Old, "past_key_values"), (New, "cache"), (Without, None)):
+        assert cache_argument(SimpleNamespace(base_model=body())) == name
