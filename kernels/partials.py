@@ -50,9 +50,11 @@ def picked(sums, column, PADDED: tl.constexpr):
 
 @triton.jit
 def all_squares(partials, programs, count_column, sum_column, squares_column, mean):
-    """Σ (x − mean)² over all programs, mean being the mean over all programs."""
+    """Σ (x − mean)² over all programs, mean being the mean over all programs to its rounding, which
+    may be that of thousands of sums: what that has added is taken off again."""
     lanes = tl.arange(0, PROGRAMS_AT_ONCE)
     sums = tl.zeros((PROGRAMS_AT_ONCE,), partials.dtype.element_ty)
+    off, n = sums, sums
     for start in range(0, programs, PROGRAMS_AT_ONCE):
         i = start + lanes
         inside = i < programs
@@ -61,7 +63,11 @@ def all_squares(partials, programs, count_column, sum_column, squares_column, me
         own = tl.load(partials + squares_column * programs + i, mask=inside, other=0.0)
         shift = total / tl.maximum(count, 1.0) - mean
         sums += tl.where(count > 0, own + count * shift * shift, 0.0)
-    return tl.sum(sums)
+        off += tl.where(count > 0, count * shift, 0.0)
+        n += count
+    all_off = tl.sum(off)
+    spread = tl.sum(sums) - all_off * (all_off / tl.maximum(tl.sum(n), 1.0))
+    return tl.maximum(spread, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

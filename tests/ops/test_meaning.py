@@ -295,14 +295,14 @@ def test_sequence_ratio_by_hand() -> None:
 
 
 def test_the_old_kl_of_a_sequence_ratio_is_that_of_its_tokens() -> None:
-    """Log-ratios −60 and 0: each token's is cut at −20, their mean −30 has no part in it."""
+    """Log-ratios −60 and 0, as they are; their mean −30, or −20, has no part in it."""
     logp = torch.tensor([[-60.0, 0.0]])
     _, stats = rf.policy_loss(
         logp, torch.zeros(1, 2), torch.ones(1, 2), ones(1, 2), ratio="sequence"
     )
-    assert stats.old_kl_k1 == (20 + 0) / 2
-    assert stats.old_kl_k2 == (20**2 / 2 + 0) / 2
-    assert stats.old_kl_k3 == pytest.approx((20 - 1 + 0) / 2)
+    assert stats.old_kl_k1 == (60 + 0) / 2
+    assert stats.old_kl_k2 == (60**2 / 2 + 0) / 2
+    assert stats.old_kl_k3 == pytest.approx((60 - 1 + 0) / 2)
 
 
 @pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)

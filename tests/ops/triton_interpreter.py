@@ -204,6 +204,21 @@ def of_all_programs_kernel(sums, programs, mean, out):
     tl.store(out, partials.largest(sums, programs, 0))
     tl.store(out + 1, partials.picked(partials.totals(sums, programs, 3, 4), 0, 4))
     tl.store(out + 2, partials.all_squares(sums, programs, 1, 0, 2, tl.load(mean)))
+    tl.store(out + 3, partials.all_squares(sums, programs, 1, 0, 2, tl.load(mean) + 0.1))
+
+
+@triton.jit
+def squares_kernel(x, out):
+    values = tl.load(x + tl.arange(0, 64))
+    total = tl.sum(values)
+    tl.store(out, partials.squares(values, values == values, total, 64.0))
+    tl.store(out + 1, partials.squares(values, values == values, total + 6.4, 64.0))
+
+
+def test_a_means_rounding_adds_nothing_to_a_variance() -> None:
+    x, out = 5 + torch.randn(64, generator=torch.Generator().manual_seed(0)), torch.empty(2)
+    squares_kernel[(1,)](x, out)
+    assert out.tolist() == pytest.approx([x.double().var().item() * 63] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("program", [0, 255, 256, 511, 600])
@@ -211,10 +226,10 @@ def test_what_is_put_together_of_all_programs(program: int) -> None:
     """The last launch looks at 256 programs at a time; an extremum may be in any of them."""
     sums = torch.stack([torch.zeros(601), torch.ones(601), torch.full((601,), 0.5)])
     sums[0, program] = 7.0
-    out, mean = torch.full((3,), torch.nan), sums[0].mean()
+    out, mean = torch.full((4,), torch.nan), sums[0].mean()
     of_all_programs_kernel[(1,)](sums, 601, mean, out)
     squares = 601 * 0.5 + ((sums[0] - mean) ** 2).sum().item()
-    assert out.tolist() == pytest.approx([7.0, 7.0, squares])
+    assert out.tolist() == pytest.approx([7.0, 7.0, squares, squares])
 
 
 @pytest.mark.parametrize("level, spread", [(1e4, 0.1), (0.1, 0.0), (-7e4, 0.0)])
