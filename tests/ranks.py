@@ -99,8 +99,8 @@ def head(op: str, impossible: slice, **options: object) -> dict:
 
     x = {
         "hidden": row(normal(1, N, H)), "weight": (normal(V, H) / 3).requires_grad_(),
-        "labels": labels, "bias": bias(),
         "lora": (normal(R, H, grad=True), normal(V, R, grad=True), 0.7),
+        "labels": labels, "bias": bias(),
         "temperature": row(0.5 + normal(1, N).abs()).detach(),
     }  # fmt: skip
     if op == "linear_policy_loss":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,6 +126,15 @@ def error(ours: Tensor, exact: Tensor) -> float:
     return float((ours.double() - exact).detach().abs().max()) if exact.numel() else 0.0
 
 
+def neighbours(sample: Sample) -> list[Sample]:
+    """The same a little further on, 8 times: other roundings of like size."""
+    return [
+        replace(sample, arguments=sample.arguments | {"hidden": (1 + i / 100) * hidden})
+        for hidden in [sample.arguments["hidden"]]
+        for i in range(1, 9)
+    ]
+
+
 def check_against_float64(
     op: Op, sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None
 ) -> None:
@@ -133,25 +143,33 @@ def check_against_float64(
     In 16 bits the inputs' rounding is nearly all of the error and the same for both. In float32
     both are a handful of random roundings, other ones on each machine's BLAS, and eager's largest
     on a small sample is one draw of them: hence a factor. So it is in 16 bits with an adapter,
-    whose product eager rounds by itself and once more in the sum, where ours is rounded once.
+    whose part of the logits eager rounds twice more than we do; and there a loss is one number,
+    whose roundings may cancel: eager's error is the largest of several draws.
     """
-    factor = 1.1 if dtype.itemsize == 2 and "lora" not in sample.arguments else 2.0
-    inplace = bool(sample.arguments.get("inplace_backward"))
-    narrow = arguments(sample, dtype, only)
-    exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
-    exact = run(op.reference, exact_inputs, sample.grads)
-    eager = run(op.reference, arguments(sample, dtype, only), sample.grads)
-    ours = run(op.function, narrow, sample.grads, inplace)
-    assert len(ours) == len(exact)
-    for got, plain, want in zip(ours, eager, exact, strict=True):
+    adapted = dtype.itemsize == 2 and "lora" in sample.arguments
+    factor = 1.1 if dtype.itemsize == 2 and not adapted else 2.0
+
+    def errors_of(function, sample: Sample) -> tuple[list[Tensor], list[Tensor], list[float]]:
+        """(results, exact results, errors)"""
+        narrow = arguments(sample, dtype, only)
+        exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
+        exact = run(op.reference, exact_inputs, sample.grads)
+        inplace = function is op.function and bool(sample.arguments.get("inplace_backward"))
+        got = run(function, narrow, sample.grads, inplace)
+        assert len(got) == len(exact)
+        return got, exact, [error(x, y) for x, y in zip(got, exact, strict=True)]
+
+    ours, exact, errors = errors_of(op.function, sample)
+    eager, _, allowed = errors_of(op.reference, sample)
+    for other in neighbours(sample) if adapted else []:
+        allowed = map(max, allowed, errors_of(op.reference, other)[2])
+    for got, plain, want, wrong, eagers in zip(ours, eager, exact, errors, allowed, strict=True):
         assert got.shape == want.shape and got.dtype == plain.dtype
         assert torch.equal(torch.isfinite(got), torch.isfinite(want))
         scale = float(want.detach().abs().max()) if want.numel() else 0.0
         if want.dim() == 0:  # a sum of terms of about 1 that may cancel
             scale = max(scale, 1.0)
-        assert (
-            error(got, want) <= factor * error(plain, want) + 4 * torch.finfo(got.dtype).eps * scale
-        )
+        assert wrong <= factor * eagers + 4 * torch.finfo(got.dtype).eps * scale
 
 
 @every_sample

@@ -494,7 +494,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield sample("deterministic", 21, 16, 65, bias=draw(65), deterministic=True)
 
     def adapter(h: int, v: int, rank: int = 3) -> linear.Lora:
-        return draw(rank, h), draw(v, rank), 0.5
+        return draw(rank, h) / h**0.5, draw(v, rank) / rank**0.5, 0.5
 
     yield sample("adapter, tied", 21, 8, 33, lora=adapter(8, 33), bias=draw(33))
     both = {"lora": adapter(4, 33), "ref_lora": adapter(3, 33, 2)}

@@ -277,7 +277,8 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     per_token = 0.5 + torch.rand(21, generator=generator)
     yield sample("bias", 21, 16, 65, bias=bias, entropy=True)
     yield sample("all", 21, 16, 65, bias=bias, entropy=True, temperature=per_token, softcap=2.0)
-    lora = (torch.randn(3, 16, generator=generator), torch.randn(65, 3, generator=generator), 0.5)
+    down, up = (torch.randn(*size, generator=generator) for size in ((3, 16), (65, 3)))
+    lora = (down / 16**0.5, up / 3**0.5, 0.5)
     yield sample("adapter", 21, 16, 65, lora=lora, bias=bias, entropy=True)
     for how in ({"compact": True}, {"compact": False}, {"deterministic": True}):
         garbage = sample(

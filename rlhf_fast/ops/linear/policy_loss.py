@@ -327,7 +327,9 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         hidden = torch.randn(b, t, h, generator=generator)
         weight = torch.randn(v, h, generator=generator) / h**0.5 * 2
         labels = torch.randint(v, (b, t), generator=generator)
-        logp = from_logits.reference(hidden @ weight.t(), labels)
+        down, up, scale = options.get("lora", (hidden.new_zeros(1, h), hidden.new_zeros(v, 1), 0.0))
+        logits = hidden @ weight.t() + scale * hidden @ down.t() @ up.t()
+        logp = from_logits.reference(logits, labels)  # else ratios are far from 1
         return {
             "hidden": hidden,
             "weight": weight,
@@ -349,8 +351,8 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         }
 
     def adapter(h: int, v: int) -> linear.Lora:
-        draw = torch.randn
-        return draw(3, h, generator=generator), draw(v, 3, generator=generator), 0.5
+        down, up = (torch.randn(*size, generator=generator) for size in ((3, h), (v, 3)))
+        return down / h**0.5, up / 3**0.5, 0.5
 
     two, three = ("hidden", "weight"), ("hidden", "weight", "bias")
     for mode in aggregate.AGGREGATIONS:
