@@ -25,58 +25,48 @@ def run(configured, tiny_policy_folder, tiny_reward_folder, tmp_path):
         made.steps = steps
         ppo.train(made)
 
-    train.data, train.rows, train.config = Path(made.data), data, made
+    train.data, train.rows, train.folder = Path(made.data), data, Path(made.output_dir)
     train(1)
     return train
 
 
-def one_more_row(run, tmp_path):
-    run.data.write_text(run.rows + json.dumps({"prompt": "and"}) + "\n")
-    return "data has changed"
+def test_what_changed_is_refused_by_name(run, tmp_path):
+    """Data, and the weights of every model that is named; back again, the run goes on."""
+    weights = {name: tmp_path / name / "model.safetensors" for name in ("policy", "judge")}
+    turned = run.rows.splitlines(keepends=True)[::-1]
+    for name, path, content in (
+        ("data", run.data, (run.rows + json.dumps({"prompt": "and"}) + "\n").encode()),
+        ("data", run.data, "".join(turned).encode()),
+        ("model=.*policy", weights["policy"], flipped(weights["policy"])),
+        ("judge=.*judge", weights["judge"], flipped(weights["judge"])),
+    ):
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=f"{name} has changed since the run in .*out began"):
+            run(2)
+        path.write_bytes(before)
+    run(2)
 
 
-def another_order(run, tmp_path):
-    run.data.write_text("".join(run.rows.splitlines(keepends=True)[::-1]))
-    return "data has changed"
-
-
-def another_model(run, tmp_path):
-    change(tmp_path / "policy" / "model.safetensors")
-    return "model=.*policy has changed"
-
-
-def another_judge(run, tmp_path):
-    change(tmp_path / "judge" / "model.safetensors")
-    return "judge=.*judge has changed"
-
-
-def change(path: Path) -> None:
+def flipped(path: Path) -> bytes:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
-    path.write_bytes(content)
+    return bytes(content)
 
 
-@pytest.mark.parametrize("change", [one_more_row, another_order, another_model, another_judge])
-def test_what_changed_is_refused_by_name(run, tmp_path, change):
-    message = change(run, tmp_path)
-    with pytest.raises(InputError, match=f"{message} since the run in .*out began"):
-        run(2)
-    Path(run.config.output_dir, "contents.json").unlink()  # the way that the message names
-    run(2)
-
-
-def test_what_did_not_change_goes_on(run, capsys):
-    run.data.write_text(run.rows.replace('": "', '":  "'))  # the same rows, written otherwise
-    run(2)
-    assert "changed" not in capsys.readouterr().out
-
-
-def test_code_that_changed_is_said(run, tmp_path, capsys):
+def test_what_may_change(run, tmp_path, capsys):
+    """The same rows written otherwise, in silence; a reward's code, with a word; and what the
+    message of a refusal offers."""
+    run.data.write_text(run.rows.replace('": "', '":  "'))
     with open(tmp_path / "my_reward.py", "a") as file:
         file.write("# better\n")
     run(2)
     said = "".join(capsys.readouterr().out.split())
     assert "my_reward.py:share:itscodehaschangedsincetherunbegan" in said
+    assert said.count("changed") == 1
+    run.data.write_text(run.rows + json.dumps({"prompt": "and"}) + "\n")
+    (run.folder / "contents.json").unlink()
+    run(3)
 
 
 def test_pairs_that_changed_are_refused(tiny_policy_folder, write_jsonl, tmp_path):

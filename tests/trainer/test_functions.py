@@ -65,8 +65,9 @@ def test_a_process_pool_finds_its_functions(load, tmp_path):
     """Processes that are started anew import the file by its name."""
     load("def one(x):\n    return x + 1\n\n" + F.format("[]"))
     (tmp_path / "main.py").write_text(
-        "import multiprocessing\nfrom rlhf_fast.trainer.rewards.functions import load_function\n"
-        "if __name__ == '__main__':\n"
+        "if __name__ == '__main__':\n"  # what the new process need not import, either
+        "    import multiprocessing\n"
+        "    from rlhf_fast.trainer.rewards.functions import load_function\n"
         f"    one = load_function({f'{tmp_path}/my_score.py:one'!r}, 'reward')\n"
         "    with multiprocessing.get_context('spawn').Pool(1) as pool:\n"
         "        print(pool.map(one, [1, 2]))\n"

@@ -9,6 +9,7 @@ import gc, importlib, json, locale, logging, os, pkgutil, random, signal, socket
 warnings.simplefilter("ignore")
 import accelerate, datasets, huggingface_hub, matplotlib, numpy, rich, torch, transformers, yaml
 import accelerate.tracking, accelerate.utils, matplotlib.pyplot, multiprocessing, tempfile
+import rich.progress, rich.table  # draws from random
 import torch._dynamo, torch._inductor.config, transformers.integrations
 from huggingface_hub.utils import are_progress_bars_disabled
 
