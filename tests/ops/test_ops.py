@@ -10,6 +10,17 @@ import re
 
 import pytest
 import torch
+from bounds import check_against_float64
+from drawing import (
+    VOCABULARY_SIZED,
+    Fallbacks,
+    arguments,
+    leaves_of,
+    one_for_each_option,
+    run,
+    tensors,
+    with_leaves,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,63 +36,11 @@ def all_samples() -> list:
     ]
 
 
-# inputs that kernels take in 16 bits
-VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias", "lora"}
-VOCABULARY_SIZED |= {"ref_hidden", "ref_weight", "ref_bias"}
 every_sample = pytest.mark.parametrize(("op", "sample"), all_samples())
 every_16_bit_sample = pytest.mark.parametrize(
     ("op", "sample"), [p for p in all_samples() if VOCABULARY_SIZED & set(p.values[1].arguments)]
 )
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-
-
-def arguments(sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None) -> dict:
-    """The sample's arguments with its floating tensors in dtype (or just those named in only),
-    the differentiable ones as leaves. Strides stay."""
-
-    def make(name: str, x: object) -> object:
-        if isinstance(x, tuple):  # an adapter's (A, B, scale)
-            return tuple(make(name, part) for part in x)
-        if not isinstance(x, Tensor):
-            return x
-        cast = x.is_floating_point() and (only is None or name in only)
-        fresh = torch.empty_strided(x.shape, x.stride(), dtype=dtype if cast else x.dtype).copy_(x)
-        return fresh.requires_grad_() if name in sample.grads else fresh
-
-    return {name: make(name, x) for name, x in sample.arguments.items()}
-
-
-def tensors(output: object) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else [t for x in output for t in tensors(x)]
-
-
-def run(function, made: dict, grads: tuple[str, ...], inplace: bool = False) -> list[Tensor]:
-    """Outputs, then the gradients of grads under fixed random cotangents."""
-    passed = dict(made)
-    if inplace:  # an in-place backward needs a tensor that is not a leaf
-        passed["logits"] = passed["logits"] * 1.0
-    outputs = tensors(function(**passed))
-    differentiable = [x for x in outputs if x.requires_grad]
-    if not grads:
-        assert not differentiable
-        return outputs
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        for x in differentiable
-    ]
-    inputs = [made[name] for name in grads]
-    return outputs + list(torch.autograd.grad(differentiable, inputs, cotangents))
-
-
-class Fallbacks(TorchDispatchMode):
-    """Every kernel runs its plain PyTorch fallback."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rlhf_fast":
-            with self:
-                return KERNELS[func._schema.name.split("::")[1]].fallback(*args)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -100,38 +59,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).detach().abs().max()) if exact.numel() else 0.0
-
-
-def check_against_float64(
-    op: Op, sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None
-) -> None:
-    """No worse than eager PyTorch at the same dtype, up to a few roundings of the result.
-
-    In 16 bits the inputs' rounding is nearly all of the error and the same for both. In float32
-    both are a handful of random roundings, other ones on each machine's BLAS, and eager's largest
-    on a small sample is one draw of them: hence a factor.
-    """
-    factor = 1.1 if dtype.itemsize == 2 else 2.0
-    inplace = bool(sample.arguments.get("inplace_backward"))
-    narrow = arguments(sample, dtype, only)
-    exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
-    exact = run(op.reference, exact_inputs, sample.grads)
-    eager = run(op.reference, arguments(sample, dtype, only), sample.grads)
-    ours = run(op.function, narrow, sample.grads, inplace)
-    assert len(ours) == len(exact)
-    for got, plain, want in zip(ours, eager, exact, strict=True):
-        assert got.shape == want.shape and got.dtype == plain.dtype
-        assert torch.equal(torch.isfinite(got), torch.isfinite(want))
-        scale = float(want.detach().abs().max()) if want.numel() else 0.0
-        if want.dim() == 0:  # a sum of terms of about 1 that may cancel
-            scale = max(scale, 1.0)
-        assert (
-            error(got, want) <= factor * error(plain, want) + 4 * torch.finfo(got.dtype).eps * scale
-        )
 
 
 @every_sample
@@ -171,21 +98,6 @@ def test_16_bit_per_token_inputs_give_float32(op: Op) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def one_for_each_option(op: Op) -> list[Sample]:
-    """The first sample, and each that brings an argument, or a choice, which none before it had."""
-    seen: set = set()
-    chosen = []
-    for sample in op.samples(torch.Generator().manual_seed(0)):
-        options = {
-            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor))
-            for name, x in sample.arguments.items()
-        }
-        if options - seen:
-            chosen.append(sample)
-        seen |= options
-    return chosen
-
-
 every_option = pytest.mark.parametrize(
     ("op", "sample"),
     [
@@ -222,7 +134,7 @@ def test_an_incoming_gradient_that_is_one_number(op: Op, sample: Sample) -> None
 
     def gradients(function) -> tuple[Tensor, ...]:
         made = arguments(sample, torch.float64)
-        leaves = [made[name] for name in sample.grads]
+        leaves = leaves_of(made, sample.grads)
         if sample.arguments.get("inplace_backward"):
             made["logits"] = made["logits"] * 1.0
         outputs = [x for x in tensors(function(**made)) if x.requires_grad]
@@ -266,7 +178,7 @@ def test_gradcheck(op: Op, one_thread) -> None:
     checked = 0
     for sample in op.samples(torch.Generator().manual_seed(2)):
         made = arguments(sample, torch.float64)
-        size = max(made[name].numel() for name in sample.grads) if sample.grads else 0
+        size = max((x.numel() for x in leaves_of(made, sample.grads)), default=0)
         far = any(word in sample.name for word in ("huge", "one-hot", "far", "beyond"))
         garbage = any(
             isinstance(x, Tensor) and x.is_floating_point() and not torch.isfinite(x).all()
@@ -278,10 +190,10 @@ def test_gradcheck(op: Op, one_thread) -> None:
             continue
 
         def function(*leaves: Tensor, made=made, sample=sample) -> tuple[Tensor, ...]:
-            outputs = tensors(op.function(**made | dict(zip(sample.grads, leaves, strict=True))))
+            outputs = tensors(op.function(**with_leaves(made, sample.grads, leaves)))
             return tuple(x for x in outputs if x.requires_grad)
 
-        leaves = tuple(made[name] for name in sample.grads)
+        leaves = tuple(leaves_of(made, sample.grads))
         assert torch.autograd.gradcheck(function, leaves, eps=1e-7, atol=1e-5, rtol=1e-4)
         checked += 1
     has_gradient = any(s.grads for s in op.samples(torch.Generator()))
