@@ -37,8 +37,8 @@ SLACK, SLACK_16_BIT = 2.0, 1.1  # a result's rounding to 16 bits is the same on 
 SUMS = {"sum", "mean", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "cumsum"}
 COMPOSED = {"_log_softmax", "_log_softmax_backward_data", "_softmax", "logsumexp"}  # many roundings
 EXACT = {
-    "where", "masked_fill", "masked_fill_", "neg", "abs", "sgn", "clamp", "copy_", "fill_", "clone",
-    "amax", "maximum", "minimum", "gather", "cat", "stack", "scalar_tensor", "lift_fresh",
+    "where", "masked_fill", "masked_fill_", "neg", "abs", "sgn", "clamp", "copy_", "fill_", "set_",
+    "clone", "amax", "maximum", "minimum", "gather", "cat", "stack", "scalar_tensor", "lift_fresh",
     "ones_like", "zeros_like", "empty_like", "new_zeros", "empty_strided", "empty", "zeros", "ones",
     "gt", "ge", "lt", "le", "eq", "ne", "bitwise_not", "bitwise_and", "logical_and_", "logical_not",
 }  # fmt: skip
