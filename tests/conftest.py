@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,15 @@ CHAT = (
 )
 
 
+@pytest.fixture(autouse=True)
+def own_draws():
+    """What a test draws does not depend on the tests before it."""
+    import torch
+
+    torch.manual_seed(0)
+    random.seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token a word; ids: <pad> 0, <eos> 1, <unk> 2, then WORDS."""
@@ -131,13 +141,16 @@ def untied_folder(tmp_path_factory, tiny_tokenizer, tiny_config) -> str:
 @pytest.fixture(scope="session")
 def tiny_reward_folder(tmp_path_factory, tiny_tokenizer, tiny_config) -> str:
     """A random reward model with its tokenizer."""
+    import copy
+
     import torch
     from transformers import LlamaForSequenceClassification
 
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("reward")
-    tiny_config.num_labels = 1
-    LlamaForSequenceClassification(tiny_config).save_pretrained(folder)
+    config = copy.deepcopy(tiny_config)
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return str(folder)
 

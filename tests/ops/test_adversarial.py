@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import VOCABULARY_SIZED, Fallbacks, check_against_float64
+from bounds import check_against_float64
+from drawing import VOCABULARY_SIZED, Fallbacks
 from torch import Tensor
 
 import rlhf_fast as rf
@@ -24,22 +25,28 @@ N, H, V = 23, 6, 131  # a vocabulary that is a multiple of nothing
 COLUMN = torch.arange(V)
 
 
-def draw(op: str, scale: float = 1.0, bias: Tensor | None = None) -> dict[str, Any]:
+def draw(
+    op: str, scale: float = 1.0, bias: Tensor | None = None, bits: bool = False
+) -> dict[str, Any]:
+    """bits: hidden states and heads of ±1, times scale."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    def matrix(*shape: int) -> Tensor:
+        return normal(*shape).sign() if bits else normal(*shape)
+
     x: dict[str, Any] = {
-        "hidden": normal(1, N, H),
-        "weight": scale * normal(V, H),
+        "hidden": matrix(1, N, H),
+        "weight": scale * matrix(V, H),
         "labels": torch.randint(100, (1, N), generator=generator),
         "bias": bias,
     }
     if op == "linear_token_logprobs":
         return x | {"entropy": True}
     if op == "linear_token_kl":
-        ref = {"ref_hidden": normal(1, N, H), "ref_weight": scale * normal(V, H)}
+        ref = {"ref_hidden": matrix(1, N, H), "ref_weight": scale * matrix(V, H)}
         return x | ref | {"ref_bias": bias}
     logits = torch.nn.functional.linear(x["hidden"], x["weight"], bias)
     logp = token_logprobs.reference(logits, x["labels"])
@@ -64,7 +71,8 @@ def one_hot(op: str) -> dict[str, Any]:
 
 
 def huge(op: str) -> dict[str, Any]:
-    return draw(op, scale=1e4)
+    """Logits of −49152 to 49152 that 16 bits hold: a rounding of theirs is beyond every clamp."""
+    return draw(op, scale=2.0**13, bits=True)
 
 
 def some_ignored(op: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from test_ops import arguments, one_for_each_option, tensors
+from drawing import arguments, one_for_each_option, tensors
 from torch import Tensor
 
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample

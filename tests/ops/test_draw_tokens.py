@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from rlhf_fast.ops.decoding import draw_tokens as module
+
 SIZES = (1, 7, 8, 9, 511, 512, 513, 1025, 49152)  # around the vectors of 8 and the parts of 512
 
 
@@ -51,7 +53,8 @@ def test_the_rows_beside_a_row_do_not_change_it() -> None:
 
 def test_opcheck() -> None:
     draws = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    torch.library.opcheck(torch.ops.rlhf_fast.draw_tokens.default, (draw(3, 20), draws))
+    kernel = getattr(torch.ops.rlhf_fast, module.KERNEL.name)
+    torch.library.opcheck(kernel.default, (draw(3, 20), draws))
 
 
 def test_no_row() -> None:

@@ -7,9 +7,9 @@ import math
 
 import pytest
 import torch
+from drawing import Fallbacks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_ops import Fallbacks
 from torch.distributions import Categorical
 
 import rlhf_fast as rf

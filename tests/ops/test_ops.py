@@ -7,10 +7,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import replace
 
 import pytest
 import torch
+from bounds import check_against_float64
+from drawing import (
+    VOCABULARY_SIZED,
+    Fallbacks,
+    arguments,
+    leaves_of,
+    one_for_each_option,
+    run,
+    tensors,
+    with_leaves,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -26,82 +36,11 @@ def all_samples() -> list:
     ]
 
 
-# inputs that kernels take in 16 bits
-VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias", "lora"}
-VOCABULARY_SIZED |= {"ref_hidden", "ref_weight", "ref_bias", "ref_lora"}
 every_sample = pytest.mark.parametrize(("op", "sample"), all_samples())
 every_16_bit_sample = pytest.mark.parametrize(
     ("op", "sample"), [p for p in all_samples() if VOCABULARY_SIZED & set(p.values[1].arguments)]
 )
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
-
-
-def arguments(sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None) -> dict:
-    """The sample's arguments with its floating tensors in dtype (or just those named in only),
-    the differentiable ones as leaves. Strides stay."""
-
-    def make(name: str, x: object) -> object:
-        if isinstance(x, tuple):  # an adapter's (A, B, scale)
-            return tuple(make(name, part) for part in x)
-        if not isinstance(x, Tensor):
-            return x
-        cast = x.is_floating_point() and (only is None or name in only)
-        fresh = torch.empty_strided(x.shape, x.stride(), dtype=dtype if cast else x.dtype).copy_(x)
-        return fresh.requires_grad_() if name in sample.grads else fresh
-
-    return {name: make(name, x) for name, x in sample.arguments.items()}
-
-
-def tensors(output: object) -> list[Tensor]:
-    return [output] if isinstance(output, Tensor) else [t for x in output for t in tensors(x)]
-
-
-def leaves_of(made: dict, grads: tuple[str, ...]) -> list[Tensor]:
-    """The differentiable tensors, an adapter's A and B each."""
-    named = [made[name] for name in grads]
-    flat = [part for x in named for part in (x if isinstance(x, tuple) else (x,))]
-    return [x for x in flat if isinstance(x, Tensor)]
-
-
-def with_leaves(made: dict, grads: tuple[str, ...], leaves: tuple[Tensor, ...]) -> dict:
-    """made with these in the place of ``leaves_of``'s."""
-    new = iter(leaves)
-
-    def place(x: object) -> object:
-        if isinstance(x, tuple):
-            return tuple(map(place, x))
-        return next(new) if isinstance(x, Tensor) else x
-
-    return made | {name: place(made[name]) for name in grads}
-
-
-def run(function, made: dict, grads: tuple[str, ...], inplace: bool = False) -> list[Tensor]:
-    """Outputs, then the gradients of grads under fixed random cotangents."""
-    passed = dict(made)
-    if inplace:  # an in-place backward needs a tensor that is not a leaf
-        passed["logits"] = passed["logits"] * 1.0
-    outputs = tensors(function(**passed))
-    differentiable = [x for x in outputs if x.requires_grad]
-    if not grads:
-        assert not differentiable
-        return outputs
-    generator = torch.Generator().manual_seed(1)
-    cotangents = [
-        torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
-        for x in differentiable
-    ]
-    inputs = leaves_of(made, grads)
-    return outputs + list(torch.autograd.grad(differentiable, inputs, cotangents))
-
-
-class Fallbacks(TorchDispatchMode):
-    """Every kernel runs its plain PyTorch fallback."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "rlhf_fast":
-            with self:
-                return KERNELS[func._schema.name.split("::")[1]].fallback(*args)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -120,56 +59,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def error(ours: Tensor, exact: Tensor) -> float:
-    return float((ours.double() - exact).detach().abs().max()) if exact.numel() else 0.0
-
-
-def neighbours(sample: Sample) -> list[Sample]:
-    """The same a little further on, 8 times: other roundings of like size."""
-    return [
-        replace(sample, arguments=sample.arguments | {"hidden": (1 + i / 100) * hidden})
-        for hidden in [sample.arguments["hidden"]]
-        for i in range(1, 9)
-    ]
-
-
-def check_against_float64(
-    op: Op, sample: Sample, dtype: torch.dtype, only: tuple[str, ...] | None = None
-) -> None:
-    """No worse than eager PyTorch at the same dtype, up to a few roundings of the result.
-
-    In 16 bits the inputs' rounding is nearly all of the error and the same for both. In float32
-    both are a handful of random roundings, other ones on each machine's BLAS, and eager's largest
-    on a small sample is one draw of them: hence a factor. So it is in 16 bits with an adapter,
-    whose part of the logits eager rounds twice more than we do; and there a loss is one number,
-    whose roundings may cancel: eager's error is the largest of several draws.
-    """
-    adapted = dtype.itemsize == 2 and "lora" in sample.arguments
-    factor = 1.1 if dtype.itemsize == 2 and not adapted else 2.0
-
-    def errors_of(function, sample: Sample) -> tuple[list[Tensor], list[Tensor], list[float]]:
-        """(results, exact results, errors)"""
-        narrow = arguments(sample, dtype, only)
-        exact_inputs = arguments(Sample("", narrow, sample.grads), torch.float64)
-        exact = run(op.reference, exact_inputs, sample.grads)
-        inplace = function is op.function and bool(sample.arguments.get("inplace_backward"))
-        got = run(function, narrow, sample.grads, inplace)
-        assert len(got) == len(exact)
-        return got, exact, [error(x, y) for x, y in zip(got, exact, strict=True)]
-
-    ours, exact, errors = errors_of(op.function, sample)
-    eager, _, allowed = errors_of(op.reference, sample)
-    for other in neighbours(sample) if adapted else []:
-        allowed = map(max, allowed, errors_of(op.reference, other)[2])
-    for got, plain, want, wrong, eagers in zip(ours, eager, exact, errors, allowed, strict=True):
-        assert got.shape == want.shape and got.dtype == plain.dtype
-        assert torch.equal(torch.isfinite(got), torch.isfinite(want))
-        scale = float(want.detach().abs().max()) if want.numel() else 0.0
-        if want.dim() == 0:  # a sum of terms of about 1 that may cancel
-            scale = max(scale, 1.0)
-        assert wrong <= factor * eagers + 4 * torch.finfo(got.dtype).eps * scale
 
 
 @every_sample
@@ -207,21 +96,6 @@ def test_16_bit_per_token_inputs_give_float32(op: Op) -> None:
     if not VOCABULARY_SIZED & set(sample.arguments):
         for got, want in zip(ours, tensors(op.function(**widened)), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def one_for_each_option(op: Op) -> list[Sample]:
-    """The first sample, and each that brings an argument, or a choice, which none before it had."""
-    seen: set = set()
-    chosen = []
-    for sample in op.samples(torch.Generator().manual_seed(0)):
-        options = {
-            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor | tuple))
-            for name, x in sample.arguments.items()
-        }
-        if options - seen:
-            chosen.append(sample)
-        seen |= options
-    return chosen
 
 
 every_option = pytest.mark.parametrize(

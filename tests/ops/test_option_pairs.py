@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import Fallbacks, tensors
+from drawing import Fallbacks, tensors
 from torch import Tensor
 
 import rlhf_fast as rf
