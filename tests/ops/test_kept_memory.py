@@ -190,7 +190,9 @@ def test_threads_that_call_at_once_do_not_share_memory(op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("scale", [1.0, 2.0**24, 2.0**-9], ids=["1", "2^24", "2^-9"])
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"temperature": 0.05}, {"compact": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"deterministic": True}, {"temperature": 0.05}, {"compact": False}], ids=str
+)
 def test_float16_gradients_under_a_loss_scale(op: str, scale: float, options: dict) -> None:
     """A scale, of the loss and its inverse of what the mean divides by, changes nothing: what fp16
     holds of dlogits is in units of its own. Against float64 on the same operands."""
