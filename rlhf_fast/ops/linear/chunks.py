@@ -451,6 +451,7 @@ class Gradients:
             return gradients
         sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
         exponents = torch.frexp(sizes).exponent.clamp(-100, 100) - 4  # sizes become 8 to 16
+        exponents = exponents.masked_fill(sizes == 0, -100)  # no row is measured against these
         self.row_units = torch.exp2(exponents.float()).view(-1)
         return tuple(None if g is None else g / self.row_units for g in gradients)
 
