@@ -31,7 +31,7 @@ STEERS = {
     "max_grad_norm": 0.01, "missing_eos_penalty": 0.7, "missing_eos_score": -0.7,
     "score_clip": 0.1, "bf16": True, "rollout_engine": "engine.py:says_good", "tis_cap": 0.5,
     "gamma": 0.5, "lam": 0.5, "whiten_rewards": True, "whiten_advantages": False, "beta": 0.7,
-    "kl_in": "loss", "kl_estimator": "k2", "adaptive_kl_target": 0.3, "kl_horizon": 50,
+    "kl_in": "loss", "kl_estimator": "k2", "adaptive_kl_target": 30.0, "kl_horizon": 50,
     "epochs": 1, "minibatches": 4, "learning_rate": 1e-3, "value_learning_rate": 1e-3,
     "lr_scheduler_type": "cosine", "warmup_steps": 8, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_epsilon": 1e-2, "weight_decay": 0.5, "policy_loss": "cispo", "ratio": "sequence",
@@ -41,7 +41,7 @@ STEERS = {
 CHANGES_NO_NUMBER = {
     "output_dir", "resume", "overwrite", "device", "steps", "micro_batch_size", "save_every",
     "save_total_limit", "max_skipped_updates", "report_to", "log_every", "sample_every",
-    "attn_implementation", "packing",
+    "attn_implementation", "packing", "reward_timeout",
 }  # fmt: skip
 
 
