@@ -8,7 +8,7 @@ import inspect
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from drawing import arguments, one_for_each_option, tensors
+from drawing import arguments, leaves_of, one_for_each_option, tensors
 from torch import Tensor
 
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
@@ -42,12 +42,15 @@ def loss_of(function, made: dict) -> Tensor:
     return sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
 
 
-def leaves_of(made: dict, sample: Sample) -> list[Tensor]:
-    return [made[name] for name in sample.grads]
+def mapped(f, x: object) -> object:
+    """f of a tensor, or of those of an adapter."""
+    if isinstance(x, tuple):
+        return tuple(mapped(f, part) for part in x)
+    return f(x) if isinstance(x, Tensor) else x
 
 
 def gradients(function, made: dict, sample: Sample) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss_of(function, made), leaves_of(made, sample))
+    return torch.autograd.grad(loss_of(function, made), leaves_of(made, sample.grads))
 
 
 def close(ours, right) -> None:
@@ -60,7 +63,7 @@ def test_every_backward_of_a_kept_graph_adds_the_same_gradient(op: Op, sample: S
     """Whatever was done to .grad since: the saved tensors are never handed out."""
     made = arguments(sample, torch.float64)
     right = gradients(op.function, made, sample)
-    leaves = leaves_of(made, sample)
+    leaves = leaves_of(made, sample.grads)
     total = loss_of(op.function, made)
     for times in (1, 2, 3):
         total.backward(retain_graph=True)
@@ -82,7 +85,7 @@ def test_no_gradient_that_is_handed_out_is_one_that_is_saved() -> None:
         if not sample.grads:
             continue
         made = arguments(sample, torch.float64)
-        leaves = leaves_of(made, sample)
+        leaves = leaves_of(made, sample.grads)
         first = next(x for x in tensors(op.function(**made)) if x.requires_grad)
         one = torch.ones_like(first)
         right = [g.clone() for g in torch.autograd.grad(first, leaves, one, retain_graph=True)]
@@ -108,7 +111,7 @@ def test_constants_changed_before_the_backward(op: Op, sample: Sample, how: str)
         junk = {torch.bool: False, torch.int64: 2**40}.get(x.dtype, torch.nan)
         x.numpy().fill(junk) if how == "numpy" else x.fill_(junk)
     try:
-        close(torch.autograd.grad(total, leaves_of(made, sample)), right)
+        close(torch.autograd.grad(total, leaves_of(made, sample.grads)), right)
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
         assert how == "in place"
@@ -117,11 +120,11 @@ def test_constants_changed_before_the_backward(op: Op, sample: Sample, how: str)
 @every_gradient
 def test_a_second_derivative_is_right_or_refused(op: Op, sample: Sample) -> None:
     made = arguments(sample, torch.float64)
-    if sum(x.numel() for x in leaves_of(made, sample)) == 0:
+    if sum(x.numel() for x in leaves_of(made, sample.grads)) == 0:
         return
 
     def second(function) -> tuple[Tensor, ...]:
-        leaves = leaves_of(made, sample)
+        leaves = leaves_of(made, sample.grads)
         total = loss_of(function, made).square()  # so that the incoming gradient has one, too
         first = torch.autograd.grad(total, leaves, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -191,10 +194,11 @@ def test_constants_from_inference_mode(op: Op, sample: Sample) -> None:
     close(gradients(op.function, made, sample), right)
     for frozen in sample.grads if len(sample.grads) > 1 else ():
         with torch.inference_mode():
-            constant = made[frozen].detach().clone()
+            constant = mapped(lambda x: x.detach().clone(), made[frozen])
         others = Sample("", {}, tuple(name for name in sample.grads if name != frozen))
         ours = gradients(op.function, made | {frozen: constant}, others)
-        close(ours, [g for g, name in zip(right, sample.grads, strict=True) if name != frozen])
+        named = [name for name in sample.grads for _ in leaves_of(made, (name,))]
+        close(ours, [g for g, name in zip(right, named, strict=True) if name != frozen])
 
 
 def overlapping(x: Tensor, how: str) -> Tensor:
@@ -221,7 +225,7 @@ def test_inputs_that_overlap_in_memory(op: Op, sample: Sample, how: str) -> None
         for name, x in made.items()
     }
     right = gradients(op.function, plain, sample)
-    before = [x.detach().clone() for x in leaves_of(made, sample)]
+    before = [x.detach().clone() for x in leaves_of(made, sample.grads)]
     weights = [
         torch.linspace(0.5, 1.5, n.numel(), dtype=n.dtype).view(n.shape)
         for n in tensors(op.function(**made))
@@ -230,11 +234,11 @@ def test_inputs_that_overlap_in_memory(op: Op, sample: Sample, how: str) -> None
     for view in (False, True):
         passed = dict(made)
         for name in sample.grads if view else ():
-            passed[name] = made[name].view_as(made[name])
+            passed[name] = mapped(lambda x: x.view_as(x), made[name])
         outputs = [x for x in tensors(op.function(**passed)) if x.requires_grad]
         total = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
-        close(torch.autograd.grad(total, leaves_of(made, sample)), right)
-        close(leaves_of(made, sample), before)
+        close(torch.autograd.grad(total, leaves_of(made, sample.grads)), right)
+        close(leaves_of(made, sample.grads), before)
 
 
 @pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan"), float("inf")])
