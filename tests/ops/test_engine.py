@@ -395,17 +395,15 @@ def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) ->
     monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
     generator = torch.Generator().manual_seed(2)
     hidden, weight, labels = inputs(requires_grad=False)
-    shapes = (V,), (3, H), (V, 3)
-    parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
+    bias, up = (torch.randn(*shape, generator=generator) for shape in ((V,), (V, 3)))
+    down = torch.eye(3, H)  # hidden @ down.T is not rounded
+    parts = [hidden, weight, bias, down, up]
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         x, w, bias, down, up = (y.bfloat16().to(dtype) for y in parts)
         with AsOnAGPU():
             results.append(rf.linear_token_logprobs(x, w, labels, bias=bias))
-            low = (
-                (x @ down.t()).bfloat16().to(dtype)
-            )  # rounded on a GPU too, before the last product
-            head = linear.Head(x, w, bias, low, up)
+            head = linear.Head(x, w, bias, down, up)
             (chunk,) = linear.chunks(head, labels >= 0)
             results.append(chunk.logits.clone())
     for narrow, wide in zip(results[:2], results[2:], strict=True):

@@ -421,9 +421,9 @@ class Gradients:
         in_place = isinstance(rows, slice) and padded.shape[0] == n
         shape = padded.shape[0], self.hidden.shape[1]
         d_x = self.hidden[rows] if in_place else self.hidden.new_empty(shape)
-        torch.mm(padded, self.head.weight, out=d_x)
+        _accumulate(d_x, padded, self.head.weight, first=True)
         if d_low is not None:
-            d_x.addmm_(d_low, self.head.down)
+            _accumulate(d_x, d_low, self.head.down, first=False)
         if not in_place:
             self.hidden[rows] = d_x[:n]
 
