@@ -51,6 +51,27 @@ def test_a_label_elsewhere_is_no_token_here(name: str, side_by_side: bool, of: s
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("of", ["C++", "PyTorch"])
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_a_row_of_nothing_but_minus_infinity_says_so(
+    name: str, side_by_side: bool, of: str
+) -> None:
+    """log Σ e^(z − max) is -inf, by which a part without any probability is known."""
+    logits = torch.randn(1, 3, 40, generator=torch.Generator().manual_seed(0))
+    logits[0, 1] = -torch.inf
+    logits = logits.mT.contiguous().mT if side_by_side else logits
+    kernel = KERNELS[name].fallback if of == "PyTorch" else getattr(torch.ops.rlhf_fast, name)
+    labels = torch.tensor([[3, 4, 5]])
+    if name == "token_logprobs":
+        norms = kernel(logits, labels, 0.7, None, None, True, False)[2:]
+    else:
+        norms = kernel(logits, logits, labels, 0.7, None, None, True)[3:]
+    for largest, log_sum in norms:
+        assert log_sum[0, 1] == -torch.inf and (largest[0, 1] < 0)
+        assert log_sum[0, ::2].isfinite().all() and largest[0, ::2].isfinite().all()
+
+
 def test_sharded_weights_get_the_averaged_gradient(tmp_path: Path) -> None:
     """FSDP2 averages gradients over the ranks, so this one is half of the two losses' sum."""
     mp.spawn(sharded_head, args=(str(tmp_path),), nprocs=2)

@@ -318,6 +318,34 @@ def test_any_byte_but_0_is_true(name: str) -> None:
         assert torch.equal(clean, odd)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
+    """Rows of nothing but -inf have a sum whose log is -inf; a label elsewhere is no token here."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref = torch.randn(2, 1, 4, 77, generator=generator).to(dtype)
+    logits[0, 1], ref[0, 2] = -torch.inf, -torch.inf
+    labels = torch.tensor([[3, 4, 5, 6]])
+    scale = (labels, 0.7, None, None)
+    _, _, norm = KERNELS["token_logprobs"].launcher(logits, *scale, True, False)
+    *_, kl_norm, ref_norm = KERNELS["logits_kl"].launcher(logits, ref, *scale, True)
+    for (_, log_sum), x in ((norm, logits), (kl_norm, logits), (ref_norm, ref)):
+        nothing = (x == -torch.inf).all(-1)
+        assert torch.equal(log_sum == -torch.inf, nothing) and not log_sum.isnan().any()
+    logits, ref = torch.randn(2, 1, 4, 77, generator=generator).to(dtype)
+    labels = torch.tensor([[-1, 76, -1, -100]])
+    g, ones = torch.rand(1, 4, generator=generator).to(dtype), torch.ones(1, 4, dtype=dtype)
+    norm = torch.ones(2, 1, 4, dtype=dtype)
+    for name, arguments in (
+        ("token_logprobs_backward", (g, g, logits, labels, norm, ones, 0.7, None, 3.0)),
+        ("logits_kl_backward",
+         (g, g, logits, ref, labels, norm, norm, ones, 0.7, None, 3.0, True)),
+    ):  # fmt: skip
+        got, want = torch.full_like(logits, torch.nan), torch.full_like(logits, torch.nan)
+        KERNELS[name].launcher(*arguments, got)
+        KERNELS[name].fallback(*arguments, want)
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("holes", ["skip", "zero"])
 def test_gae_carries_across_blocks(holes: str) -> None:
     generator = torch.Generator().manual_seed(0)
