@@ -11,6 +11,7 @@ from trl.data_utils import extract_prompt as trl_extract_prompt
 
 from rlhf_fast.trainer.data.read import load_rows
 from rlhf_fast.trainer.data.rows import (
+    Prompt,
     batch_indices,
     extract_prompt,
     pad,
@@ -19,6 +20,7 @@ from rlhf_fast.trainer.data.rows import (
     start,
 )
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.ppo import hold_out
 
 PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
 
@@ -374,3 +376,16 @@ def test_margin_of_a_csv(tmp_path, tiny_tokenizer, margin, want):
     (tmp_path / "d.csv").write_text(f"chosen,rejected,margin\ngood,bad,{margin}\n")
     rows = load_rows(str(tmp_path / "d.csv"))
     assert preference_pairs(rows, tiny_tokenizer, source="d", max_tokens=9)[0].margin == want
+
+
+def test_held_out_prompts_are_not_trained_on(capsys):
+    """Nor held out twice; where there are too few different ones, that is said."""
+    made = [Prompt([i % 6], str(i % 6), {"n": i}) for i in range(18)]
+    held_out, rest = hold_out(made, 4)
+    assert [p.columns["n"] for p in held_out] == [0, 1, 2, 3]
+    assert [p.columns["n"] for p in rest] == [4, 5, 10, 11, 16, 17]
+    assert "8 rows with the same prompt" in " ".join(capsys.readouterr().out.split())
+    assert [len(part) for part in hold_out(made, 6)] == [6, 12]
+    assert "duplicates of only 6 different" in " ".join(capsys.readouterr().out.split())
+    assert [len(part) for part in hold_out(made[:6], 4)] == [4, 2]
+    assert not capsys.readouterr().out
