@@ -16,29 +16,57 @@ MAX_LOG_RATIO = 20.0
 
 
 class PolicyStats(NamedTuple):
-    """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts.
+    """What ``policy_loss`` and ``linear_policy_loss`` say of a call: detached 0-dim tensors in the
+    loss's dtype, 0 where no token counts.
 
-    Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens.
+    But for ``surrogate``, ``ratio_max`` and ``tokens``, every field is a mean over the counting
+    tokens of this call, each with the same weight whatever ``aggregation``, ``normalizer`` and
+    ``weights`` are. The counting tokens are those of the mask; for ``linear_policy_loss`` with
+    token ratios those of them that could matter to the loss. Of several calls (micro-batches,
+    processes) the mean is Σ tokens · mean / Σ tokens (``ratio_var``: of each call's own mean, so
+    without the spread between calls); the surrogates of calls with a global normalizer add up.
+
+    ρ is the ratio π/π_old, of a log-ratio held within ±20: the token's, or with ratio="sequence"
+    its row's, counted once for each of the row's tokens.
+
+    Attributes:
+        surrogate: the loss without its entropy and KL terms, aggregated as the loss is, ``weights``
+            and ``normalizer`` included; in units of the advantages.
+        entropy: nats; mean over the tokens. 0 where the call was given none.
+        ref_kl: nats, the estimate kl_estimator of KL(π ‖ π_ref); mean over the tokens. 0 without
+            ref_logp.
+        clipfrac: share of the tokens, 0 to 1, that the clip acted on. ppo: it cut their gradient
+            off; cispo: it changed their weight, on either side and whatever the sign of A, as in
+            verl (TRL and Liger count only those above, where A > 0); reinforce: 0.
+        dual_clipfrac: share of the tokens, 0 to 1, that dual_clip cut off.
+        ratio_mean: of ρ, no unit; mean over the tokens.
+        ratio_var: of ρ, no unit; population variance over the tokens.
+        ratio_max: the largest ρ of a token, no unit.
+        old_kl_k1: KL(old ‖ new) in nats, as the mean over the tokens of −log ρ_t; always by token
+            and of log-ratios as they are, not held (inf where a log-prob is −inf), as are the next
+            two.
+        old_kl_k2: the same by the mean of (log ρ_t)² / 2, TRL's approxkl.
+        old_kl_k3: the same by the mean of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of
+            ±20.
+        clipfrac_low: the part of clipfrac below 1 − clip_low; share of the tokens.
+        clipfrac_high: the part of clipfrac above 1 + clip_high; share of the tokens.
+        tokens: how many the means are over.
     """
 
-    surrogate: Tensor  # aggregated: the loss without entropy and KL terms
-    entropy: Tensor  # nats
-    ref_kl: Tensor  # nats, by kl_estimator
-    clipfrac: Tensor  # share of tokens the clip acted on: ppo: it cut their gradient off; cispo: it
-    # changed their weight, on either side and whatever the sign of A, as in verl (TRL and Liger
-    # count only those above, where A > 0); reinforce: 0
-    dual_clipfrac: Tensor  # share of tokens that dual_clip cut off
-    ratio_mean: Tensor  # of ρ (of a log-ratio within ±20), the sequence's at each of its tokens for
-    # ratio="sequence"
+    surrogate: Tensor
+    entropy: Tensor
+    ref_kl: Tensor
+    clipfrac: Tensor
+    dual_clipfrac: Tensor
+    ratio_mean: Tensor
     ratio_var: Tensor
     ratio_max: Tensor
-    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats, always by token, of log-ratios as they are
-    # (inf where a log-prob is −inf): mean of −log ρ_t, ...
-    old_kl_k2: Tensor  # ... of (log ρ_t)² / 2 (TRL's approxkl), ...
-    old_kl_k3: Tensor  # ... and of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of ±20
-    clipfrac_low: Tensor  # the part of clipfrac below 1 − clip_low, ...
-    clipfrac_high: Tensor  # ... and above 1 + clip_high
-    tokens: Tensor  # how many the means are over
+    old_kl_k1: Tensor
+    old_kl_k2: Tensor
+    old_kl_k3: Tensor
+    clipfrac_low: Tensor
+    clipfrac_high: Tensor
+    tokens: Tensor
 
 
 @PolicyOptions.documented
