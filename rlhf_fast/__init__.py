@@ -12,15 +12,17 @@ from .ops.linear.logprobs import linear_token_logprobs
 from .ops.linear.policy_loss import linear_policy_loss
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
-from .ops.policy_loss import policy_loss
+from .ops.policy_loss import PolicyStats, policy_loss
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
-from .ops.value_loss import value_loss
+from .ops.value_loss import ValueStats, value_loss
 from .version import __version__
 
 __path__.append(f"{__path__[0]}/moved")  # modules by the paths they had in 0.1
 
 __all__ = [
+    "PolicyStats",
+    "ValueStats",
     "__version__",
     "chunk_budget",
     "debug",

@@ -65,17 +65,16 @@ def compute_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
     *,
-    ratio: str = "token",
-    loss: str = "ppo",
     dual_clip: bool = True,
+    **options: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """PPO's clipped loss of verl's actor; all tensors [batch, response].
 
     Args:
         config: verl's ActorConfig; read are clip_ratio, clip_ratio_low, clip_ratio_high,
             clip_ratio_c and global_batch_info.
-        ratio, loss: as in ``policy_loss``.
         dual_clip: take clip_ratio_c from config; False: none.
+        **options: others of ``policy_loss``, for which verl's config has no name.
 
     Returns:
         (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower.
@@ -94,11 +93,10 @@ def compute_policy_loss(
         clip_low=config.clip_ratio if low is None else low,
         clip_high=config.clip_ratio if high is None else high,
         dual_clip=config.get("clip_ratio_c", 3.0) if dual_clip else None,
-        ratio=ratio,
-        loss=loss,
         aggregation=aggregation,
         normalizer=normalizer,
         weights=rollout_is_weights,
+        **options,
     )
     # verl's metric is of log-ratios held at ±20; stats.old_kl_k1 is of them as they are
     held = (old_log_prob - log_prob).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

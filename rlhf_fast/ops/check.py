@@ -161,17 +161,20 @@ def number(
     x: object,
     *,
     low: float | None = None,
+    high: float | None = None,
     above: float | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
-    """x is a finite Python number, >= low or > above where given, that an op can compute with in
-    dtype."""
+    """x is a finite Python number, >= low, <= high, > above where given, that an op can compute
+    with in dtype."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
     if not abs(x) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {x}")
     if low is not None and x < low:
         raise ValueError(f"{name} must be at least {low}, got {x}")
+    if high is not None and x > high:
+        raise ValueError(f"{name} must be at most {high:g}, got {x}")
     if above is not None and x <= above:
         raise ValueError(f"{name} must be above {above}, got {x}")
     if dtype != torch.float64 and x and not SMALLEST <= abs(x) <= LARGEST:

@@ -9,63 +9,84 @@ import torch
 from torch import Tensor
 
 from . import aggregate, check, token_kl
+from .options import LOSSES, PolicyOptions
 from .registry import Op, Sample, define_kernel, register
 
 MAX_LOG_RATIO = 20.0
-RATIOS = ("token", "sequence")
-LOSSES = ("ppo", "cispo", "reinforce")
 
 
 class PolicyStats(NamedTuple):
-    """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts.
+    """What ``policy_loss`` and ``linear_policy_loss`` say of a call: detached 0-dim tensors in the
+    loss's dtype, 0 where no token counts.
 
-    Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens.
+    But for ``surrogate``, ``ratio_max`` and ``tokens``, every field is a mean over the counting
+    tokens of this call, each with the same weight whatever ``aggregation``, ``normalizer`` and
+    ``weights`` are. The counting tokens are those of the mask; for ``linear_policy_loss`` with
+    token ratios those of them that could matter to the loss. Of several calls (micro-batches,
+    processes) the mean is Σ tokens · mean / Σ tokens (``ratio_var``: of each call's own mean, so
+    without the spread between calls); the surrogates of calls with a global normalizer add up.
+
+    ρ is the ratio π/π_old, of a log-ratio held within ±20: the token's, or with ratio="sequence"
+    its row's, counted once for each of the row's tokens.
+
+    Attributes:
+        surrogate: the loss without its entropy and KL terms, aggregated as the loss is, ``weights``
+            and ``normalizer`` included; in units of the advantages.
+        entropy: nats; mean over the tokens. 0 where the call was given none.
+        ref_kl: nats, the estimate kl_estimator of KL(π ‖ π_ref); mean over the tokens. 0 without
+            ref_logp.
+        clipfrac: share of the tokens, 0 to 1, that the clip acted on. ppo: it cut their gradient
+            off; cispo: it changed their weight, on either side and whatever the sign of A, as in
+            verl (TRL and Liger count only those above, where A > 0); reinforce: 0.
+        dual_clipfrac: share of the tokens, 0 to 1, that dual_clip cut off.
+        ratio_mean: of ρ, no unit; mean over the tokens.
+        ratio_var: of ρ, no unit; population variance over the tokens.
+        ratio_max: the largest ρ of a token, no unit.
+        old_kl_k1: KL(old ‖ new) in nats, as the mean over the tokens of −log ρ_t; always by token
+            and of log-ratios as they are, not held (inf where a log-prob is −inf), as are the next
+            two.
+        old_kl_k2: the same by the mean of (log ρ_t)² / 2, TRL's approxkl.
+        old_kl_k3: the same by the mean of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of
+            ±20.
+        clipfrac_low: the part of clipfrac below 1 − clip_low; share of the tokens.
+        clipfrac_high: the part of clipfrac above 1 + clip_high; share of the tokens.
+        tokens: how many the means are over.
     """
 
-    surrogate: Tensor  # aggregated: the loss without entropy and KL terms
-    entropy: Tensor  # nats
-    ref_kl: Tensor  # nats, by kl_estimator
-    clipfrac: Tensor  # share of tokens the clip acted on: ppo: it cut their gradient off; cispo: it
-    # changed their weight, on either side and whatever the sign of A, as in verl (TRL and Liger
-    # count only those above, where A > 0); reinforce: 0
-    dual_clipfrac: Tensor  # share of tokens that dual_clip cut off
-    ratio_mean: Tensor  # of ρ (of a log-ratio within ±20), the sequence's at each of its tokens for
-    # ratio="sequence"
+    surrogate: Tensor
+    entropy: Tensor
+    ref_kl: Tensor
+    clipfrac: Tensor
+    dual_clipfrac: Tensor
+    ratio_mean: Tensor
     ratio_var: Tensor
     ratio_max: Tensor
-    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats, always by token, of log-ratios as they are
-    # (inf where a log-prob is −inf): mean of −log ρ_t, ...
-    old_kl_k2: Tensor  # ... of (log ρ_t)² / 2 (TRL's approxkl), ...
-    old_kl_k3: Tensor  # ... and of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of ±20
-    clipfrac_low: Tensor  # the part of clipfrac below 1 − clip_low, ...
-    clipfrac_high: Tensor  # ... and above 1 + clip_high
-    tokens: Tensor  # how many the means are over
+    old_kl_k1: Tensor
+    old_kl_k2: Tensor
+    old_kl_k3: Tensor
+    clipfrac_low: Tensor
+    clipfrac_high: Tensor
+    tokens: Tensor
 
 
+@PolicyOptions.documented
 def policy_loss(
     logp: Tensor,
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio: str = "token",
-    loss: str = "ppo",
-    aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
     ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped policy loss with all its statistics, gradient from the same pass.
 
         ρ_t = exp(logp_t − old_logp_t)
-        L_t = −w_t min(ρ_t A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t) − c_H H_t + c_KL kl_t
+        L_t = −w_t min(ρ_t A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t)
+              − entropy_coef·H_t + kl_coef·kl_t
 
     aggregated over the counting tokens (``rlhf_fast.ops.aggregate``). Schulman et al.,
     arXiv:1707.06347, eq. 7; dual clip: Ye et al., arXiv:1912.09729, eq. 5 (for A < 0 the loss is
@@ -93,21 +114,12 @@ def policy_loss(
         old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
         advantages: [..., T]; a constant.
         mask: [..., T] bool, True = counts. Masked positions may hold anything.
-        clip_low: in [0, 1]; 1 is no lower bound.
-        clip_high: ≥ 0; for cispo ≥ −clip_low. TRL's CISPO is clip_low = 1, clip_high =
-            epsilon_high − 1, since its epsilon_high is itself the upper bound.
-        dual_clip: > 1, or None for none; ppo only.
-        ratio: token or sequence.
-        loss: ppo, cispo or reinforce.
-        aggregation: token-mean, seq-mean-token-mean, seq-mean-token-sum or token-sum.
         normalizer: > 0; the global count under gradient accumulation or data parallelism, a
             float or a 0-dim tensor (of which 0 gives a loss of 0); None: this call's own count.
         weights: [..., T], importance weights on the surrogate; constants.
         entropy: [..., T], nats, with gradient; needed for entropy_coef, else only a statistic.
-        entropy_coef: c_H.
         ref_logp: [..., T], nats, a constant; needed for kl_coef, else only a statistic.
-        kl_coef: c_KL.
-        kl_estimator: k1, k2, k3 or abs, of KL(π ‖ π_ref), as in ``token_kl``.
+        **options: the fields of ``PolicyOptions``.
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
@@ -124,12 +136,10 @@ def policy_loss(
         check.like(name, x, "logp", logp)
     check.boolean_mask(mask, "logp", logp)
     dtype = check.accumulator(logp, *tensors.values())
-    check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss,
-        dtype,
-    )  # fmt: skip
-    if entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef {entropy_coef} needs entropy, which is None")
+    chosen = PolicyOptions(**options)
+    check_options(chosen, dtype, ref_logp)
+    if chosen.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef {chosen.entropy_coef} needs entropy, which is None")
 
     total, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
         check.flat(logp, dtype),
@@ -139,52 +149,17 @@ def policy_loss(
         None if weights is None else check.flat(weights.detach(), dtype),
         check.flat(entropy, dtype),
         None if ref_logp is None else check.flat(ref_logp.detach(), dtype),
-        aggregate.checked(aggregation, normalizer, mask, dtype),
-        float(clip_low),
-        float(clip_high),
-        None if dual_clip is None else float(dual_clip),
-        float(entropy_coef),
-        float(kl_coef),
-        kl_estimator,
-        aggregation,
-        ratio,
-        loss,
+        aggregate.checked(chosen.aggregation, normalizer, mask, dtype),
+        *chosen.values(),
     )
     return total, PolicyStats(*stats.unbind())
 
 
-def check_options(
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    ref_logp: Tensor | None,
-    ratio: str,
-    loss: str,
-    dtype: torch.dtype,
-) -> None:
+def check_options(options: PolicyOptions, dtype: torch.dtype, ref_logp: Tensor | None) -> None:
     """The checks that policy_loss and linear_policy_loss share."""
-    check.choice("ratio", ratio, RATIOS)
-    check.choice("loss", loss, LOSSES)
-    if ratio == "sequence" and loss == "reinforce":
-        raise ValueError(
-            "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
-        )
-    check.number("clip_low", clip_low, low=0.0, dtype=dtype)
-    if clip_low > 1:
-        raise ValueError(f"clip_low must be at most 1, got {clip_low}")
-    check.number("clip_high", clip_high, low=-clip_low if loss == "cispo" else 0.0, dtype=dtype)
-    if dual_clip is not None:
-        check.number("dual_clip", dual_clip, above=1.0, dtype=dtype)
-        if loss != "ppo":
-            raise ValueError(f"dual_clip {dual_clip} needs loss='ppo', got loss={loss!r}")
-    check.number("entropy_coef", entropy_coef, dtype=dtype)
-    check.number("kl_coef", kl_coef, dtype=dtype)
-    check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
-    if kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef {kl_coef} needs ref_logp, which is None")
+    options.check(dtype)
+    if options.kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {options.kl_coef} needs ref_logp, which is None")
 
 
 def reference(
@@ -193,20 +168,13 @@ def reference(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio: str = "token",
-    loss: str = "ppo",
-    aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
     entropy: Tensor | None = None,
-    entropy_coef: float = 0.0,
     ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
+    **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
+    o = PolicyOptions(**options)
     dtype = check.accumulator(logp, old_logp, advantages, weights, entropy, ref_logp)
 
     def kept(x: Tensor) -> Tensor:
@@ -216,22 +184,22 @@ def reference(
         return aggregate.masked_means(mask, x)[0].detach()
 
     def total(x: Tensor) -> Tensor:
-        return aggregate.reference(x, mask, aggregation, normalizer)
+        return aggregate.reference(x, mask, o.aggregation, normalizer)
 
     token_log_ratio = kept(logp) - kept(old_logp)
-    log_ratio = row_means(token_log_ratio, mask) if ratio == "sequence" else token_log_ratio
+    log_ratio = row_means(token_log_ratio, mask) if o.ratio == "sequence" else token_log_ratio
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rho, A = log_ratio.exp(), kept(advantages)
-    bounded = rho.clamp(1 - clip_low, 1 + clip_high)
+    bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
     clips = dual = torch.zeros_like(mask)
-    if loss == "ppo":
+    if o.loss == "ppo":
         unclipped, clipped = -A * rho, -A * bounded
         clips = clipped > unclipped
         surrogate = torch.where(clips, clipped, unclipped)
-        if dual_clip is not None:
-            dual = (A < 0) & (surrogate > -A * dual_clip)
-            surrogate = torch.where(dual, -A * dual_clip, surrogate)
-    elif loss == "cispo":
+        if o.dual_clip is not None:
+            dual = (A < 0) & (surrogate > -A * o.dual_clip)
+            surrogate = torch.where(dual, -A * o.dual_clip, surrogate)
+    elif o.loss == "cispo":
         clips = bounded != rho
         surrogate = aggregate.times(-bounded.detach() * A, kept(logp))
     else:
@@ -240,7 +208,9 @@ def reference(
         surrogate = aggregate.times(kept(weights), surrogate)
     zero = torch.zeros_like(rho)
     entropy = zero if entropy is None else kept(entropy)
-    kl = zero if ref_logp is None else token_kl.estimate(kept(logp) - kept(ref_logp), kl_estimator)
+    kl = zero
+    if ref_logp is not None:
+        kl = token_kl.estimate(kept(logp) - kept(ref_logp), o.kl_estimator)
     stats = PolicyStats(
         surrogate=total(surrogate).detach(),
         entropy=mean(entropy),
@@ -253,15 +223,15 @@ def reference(
         old_kl_k1=mean(-token_log_ratio),
         old_kl_k2=mean(0.5 * token_log_ratio**2),
         old_kl_k3=mean(_k3(token_log_ratio)),
-        clipfrac_low=mean((clips & (rho < 1 - clip_low)).to(dtype)),
-        clipfrac_high=mean((clips & (rho > 1 + clip_high)).to(dtype)),
+        clipfrac_low=mean((clips & (rho < 1 - o.clip_low)).to(dtype)),
+        clipfrac_high=mean((clips & (rho > 1 + o.clip_high)).to(dtype)),
         tokens=mask.sum().to(dtype),
     )
     loss = surrogate
-    if entropy_coef:  # 0·∞ is 0 here
-        loss = loss - entropy_coef * entropy
-    if kl_coef:
-        loss = loss + kl_coef * kl
+    if o.entropy_coef:  # 0·∞ is 0 here
+        loss = loss - o.entropy_coef * entropy
+    if o.kl_coef:
+        loss = loss + o.kl_coef * kl
     return total(loss), stats
 
 
@@ -287,48 +257,39 @@ def _forward(
     entropy: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    aggregation: str,
-    ratio: str,
-    loss: str,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    o = PolicyOptions(*options)
     total, stats = reference(
-        logp, old_logp, advantages, mask, clip_low=clip_low, clip_high=clip_high,
-        dual_clip=dual_clip, ratio=ratio, loss=loss, aggregation=aggregation,
-        normalizer=normalizer, weights=weights, entropy=entropy, entropy_coef=entropy_coef,
-        ref_logp=ref_logp, kl_coef=kl_coef, kl_estimator=kl_estimator,
+        logp, old_logp, advantages, mask, normalizer=normalizer, weights=weights, entropy=entropy,
+        ref_logp=ref_logp, **vars(o),
     )  # fmt: skip
-    c = aggregate.coefficients(mask, aggregation, normalizer, logp.dtype).unsqueeze(-1)
+    c = aggregate.coefficients(mask, o.aggregation, normalizer, logp.dtype).unsqueeze(-1)
     log_ratio = logp - old_logp
-    if ratio == "sequence":
+    if o.ratio == "sequence":
         log_ratio = row_means(log_ratio, mask)
     rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    bounded = rho.clamp(1 - clip_low, 1 + clip_high)
+    bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
     d_logp = -advantages
-    if loss == "ppo":
+    if o.loss == "ppo":
         d_logp = -advantages * rho
         flows = (log_ratio.abs() <= MAX_LOG_RATIO) & ~(-advantages * bounded > d_logp)
-        if dual_clip is not None:
-            flows &= ~((advantages < 0) & (d_logp > -advantages * dual_clip))
+        if o.dual_clip is not None:
+            flows &= ~((advantages < 0) & (d_logp > -advantages * o.dual_clip))
         d_logp = torch.where(flows, d_logp, 0.0)
-    elif loss == "cispo":
+    elif o.loss == "cispo":
         d_logp = -advantages * bounded
     if weights is not None:
         d_logp = aggregate.times(weights, d_logp)
-    if ratio == "sequence" and loss == "ppo":  # each logp moves the ratio of the whole row
+    if o.ratio == "sequence" and o.loss == "ppo":  # each logp moves the ratio of the whole row
         d_logp = row_means(d_logp, mask)
-    if ref_logp is not None and kl_coef:
-        d_logp = d_logp + kl_coef * token_kl.slope(logp - ref_logp, kl_estimator)
+    if ref_logp is not None and o.kl_coef:
+        d_logp = d_logp + o.kl_coef * token_kl.slope(logp - ref_logp, o.kl_estimator)
     d_logp = aggregate.times(c, d_logp).masked_fill(~mask, 0.0)
     if entropy is None:
         return total, torch.stack(stats), d_logp, logp.new_empty(0)
-    d_entropy = (-entropy_coef * c).expand_as(logp).masked_fill(~mask, 0.0)
+    d_entropy = (-o.entropy_coef * c).expand_as(logp).masked_fill(~mask, 0.0)
     return total, torch.stack(stats), d_logp, d_entropy
 
 
@@ -346,7 +307,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     d_logp, d_entropy = ctx.saved_tensors
-    nothing = (None,) * 11
+    nothing = (None,) * (len(ctx.needs_input_grad) - 6)
     entropy = grad * d_entropy if ctx.needs_input_grad[5] else None
     return grad * d_logp, None, None, None, None, entropy, *nothing
 
@@ -445,9 +406,7 @@ def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 KERNEL = define_kernel(
     "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, "
-    "Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, float clip_low, float clip_high, "
-    "float? dual_clip, float entropy_coef, float kl_coef, str kl_estimator, str aggregation, "
-    "str ratio, str loss) "
+    f"Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, {PolicyOptions.schema()}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,

@@ -13,19 +13,32 @@ from .registry import Op, Sample, define_kernel, register
 
 
 class ValueStats(NamedTuple):
-    """Over the counting tokens of this call; detached 0-dim tensors, 0 if none counts.
+    """What ``value_loss`` says of a call: detached 0-dim tensors in the loss's dtype, 0 where no
+    token counts.
 
-    Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens.
+    Means and variances are over the counting tokens of this call, each with the same weight
+    whatever ``aggregation`` and ``normalizer`` are. Of several calls (micro-batches, processes) the
+    mean is Σ tokens · mean / Σ tokens; a variance of all needs their means, too.
+
+    Attributes:
+        clipfrac: share of the tokens, 0 to 1, whose gradient the clip cut off.
+        value_mean: in units of reward; mean over the tokens.
+        return_mean: in units of reward; mean over the tokens.
+        return_var: in units of reward squared; population variance over the tokens.
+        error: (V − R)², unclipped and without the ½, in units of reward squared; mean over the
+            tokens.
+        explained_var: 1 − Var(R − V) / Var(R) over the tokens, no unit, at most 1; 0 where the
+            returns are equal to their rounding: √Var(R) ≤ 4 eps |mean R| of the dtype.
+        tokens: how many counted.
     """
 
-    clipfrac: Tensor  # share of tokens whose gradient the clip cut off
+    clipfrac: Tensor
     value_mean: Tensor
     return_mean: Tensor
-    return_var: Tensor  # population variance
-    error: Tensor  # mean squared error, unclipped
-    explained_var: Tensor  # 1 − Var(return − value) / Var(return); 0 where the returns are equal to
-    # their rounding: √Var(return) ≤ 4 eps |mean| of the dtype
-    tokens: Tensor  # how many counted
+    return_var: Tensor
+    error: Tensor
+    explained_var: Tensor
+    tokens: Tensor
 
 
 def value_loss(

@@ -12,18 +12,18 @@ import re
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from rlhf_fast.ops.aggregate import AGGREGATIONS
 from rlhf_fast.ops.check import LARGEST, SMALLEST
-from rlhf_fast.ops.policy_loss import LOSSES, RATIOS
+from rlhf_fast.ops.options import PolicyOptions
 
 from .errors import InputError
 
@@ -167,8 +167,46 @@ CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
 GROUPED = ("grpo", "dr_grpo", "rloo")  # an answer is compared with the others to its prompt
 
 
+# What a flag has otherwise than the option of the policy loss that it sets; None: it is no flag.
+OTHERWISE: dict[str, dict[str, Any] | None] = {
+    "clip_low": {"name": "clip", "above": 0.0, "help": "the ratio π/π_old counts within 1 ± clip"},
+    "clip_high": {
+        "default": None,
+        "above": 0.0,
+        "help": "upper side of the clip, if it is another (0.28 is usual) [unset: clip]",
+    },
+    "entropy_coef": {"low": 0.0},
+    "kl_coef": None,  # beta, where kl_in is loss
+    "kl_estimator": {"default": "k1"},  # kl_in is reward by default
+    "aggregation": {
+        "help": "how the tokens' policy losses become one number; token-sum is divided by answers "
+        "× max_new_tokens (Dr. GRPO)"
+    },
+    "loss": {"name": "policy_loss"},
+}
+
+
+def policy_flags(options: type) -> type:
+    """The base of a config: a flag for every option of the policy loss, with `flags` (option ->
+    its flag) and `ranges` (of those that are numbers)."""
+    made, flags, ranges = [], {}, {}
+    for f in fields(options):
+        other = OTHERWISE.get(f.name, {})
+        if other is None:
+            continue
+        name = flags[f.name] = other.get("name", f.name)
+        default = other.get("default", f.default)
+        kind = f"{f.type} | None" if default is None and "None" not in f.type else f.type
+        if kind.startswith("float"):
+            ranges[name] = {k: other.get(k, v) for k, v in f.metadata["range"].items()}
+        text = other.get("help", f.metadata["help"])
+        made.append((name, kind, option(default, help=text, choices=f.metadata["choices"])))
+    own = {"flags": flags, "ranges": ranges}
+    return make_dataclass("PolicyFlags", made, kw_only=True, namespace=own)
+
+
 @dataclass(kw_only=True)
-class PPOConfig(RunConfig):
+class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     """Train a policy with PPO against a reward. The data has the column `prompt`.
 
     r_t = −beta·(log π − log π_ref)_t, plus the score at the last token; GAE; clipped losses. Not
@@ -287,11 +325,6 @@ class PPOConfig(RunConfig):
         choices=("reward", "loss"),
         help="the KL is taken off the reward (PPO, RLOO) or is a term of the loss (GRPO)",
     )
-    kl_estimator: str = option(
-        "k1",
-        choices=("k1", "k2", "k3", "abs"),
-        help="k1 = log(π/π_ref), k2 = k1²/2, k3 = exp(−k1) − 1 + k1, abs = |k1|",
-    )
     adaptive_kl_target: float | None = option(
         None,
         help="beta is multiplied by 1 + clip(KL/target − 1, ±0.2)·batch_size/kl_horizon after "
@@ -315,34 +348,8 @@ class PPOConfig(RunConfig):
     adam_beta2: float = option(0.999, help="Adam's β₂ (OpenRLHF: 0.95)")
     adam_epsilon: float = option(1e-5, help="Adam's ε")
     weight_decay: float = option(0.0, help="AdamW's weight decay")
-    policy_loss: str = option(
-        "ppo",
-        choices=LOSSES,
-        help="ppo: the clipped surrogate. cispo: log-probs weighted by the clipped ratio, no token "
-        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip",
-    )
-    ratio: str = option(
-        "token",
-        choices=RATIOS,
-        help="π/π_old of each token, or of the whole answer, its geometric mean over the tokens: "
-        "GSPO (TRL's importance_sampling_level), with clip 3e-4 and clip_high 4e-4",
-    )
-    clip: float = option(0.2, help="the ratio π/π_old counts within 1 ± clip")
-    clip_high: float | None = option(
-        None, help="upper side of the clip, if it is another (0.28 is usual) [unset: clip]"
-    )
-    dual_clip: float | None = option(
-        None, help="bounds the loss at negative advantages to this many times them (3.0 is usual)"
-    )
     value_clip: float = option(0.2, help="values may move this far from the old ones in one step")
     value_coef: float = option(0.1, help="weight of the value loss, ½·max(…)²")
-    entropy_coef: float = option(0.0, help="weight of the entropy bonus")
-    aggregation: str = option(
-        "token-mean",
-        choices=AGGREGATIONS,
-        help="how the tokens' policy losses become one number; token-sum is divided by "
-        "answers × max_new_tokens (Dr. GRPO)",
-    )
     target_kl: float | None = option(
         None,
         help="a step's passes end before an update whose minibatch is further than this from the "
@@ -368,17 +375,17 @@ class PPOConfig(RunConfig):
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
         at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon")
-        at_least(self, 0, "beta", "value_coef", "entropy_coef", "missing_eos_penalty")
+        at_least(self, 0, "beta", "value_coef", "missing_eos_penalty")
         at_least(self, 0, "gamma", "lam", "top_k", "warmup_steps", "weight_decay")
         at_least(self, 0, "adam_beta1", "adam_beta2")
-        at_most(self, 1, "gamma", "lam", "top_p", "clip")
+        at_most(self, 1, "gamma", "lam", "top_p")
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
-        above_zero(self, "clip", "clip_high", "value_clip", "score_clip", "target_kl", "tis_cap")
+        above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "reward_timeout")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
-        above_one(self, "dual_clip")
+        in_ranges(self, self.ranges)
         for parts in ("minibatches", "samples_per_prompt"):
             if self.batch_size % getattr(self, parts):
                 raise InputError(
@@ -387,6 +394,17 @@ class PPOConfig(RunConfig):
                 )
         self.check_reward()
         self.refuse_contradictions()
+        try:
+            PolicyOptions(**self.policy_options(self.beta)).check(torch.float32)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from None
+
+    def policy_options(self, beta: float) -> dict[str, Any]:
+        """The flags as the options of a policy loss."""
+        options = {option: getattr(self, flag) for option, flag in self.flags.items()}
+        options["clip_high"] = self.clip_high or self.clip
+        options["kl_coef"] = beta if self.kl_in == "loss" else 0.0
+        return options
 
     # Left unset these follow from others. They stay unset in the config, so that one made from it
     # (--config of a run's config.yaml, dataclasses.replace) with other options has its own.
@@ -535,10 +553,6 @@ def at_most(config: Any, high: float, *names: str) -> None:
     check(config, lambda value: value <= high, f"at most {high}", names)
 
 
-def above_one(config: Any, *names: str) -> None:
-    check(config, lambda value: value > 1, "above 1", names)
-
-
 def above_zero(config: Any, *names: str) -> None:
     check(config, lambda value: value > 0, "above 0", names)
 
@@ -549,6 +563,18 @@ def below_one(config: Any, *names: str) -> None:
 
 def finite(config: Any, *names: str) -> None:
     check(config, lambda value: True, "or unset", names)
+
+
+def in_ranges(config: Any, ranges: dict[str, dict[str, float | None]]) -> None:
+    for name, bounds in ranges.items():
+        low, high, above = bounds["low"], bounds["high"], bounds["above"]
+        finite(config, name)
+        if low is not None:
+            check(config, lambda value, low=low: value >= low, f"at least {low:g}", [name])
+        if high is not None:
+            check(config, lambda value, high=high: value <= high, f"at most {high:g}", [name])
+        if above is not None:
+            check(config, lambda value, above=above: value > above, f"above {above:g}", [name])
 
 
 def seed_in_range(config: Any) -> None:

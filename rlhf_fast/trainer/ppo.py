@@ -453,11 +453,8 @@ def policy_term(
     the tokens that count."""
     return linear_policy_loss(
         hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
-        clip_low=config.clip, clip_high=config.clip_high or config.clip,
-        dual_clip=config.dual_clip, ratio=config.ratio, loss=config.policy_loss,
-        aggregation=config.aggregation, normalizer=normalizer, weights=weights,
-        entropy_coef=config.entropy_coef, ref_logp=old.ref_logp[rows],
-        kl_coef=beta if config.kl_in == "loss" else 0.0, kl_estimator=config.kl_estimator,
+        normalizer=normalizer, weights=weights, ref_logp=old.ref_logp[rows],
+        **config.policy_options(beta),
         temperature=config.temperature * logit_divisor(policy.model),
         softcap=softcap(policy.model), bias=policy.head.bias,
     )  # fmt: skip

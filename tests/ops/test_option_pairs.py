@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -17,9 +18,8 @@ from drawing import Fallbacks, tensors
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.ops.aggregate import AGGREGATIONS
+from rlhf_fast.ops.options import PolicyOptions
 from rlhf_fast.ops.registry import OPS
-from rlhf_fast.ops.token_kl import ESTIMATORS
 
 B, T, H, V, R = 3, 4, 3, 7, 2
 SCALES = {
@@ -30,19 +30,20 @@ SCALES = {
     "deterministic": (False, True),
     "lora": (None, "given"),
 }
+SAMPLES = {  # of each option of a policy loss that has no choices: a value beside its default
+    "clip_low": 0.05,
+    "clip_high": 0.4,
+    "dual_clip": 1.3,
+    "entropy_coef": 0.3,
+    "kl_coef": 0.4,
+}
 LOSSES = {
-    "loss": ("ppo", "cispo", "reinforce"),
-    "ratio": ("token", "sequence"),
-    "clip_low": (0.2, 0.05),
-    "clip_high": (0.2, 0.4),
-    "dual_clip": (None, 1.3),
-    "aggregation": AGGREGATIONS,
+    **{
+        f.name: f.metadata["choices"] or (f.default, SAMPLES[f.name]) for f in fields(PolicyOptions)
+    },
     "normalizer": (None, 5.5, "0-dim"),
     "weights": (None, "given"),
-    "entropy_coef": (0.0, 0.3),
     "ref_logp": (None, "given"),
-    "kl_coef": (0.0, 0.4),
-    "kl_estimator": ESTIMATORS,
 }
 OPTIONS = {
     "linear_token_logprobs": {**SCALES, "entropy": (False, True)},
@@ -65,12 +66,13 @@ def possible(op: str, chosen: dict[str, Any]) -> bool:
         return chosen["ref_bias"] is None or chosen["ref_weight"] is not None
     if op == "linear_token_logprobs":
         return True
-    sequence, no_ppo = chosen["ratio"] == "sequence", chosen["loss"] != "ppo"
-    return not (
-        (sequence and chosen["loss"] == "reinforce")
-        or (no_ppo and chosen["dual_clip"] is not None)
-        or (chosen["kl_coef"] and chosen["ref_logp"] is None)
-    )
+    try:
+        PolicyOptions(**{f.name: chosen[f.name] for f in fields(PolicyOptions)}).check(
+            torch.float64
+        )
+    except ValueError:  # two that have no meaning together
+        return False
+    return not (chosen["kl_coef"] and chosen["ref_logp"] is None)
 
 
 def covering(op: str) -> list[dict[str, Any]]:

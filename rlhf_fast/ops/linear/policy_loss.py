@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from .. import aggregate, check, policy_loss, token_kl
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..linear import vocab_parallel
+from ..options import LOSSES, PolicyOptions
 from ..policy_loss import PolicyStats
 from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 
 
+@PolicyOptions.documented
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -26,18 +29,9 @@ def linear_policy_loss(
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    ratio: str = "token",
-    loss: str = "ppo",
-    aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
     weights: Tensor | None = None,
-    entropy_coef: float = 0.0,
     ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: str = "k3",
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -45,6 +39,7 @@ def linear_policy_loss(
     group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
+    **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped policy loss straight from hidden states, in 6NHV FLOPs and no [N, V] tensor.
 
@@ -86,13 +81,13 @@ def linear_policy_loss(
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
         labels: [..., T], int64, the sampled tokens; −100 does not count, whatever mask says.
-        old_logp, advantages, mask, weights, ref_logp: [..., T], and clip_low, clip_high,
-            dual_clip, ratio, loss, aggregation, normalizer, entropy_coef, kl_coef, kl_estimator:
-            as in ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
+        old_logp, advantages, mask, weights, ref_logp: [..., T], and normalizer: as in
+            ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
         temperature, softcap: as in ``token_logprobs``.
         lora, group, compact, deterministic: as in ``linear_token_logprobs``: (A [r, H], B [V, r],
             scale) of an adapter on the head; the ranks that share the vocabulary out, whose loss
             and statistics are the same.
+        **options: the fields of ``PolicyOptions``.
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
@@ -111,10 +106,8 @@ def linear_policy_loss(
         check.like(name, x, "labels", labels)
     check.boolean_mask(mask, "labels", labels)
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
-    policy_loss.check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss,
-        dtype,
-    )  # fmt: skip
+    chosen = PolicyOptions(**options)
+    policy_loss.check_options(chosen, dtype, ref_logp)
     counting = labels.masked_fill(~mask, check.IGNORE_INDEX)
     divisor, per_token = from_logits._temperature(temperature, counting, dtype)
     from_logits._softcap(softcap, dtype)
@@ -127,17 +120,14 @@ def linear_policy_loss(
 
     counts = check.flat(mask & (labels != check.IGNORE_INDEX))
     constants = constant(old_logp), constant(advantages), counts, constant(weights)
-    normalizer = aggregate.checked(aggregation, normalizer, mask, dtype)
-    dual_clip = None if dual_clip is None else float(dual_clip)
-    options = (float(clip_low), float(clip_high), dual_clip, float(entropy_coef), float(kl_coef),
-               kl_estimator, aggregation)  # fmt: skip
+    normalizer = aggregate.checked(chosen.aggregation, normalizer, mask, dtype)
     labels, per_token = check.flat(labels), check.flat(per_token)
-    if ratio == "token":
+    if chosen.ratio == "token":
         grad = torch.is_grad_enabled()
         needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
-            *head, labels, *constants, constant(ref_logp), normalizer, *options, loss, divisor,
-            per_token, softcap, *how, needs,
+            *head, labels, *constants, constant(ref_logp), normalizer, divisor, per_token, softcap,
+            *how, needs, *chosen.values(),
         )  # fmt: skip
     else:
         logp, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
@@ -145,10 +135,10 @@ def linear_policy_loss(
             None if per_token is None else per_token.view(-1), softcap, True, *how,
             linear.needs_gradient(head),
         )  # fmt: skip
-        entropy = entropy if entropy_coef else entropy.detach()  # no gradient of zeros
+        entropy = entropy if chosen.entropy_coef else entropy.detach()  # no gradient of zeros
         total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
             logp.view_as(counts), *constants, entropy.view_as(counts), constant(ref_logp),
-            normalizer, *options, ratio, loss,
+            normalizer, *chosen.values(),
         )  # fmt: skip
     return total, PolicyStats(*stats.unbind())
 
@@ -161,12 +151,9 @@ def reference(
     advantages: Tensor,
     mask: Tensor,
     *,
-    ratio: str = "token",
-    entropy_coef: float = 0.0,
-    kl_coef: float = 0.0,
-    weights: Tensor | None = None,
-    aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
+    weights: Tensor | None = None,
+    ref_logp: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
@@ -177,28 +164,24 @@ def reference(
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """The formula in plain PyTorch; holds all the logits."""
+    o = PolicyOptions(**options)
     mask = mask & (labels != check.IGNORE_INDEX)
     logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, mask)
     logp, entropy = from_logits.reference(
         logits, labels, temperature=temperature, softcap=softcap, entropy=True
     )
-    shared = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
-    shared |= {"weights": weights, "ratio": ratio, **options}
+    inputs = {"weights": weights, "entropy": entropy, "ref_logp": ref_logp}
     loss, stats = policy_loss.reference(
-        logp, old_logp, advantages, mask, aggregation=aggregation, normalizer=normalizer, **shared
+        logp, old_logp, advantages, mask, normalizer=normalizer, **inputs, **options
     )
-    matters = mask
-    if ratio == "token":
-        matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
-    stayed = policy_loss.reference(logp, old_logp, advantages, matters, **shared)[1]
+    matters = mask & _matters(advantages, weights, o) if o.ratio == "token" else mask
+    stayed = policy_loss.reference(logp, old_logp, advantages, matters, **inputs, **options)[1]
     return loss, stayed._replace(surrogate=stats.surrogate)
 
 
-def _matters(
-    advantages: Tensor, weights: Tensor | None, entropy_coef: float, kl_coef: float
-) -> Tensor:
+def _matters(advantages: Tensor, weights: Tensor | None, options: PolicyOptions) -> Tensor:
     """Tokens whose loss can have a gradient."""
-    if entropy_coef or kl_coef:
+    if options.entropy_coef or options.kl_coef:
         return torch.ones_like(advantages, dtype=torch.bool)
     return advantages != 0 if weights is None else (advantages != 0) & (weights != 0)
 
@@ -216,14 +199,6 @@ def _forward(
     weights: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    dual_clip: float | None,
-    entropy_coef: float,
-    kl_coef: float,
-    kl_estimator: str,
-    aggregation: str,
-    loss: str,
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
@@ -231,14 +206,16 @@ def _forward(
     deterministic: bool,
     group: str | None,
     needs: list[bool],
+    *options: Any,
 ) -> tuple[Tensor, ...]:
     """(loss, stats [14], the gradients of linear.Needs, empty where not needed)."""
+    o = PolicyOptions(*options)  # ratio: token
+    token_sum = replace(o, aggregation="token-sum").values()
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
-    matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
-    coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
+    matters = mask & _matters(advantages, weights, o)
+    coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
-    options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
     head = linear.Head(hidden, weight, bias, down, up)
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary, _saved_dtype(hidden))
     keep = matters.view(-1)
@@ -259,29 +236,28 @@ def _forward(
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
             logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
-            part(ref_logp), None, *options, "token-sum", "token", loss,
+            part(ref_logp), None, *token_sum,
         )  # fmt: skip
         scale = part(coefficient)
         d_logp, d_entropy = grads.fit(
             aggregate.times(scale, d_logp),
-            d_entropy * scale if entropy_coef else None,
+            d_entropy * scale if o.entropy_coef else None,
             temperature=temperature if divisors is None else divisors,
         )
         torch.ops.rlhf_fast.token_logprobs_backward(
             d_logp, d_entropy, logits, targets, norm,
-            entropy_ if entropy_coef else None, temperature, divisors, softcap,
+            entropy_ if o.entropy_coef else None, temperature, divisors, softcap,
             grads.dlogits(chunk)[None],
         )  # fmt: skip
         grads.add(chunk)
 
-    def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
+    def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
         return torch.ops.rlhf_fast.policy_loss(
-            logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
-            aggregation, "token", loss,
-        )[:2]  # fmt: skip
+            logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options
+        )[:2]
 
-    total, stats = whole(mask, aggregation, normalizer)
-    stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
+    total, stats = whole(mask, normalizer, options)
+    stats = torch.cat([stats[:1], whole(matters, None, token_sum)[1][1:]])
     return total, stats, *grads.result()
 
 
@@ -291,10 +267,14 @@ def _saved_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _fake(hidden, weight, bias, down, up, labels, old_logp, *rest):
+NEEDS = 18  # the place of needs among the kernel's arguments
+
+
+def _fake(*args):
+    hidden, old_logp = args[0], args[6]
     grads = [
         torch.empty_like(x, dtype=_saved_dtype(hidden)) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias, down, up), rest[-1], strict=True)
+        for x, needed in zip(args[:5], args[NEEDS], strict=True)
     ]
     return old_logp.new_empty(()), old_logp.new_empty(len(PolicyStats._fields)), *grads
 
@@ -309,7 +289,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     if grad is None:
-        return (None,) * 27
+        return (None,) * len(ctx.needs_input_grad)
     # loss.backward() comes with exactly 1: then dW needs no second copy, unless the next backward
     # needs this one. Looking costs a host sync on a GPU, and cannot be traced or batched.
     looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
@@ -319,7 +299,7 @@ def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
         (g if one else g * grad).to(ctx.dtype) if needed else None
         for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:5], strict=True)
     ]
-    return *scaled, *(None,) * 22
+    return *scaled, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
 def samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -363,7 +343,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("asymmetric, dual clip, softcap", draw(3, 12, 8, 33, **clips), two)
     for estimator in token_kl.ESTIMATORS:
         yield Sample(estimator, everything(2, 6, 4, 9, kl_estimator=estimator), three)
-    for loss in policy_loss.LOSSES:
+    for loss in LOSSES:
         still = draw(3, 8, 4, 9, loss=loss)
         still["advantages"][:, ::2] = 0.0
         yield Sample(f"zero advantages, {loss}", still, two)
@@ -439,10 +419,9 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 KERNEL = define_kernel(
     f"linear_policy_loss({linear.HEAD}, Tensor labels, "
     "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
-    "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float entropy_coef, "
-    "float kl_coef, str kl_estimator, str aggregation, str loss, float temperature, "
-    "Tensor? per_token, float? softcap, bool compact, bool deterministic, str? group, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? normalizer, float temperature, Tensor? per_token, float? softcap, bool compact, "
+    f"bool deterministic, str? group, bool[] needs, {PolicyOptions.schema()}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,
     engine=True,

@@ -1,0 +1,148 @@
+"""The options of a policy loss: the one list of their names, defaults, ranges and meanings.
+
+All that knows an option has it from here: the signatures and docstrings of ``policy_loss`` and
+``linear_policy_loss``, their checks, the kernels' schemas and launchers, the trainer's flags and
+the tests of pairs. CONTRIBUTING.md says what a new one takes beside its field.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+import torch
+
+from . import check
+from .aggregate import AGGREGATIONS
+from .token_kl import ESTIMATORS
+
+RATIOS = ("token", "sequence")
+LOSSES = ("ppo", "cispo", "reinforce")
+
+SCHEMA = {"float": "float", "float | None": "float?", "bool": "bool", "str": "str"}  # of kernels
+HERE = "**options: the fields of ``PolicyOptions``."  # in a docstring: they are put here
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of PolicyOptions. A number is ≥ low, ≤ high and > above, where given; a text is one
+    of choices."""
+    numbers = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "choices": choices, "range": numbers})
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Every option of a policy loss, in the order in which the kernels take them."""
+
+    clip_low: float = option(
+        0.2, "the ratio π/π_old counts from 1 − this on; 1: no lower bound", low=0.0, high=1.0
+    )
+    clip_high: float = option(  # its lower bound depends on others: check
+        0.2,
+        "the ratio counts up to 1 + this; at least 0, for cispo −clip_low. TRL's CISPO is "
+        "clip_low = 1, clip_high = epsilon_high − 1, since its epsilon_high is the upper bound",
+    )
+    dual_clip: float | None = option(
+        None,
+        "bounds the loss at negative advantages to this many times them (3.0 is usual); ppo only",
+        above=1.0,
+    )
+    entropy_coef: float = option(0.0, "weight of the entropy bonus")
+    kl_coef: float = option(0.0, "weight of the KL from the reference; needs ref_logp")
+    kl_estimator: str = option(
+        "k3",
+        "k1 = log(π/π_ref), k2 = k1²/2, k3 = exp(−k1) − 1 + k1, abs = |k1|",
+        choices=ESTIMATORS,
+    )
+    aggregation: str = option(
+        "token-mean", "how the tokens' losses become one number", choices=AGGREGATIONS
+    )
+    ratio: str = option(
+        "token",
+        "π/π_old of each token, or of the whole answer, its geometric mean over the tokens: GSPO "
+        "(TRL's importance_sampling_level), with clips of 3e-4 and 4e-4",
+        choices=RATIOS,
+    )
+    loss: str = option(
+        "ppo",
+        "ppo: the clipped surrogate. cispo: log-probs weighted by the clipped ratio, no token "
+        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip",
+        choices=LOSSES,
+    )
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Every option by itself, for sums in dtype, then those that say something of others."""
+        for name, f in self.__dataclass_fields__.items():
+            value, choices = getattr(self, name), f.metadata["choices"]
+            if choices:
+                check.choice(name, value, choices)
+            elif f.type == "bool":
+                check.flag(name, value)
+            elif value is not None or f.type == "float":
+                check.number(name, value, dtype=dtype, **f.metadata["range"])
+        low = -self.clip_low if self.loss == "cispo" else 0.0
+        check.number("clip_high", self.clip_high, low=low, dtype=dtype)
+        if self.ratio == "sequence" and self.loss == "reinforce":
+            raise ValueError(
+                "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
+            )
+        if self.dual_clip is not None and self.loss != "ppo":
+            raise ValueError(f"dual_clip {self.dual_clip} needs loss='ppo', got loss={self.loss!r}")
+
+    def values(self) -> tuple[Any, ...]:
+        """As the kernels take them; ``PolicyOptions(*values)`` is this again."""
+        return tuple(
+            float(getattr(self, name)) if type(getattr(self, name)) is int else getattr(self, name)
+            for name in self.__dataclass_fields__
+        )
+
+    @classmethod
+    def schema(cls) -> str:
+        """The kernels' arguments for values()."""
+        return ", ".join(f"{SCHEMA[f.type]} {f.name}" for f in fields(cls))
+
+    @classmethod
+    def documented(cls, function: F) -> F:
+        """function(..., **options), with the options in its signature and its docstring."""
+        signature = inspect.signature(function)
+        *own, _ = signature.parameters.values()  # the last is **options
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        own += [
+            inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
+            for f in fields(cls)
+        ]
+        function.__signature__ = signature.replace(parameters=own)
+        if function.__doc__ is not None:  # python -OO
+            lines = "\n".join(f"{f.name}: {meaning(f)}" for f in fields(cls))
+            function.__doc__ = function.__doc__.replace(HERE, indented(lines, 8).lstrip())
+        return function
+
+
+def meaning(f: Any) -> str:
+    """One sentence of an option: what it may be, its default, what it does."""
+    signs = {"low": "≥", "high": "≤", "above": ">"}
+    bounds = [f"{signs[k]} {v:g}" for k, v in f.metadata["range"].items() if v is not None]
+    may_be = ", ".join(f.metadata["choices"] or bounds)
+    if f.type.endswith("None"):
+        may_be = f"{may_be}, or None" if may_be else "may be None"
+    return f"{may_be}; {f.metadata['help']}." if may_be else f"{f.metadata['help']}."
+
+
+def indented(lines: str, by: int) -> str:
+    """Each line wrapped to 100 columns, what follows its first one 4 deeper."""
+    first, rest = " " * by, " " * (by + 4)
+    wrap = textwrap.TextWrapper(100, initial_indent=first, subsequent_indent=rest)
+    return "\n".join(wrap.fill(line) for line in lines.splitlines())
