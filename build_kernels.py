@@ -42,8 +42,8 @@ def plan() -> tuple[list[Extension], dict[str, str]]:
 
 def why_no_cpp() -> str | None:
     if os.environ.get(PURE) == "1":
-        return f"installed with {PURE}=1"
-    return None if compiler() else "no C++ compiler was found when it was installed"
+        return f"built with {PURE}=1"
+    return None if compiler() else "no C++ compiler was found when it was built"
 
 
 def compiler() -> str | None:
@@ -52,8 +52,8 @@ def compiler() -> str | None:
 
 def why_no_cuda() -> str | None:
     if torch.version.cuda is None:
-        return f"installed beside torch {torch.__version__}, which is no CUDA build"
-    return None if toolkit() else "nvcc was not found when it was installed"
+        return f"built beside torch {torch.__version__}, which is no CUDA build"
+    return None if toolkit() else "nvcc was not found when it was built"
 
 
 def toolkit() -> str | None:

@@ -69,7 +69,8 @@ def standing_in(absent: tuple[str, ...]) -> Iterator[None]:
 
     def installed(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
         """transformers asks so whether peft is there, and remembers the answer."""
-        return None if finder.find_spec(name) else look_up(name, package)
+        spec = look_up(name, package)
+        return None if spec is None or spec.loader is finder else spec
 
     sys.meta_path.append(finder)  # last: what is installed is found first
     try:
