@@ -31,10 +31,6 @@ def gae(
     Schulman et al., arXiv:1506.02438, eq. 16. Beyond the last step V is ``bootstrap`` (0 without
     one) and A is 0. λ = 0 is TD(0), λ = 1 the discounted return minus V. No gradient flows.
 
-    H100, float32, [512, 4096] with a mask: 17 bytes a step are 35.7 MB, 10.7 µs at 3.35 TB/s; a
-    row's 4 blocks of steps follow each other, about 3 µs each for memory's latency and the scans,
-    so with the launch about 15 µs predicted. Not measured on a GPU yet.
-
     Args:
         rewards, values: [..., T], in units of reward; V_t is the value at the position that
             predicts action t.

@@ -45,10 +45,6 @@ def value_loss(
     aggregated over the counting tokens (``rlhf_fast.ops.aggregate``). Source: the PPO of OpenAI
     baselines (the paper has no value clipping).
 
-    H100, float32, [64, 2048]: 17 bytes a token are 2.2 MB, 0.7 µs at 3.35 TB/s; three launches of
-    about 3 µs (count, loss, sums) and one product in the backward: 12 µs predicted, all of it
-    latency. Not measured on a GPU yet.
-
     Args:
         values: [..., T], in units of reward, with gradient.
         old_values: [..., T], stored with the rollout, a constant; may be None when clip is None.

@@ -39,14 +39,14 @@ _memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
 
 @contextlib.contextmanager
 def chunk_budget(n_bytes: int) -> Iterator[None]:
-    """``n_bytes``, at least 1: what one chunk of logits may take inside this context, in this
-    thread, and in the backward of what is called here.
+    """Let one chunk of logits take at most ``n_bytes``, at least 1, inside this context.
 
-    Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
-    what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
-    rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
-    half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
-    to its backward, which begins with the chunk that lies there. ``release_memory`` gives it back.
+    It holds for this thread's calls of linear ops and for their backward. Small chunks save memory
+    and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
+    not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
+    GPU. There the logits of 16-bit inputs are float32 and their gradient, in 16 bits, has memory of
+    its own: half as much again. A chunk's memory is kept: on CPU for the next call, on a GPU from
+    a forward to its backward, which uses the logits in it again. ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))
@@ -71,7 +71,7 @@ def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
 def release_memory() -> None:
     """Give back the memory that the linear ops keep between calls: the last call's chunk of logits.
 
-    A backward that would have begun with that chunk makes its logits again. On CPU the memory goes
+    A backward that would have used those logits again computes them anew. On CPU the memory goes
     back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).
     """
     _memory.clear()
@@ -86,10 +86,10 @@ def most_rows(vocab: int, element_size: int, device_type: str) -> int:
 
 
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
-    """Rows of logits in each chunk of `total`: chunks of like size, in 16s where they are large.
+    """Rows of logits in each chunk of `total`: of nearly equal chunks, multiples of 16 above 16.
 
-    What takes more than one chunk is cut once more than it must be: k times the most rows hold less
-    than 1/k of the logits at a time.
+    Where one chunk is not enough there are total // most + 1: exactly k times the most rows make
+    k + 1 chunks, so that each holds less than 1/k of the logits.
     """
     most = most_rows(vocab, element_size, device_type)
     if total <= most:
@@ -105,7 +105,8 @@ def check_head(
     lora: Lora | None = None,
     prefix: str = "",
 ) -> Head:
-    """The checked head, flat, in autocast's dtype where autocast is on (float64 it leaves alone).
+    """Check a head's arguments and return it: hidden as [N, H], an adapter's scale multiplied in,
+    and all of it in autocast's dtype where autocast is on (float64 stays float64).
 
     A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
     on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
@@ -184,8 +185,7 @@ def gathered(x: Tensor | None) -> Tensor | None:
 
 class Head(NamedTuple):
     """What the logits of N rows are made of: hidden @ weight.T + bias and, where an adapter is on
-    the head, (hidden @ down.T) @ up.T. All of a row's part in it comes from its row of hidden,
-    chunk by chunk: a row that leaves has none."""
+    the head, (hidden @ down.T) @ up.T. Of a row, nothing but its hidden states enters."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -202,8 +202,8 @@ def plain(
     temperature: float | Tensor,
     kept: Tensor,
 ) -> tuple[Tensor, float | Tensor]:
-    """For the references: (all the logits, temperature), of zeros and ones in rows not kept [...],
-    whose own may be NaN."""
+    """For the references: (all the logits [..., V], temperature). Rows not kept [...] may hold NaN;
+    their hidden states are taken as 0 and their temperature as 1."""
     hidden = hidden.masked_fill(~kept.unsqueeze(-1), 0.0)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if lora is not None:
@@ -220,17 +220,17 @@ def needs_gradient(head: Head) -> bool:
 
 
 class Chunk(NamedTuple):
-    """Some rows' logits. They lie in a buffer that the next chunk overwrites; so may the caller."""
+    """The logits of some rows, in a buffer that the next chunk overwrites and the caller may."""
 
     rows: Tensor | slice
     logits: Tensor  # [n, V]
     hidden: Tensor | None  # [n, H]
-    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
+    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, filler rows up to m
 
 
 class Memory(NamedTuple):
-    """What the chunks of a loop lay in, and what lies there still: the last chunk of a forward pass
-    (without its hidden), which the backward of the same statistics need not make again."""
+    """The buffer of a loop over chunks that has ended. After a forward it still holds the logits of
+    the last chunk (without its hidden); the backward that comes with the same norm uses them."""
 
     whole: Tensor
     last: Chunk | None = None
@@ -248,7 +248,8 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
 
 
 def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:
-    """Drop what a call with this key and so many loops has no use for: other dtypes, more loops."""
+    """Drop the buffers that a call with this key and so many loops cannot use: those of other
+    dtypes, and of the loops beyond its own."""
     device, dtype, _ = key
     for other in list(_memory):
         if other[0] == device and (other[1] != dtype or other[2] >= buffers):
@@ -283,15 +284,18 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The logits of the rows that `keep` [N] names, chunk by chunk.
 
-    compact: rows that are not kept leave before the first product, which waits for a GPU. False:
-        all rows are there, those not kept with inputs of zero.
+    compact: only the rows to keep are computed; the host waits for a GPU to list them. False: all
+        rows are, those not kept from hidden states of zero.
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
     buffers: how many loops like this one, over the same rows, share the memory budget; this one is
         number `slot` of them.
-    part: whose logits these are; the chunks are then of the same rows on all ranks of its group.
-    leave_for: the row statistics of a forward pass: its last chunk is left for ``left_by``.
-    memory: what ``left_by`` found. The chunk in it comes first, unless a third of its rows are not
-        kept: 4NHV for all of them is then more than 6NHV for the others.
+    part: this rank's part of the vocabulary; all ranks of its group then have chunks of the same
+        rows.
+    leave_for: the norm that a forward pass computes: its last chunk is left where ``left_by`` finds
+        it by that norm.
+    memory: what ``left_by`` found. The chunk in it comes first, unless more than a third of its
+        rows are not kept: the gradients of all its n rows, 4nHV, would then cost more than the
+        logits and gradients of those kept, 6HV each.
     """
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key, used = (device, dtype, slot), 0
@@ -356,8 +360,9 @@ def make_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
 
 
 def as_they_are(device: torch.device) -> torch.autocast:
-    """Autocast was applied by check_head: products take the dtypes they are given. Not held over a
-    chunk's yield: of two loops side by side, the one that begins first ends first."""
+    """Autocast off: check_head has applied it, and products take the dtypes they are given. Never
+    held over a chunk's yield: two loops side by side would not leave their contexts in reverse
+    order."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -376,7 +381,7 @@ def logits_dtype(hidden: Tensor) -> torch.dtype:
 def chunk_buffer(
     whole: Tensor | None, rows: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(memory, the same as [rows, vocab]); `whole` again where that is enough.
+    """(memory, a view of it as [rows, vocab]); the memory is `whole` where that is large enough.
 
     On CPU the rows lie side by side (csrc/token_logprobs_columns.h says why), and the last call's
     memory is used again: torch keeps none there, and fresh pages cost 5 % of the three products at
@@ -414,9 +419,10 @@ class Gradients:
     """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
     better and is cast once, at the end: to its tensor's dtype, or to ``dtype``.
 
-    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to nothing,
-    those of a large loss scale to infinity. There each row's incoming gradient is brought near 1 by
-    a power of two (``fit``), which the products' results are multiplied by again in float32.
+    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to 0, those
+    of a large loss scale to infinity. So ``fit`` divides each row's incoming gradient by a power of
+    two (the row's unit) that brings it near 1, and the products' results are multiplied by it again
+    in float32.
     """
 
     def __init__(
@@ -445,8 +451,8 @@ class Gradients:
     def fit(
         self, *gradients: Tensor | None, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor | None, ...]:
-        """The incoming gradients [1, n] of a chunk's rows in the units that its dlogits can have;
-        temperature: the logits' divisor, by which dlogits are larger or smaller."""
+        """The incoming gradients [1, n] of a chunk's rows; for float16 each in its row's unit.
+        temperature: the logits' divisor, and so that of dlogits."""
         if self.head.hidden.dtype != torch.float16:
             return gradients
         sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
@@ -456,8 +462,8 @@ class Gradients:
         return tuple(None if g is None else g / self.row_units for g in gradients)
 
     def _common_unit(self) -> Tensor:
-        """The chunk's rows [n] relative to the unit of the sums, which is raised where it must be
-        (rows of which nothing is left beside the largest do not matter beside it either)."""
+        """[n, 1]: the rows' units, relative to the one unit of the sums over all rows. That is the
+        largest so far (rows that are rounded to 0 beside it would not show in the sum either)."""
         largest = self.row_units.max()
         if self.unit is None:
             self.unit = largest
@@ -482,7 +488,7 @@ class Gradients:
         return padded
 
     def add(self, chunk: Chunk) -> None:
-        """One chunk, whose gradient has been written to dlogits(chunk)."""
+        """Add one chunk, whose gradient has been written to dlogits(chunk)."""
         head, padded, dlogits = self.head, self._padded(chunk), self.dlogits(chunk)
         units = None if self.row_units is None else self._common_unit()
         hidden = chunk.hidden if units is None else chunk.hidden * units

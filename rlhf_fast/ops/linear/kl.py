@@ -46,31 +46,29 @@ def linear_token_kl(
 
         dkl/dz_v = p_v ((log p_v − log q_v) − kl)  reverse,    p_v − q_v  forward
 
-    The sum over the whole vocabulary that the estimators k1, k2, k3 of ``token_kl`` sample from
-    (Schulman, "Approximating KL divergence", 2020): no variance, and the gradient that a k1 loss
-    lacks. The reverse direction is PPO's penalty, the forward one that of distillation. The
-    reference is constant. The logits of both exist only one chunk at a time; the two chunks share
+    The KL itself, a sum over the whole vocabulary, where k1, k2 and k3 of ``token_kl`` estimate it
+    from the sampled token (Schulman, "Approximating KL divergence", 2020): it has no variance from
+    sampling, and its gradient is the true one, which k1 as a loss does not have. The reverse
+    direction is PPO's penalty, the forward one that of distillation. The reference is constant.
+    The logits of both exist only one chunk at a time; the two chunks share
     ``rlhf_fast.chunk_budget``.
 
     p = 0 (a logit of −inf) contributes 0 to KL(p ‖ q), whatever q is; q = 0 where p > 0 makes it
-    +inf. In float32 a p below e^−87 is 0. An infinite reverse KL has no gradient: through it comes
-    NaN; through logp alone, or with a gradient of exactly 0 for the KL, nothing does.
+    +inf. In float32 a p below e^−87 is 0. An infinite reverse KL has no gradient: its row gets NaN
+    where a gradient comes in through kl, but not where one comes in through logp alone or that
+    through kl is exactly 0.
 
     FLOPs: 4NHV forward; 8·N'HV backward, N' the rows with gradient (6·N'HV for a frozen weight).
-    Where no gradient comes through kl the reference is not computed again: 6·N'HV. The last chunk
-    of both is kept as in ``linear_token_logprobs``: 8NHV in all where one chunk holds everything.
-    H100, bf16, N=8192 H=4096 V=131072, forward: 17.6 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 22.0 ms; writing and reading both float32 logits (17.2 GB at 3 TB/s) adds 5.7 ms:
-    27.7 ms predicted. Backward, the last of 9 chunks kept: 33.3 TFLOP are 41.6 ms; both logits
-    written and read, a gradient written in 16 bits (18 bytes, less the kept chunk's 8: 18.4 GB) are
-    6.1 ms: 47.7 ms predicted. Not measured on a GPU yet.
+    Where kl has no gradient the backward does not need the reference: 6·N'HV. The last chunk of
+    both stays in memory as in ``linear_token_logprobs``: 8NHV in all where one chunk holds
+    everything.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the policy's head, dtype and device of ``hidden`` (under autocast all are
             cast to its dtype).
-        labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0, and it
-            leaves before the first matrix product, whatever its other inputs hold.
+        labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0. Its
+            other inputs are not looked at and may hold anything, NaN too.
         ref_hidden: [..., H_ref], the reference's hidden states for the same rows, in the dtype of
             ``hidden``.
         ref_weight: [V, H_ref], the reference's head; None: it is ``weight``, with ``bias`` and
@@ -299,7 +297,7 @@ def _chunks(
 
 
 def _heads(tensors: Sequence[Tensor | None]) -> tuple[linear.Head, linear.Head]:
-    """The policy's and the reference's, of which one without a weight has the policy's."""
+    """The policy's head and the reference's; a reference without a weight has the policy's."""
     head, ref = linear.Head(*tensors[:5]), linear.Head(*tensors[5:])
     return head, ref._replace(weight=head.weight, bias=head.bias) if ref.weight is None else ref
 

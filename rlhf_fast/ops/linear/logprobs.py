@@ -36,38 +36,34 @@ def linear_token_logprobs(
     only one chunk at a time (``rlhf_fast.chunk_budget`` sets how large), so memory does not grow
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
-    It begins with the forward's last chunk, whose logits still lie there if no other linear op has
-    run since and two thirds of its rows have a gradient.
+    The forward's last chunk of logits stays in memory, and the backward uses it again if no other
+    linear op has run in between and at least two thirds of its rows have a gradient.
 
-    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4N'HV for a frozen weight),
-    less 2NHV of the last chunk: 6NHV in all where one chunk holds everything.
-    H100, bf16, N=8192 H=4096 V=131072, forward: 8.8 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 11.0 ms; writing and reading the float32 logits (8 bytes each, 8.6 GB at 3 TB/s,
-    chunk by chunk) adds 2.9 ms: 13.9 ms predicted. Backward, the last of 5 chunks kept: 24.7 TFLOP
-    are 30.9 ms; logits written and read, their gradient written in 16 bits (10 bytes, less the kept
-    chunk's 4: 9.9 GB) are 3.3 ms: 34.2 ms predicted. Not measured on a GPU yet.
+    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
+    less 2nHV where the n rows of the last chunk are used again: 6NHV in all where one chunk holds
+    everything.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the language-model head, dtype and device of ``hidden`` (under autocast
             both are cast to its dtype). A DTensor (FSDP2) is gathered; its gradient is averaged
             over the ranks and sharded again.
-        labels: [...], int64; −100 marks a row to ignore: logp 0, entropy 0, gradient 0, and it
-            leaves before the first matrix product, whatever its other inputs hold.
+        labels: [...], int64; −100 marks a row to ignore: logp 0, entropy 0, gradient 0. Its other
+            inputs are not looked at and may hold anything, NaN too.
         bias: [V] or None.
         temperature, softcap, entropy: as in ``token_logprobs``.
         lora: (A [r, H], B [V, r], scale): an adapter on the head that has not been merged; the
             logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients. Sharded (FSDP2) as
             ``weight`` may be.
         group: each rank of this process group holds a shard of the vocabulary, in the order of
-            the ranks and of any size: its rows of ``weight``, ``bias`` and B. All else, ``labels``
-            of the whole vocabulary among it, is the same on all ranks, and so are the results;
-            the gradients of ``hidden`` and A are summed over the ranks. Each forward and each
-            backward begins by exchanging the shards' sizes, for which a GPU is waited for.
-        compact: rows that need no work leave, of which a GPU must tell the host how many there
-            are. False: no host sync, every row is computed; for CUDA graphs.
-        deterministic: a row's logp, entropy and hidden gradient have the same bits whatever rows
-            are around it, and however many. Every chunk then has 128 rows, a lone row's too: on
+            the ranks and of any size: its rows of ``weight``, ``bias`` and B. Everything else is
+            the same on all ranks (``labels`` are indices into the whole vocabulary), and so are
+            the results; the gradients of ``hidden`` and A are summed over the ranks. Each forward
+            and each backward begins by exchanging the shards' sizes, for which the host waits.
+        compact: True: rows that need no work are left out of the matrix products; the host waits
+            for a GPU to count them. False: every row is computed, without waiting; for CUDA graphs.
+        deterministic: a row's logp, entropy and hidden gradient have the same bits whichever other
+            rows are in the call, and however many. Every chunk is then filled up to 128 rows: on
             2 CPU cores, H=576, V=49152, 512 rows take 1.1 times as long, a lone row 3.6 times.
 
     Returns:

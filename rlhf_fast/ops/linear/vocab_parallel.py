@@ -1,10 +1,10 @@
 """A head whose vocabulary is shared out over a process group: each rank holds a part of it.
 
-Each rank runs the engine on its part, with logits of its own only. What a row kernel says of a
-chunk's rows is made what it is over the whole vocabulary at once, by two small all-reduces: what
-follows needs nothing else, and the row kernels' backward is that of a whole vocabulary but for
-labels of other parts. Gradients of what all ranks hold are summed over them at the end
-(``chunks.Gradients``).
+Each rank runs the engine on its part, with logits of its own only. The forward's row kernels see a
+part of the vocabulary; two small all-reduces a chunk turn their results into those over all of it.
+From there on a rank needs nothing of the others: the row kernels' backward is the same for a part,
+except that a row's label may be in another one (``check.ELSEWHERE``). Gradients of what all ranks
+hold are summed over them at the end (``chunks.Gradients``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Part(NamedTuple):
         return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the ranks, in float32 or better."""
+        """x summed over the ranks, in float32 or better."""
         x = x.to(check.accumulator(x))
         dist.all_reduce(x, group=self.group)
         return x
@@ -101,7 +101,8 @@ def logits_kl(
     reverse: bool,
     part: Part | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary."""
+    """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary, of which the
+    logits are a part; the same on every rank."""
     logp, ref_logp, kl, norm, ref_norm = torch.ops.rlhf_fast.logits_kl(
         logits, ref_logits, some_label(labels, part), temperature, per_token, softcap, reverse
     )
@@ -114,7 +115,7 @@ def logits_kl(
 
 
 def some_label(labels: Tensor, part: Part | None) -> Tensor:
-    """The forward kernels look at a label's logit: that of token 0 where there is none here."""
+    """Labels that the forward kernels can read the logit of: token 0 for one in another part."""
     return labels if part is None else labels.masked_fill(labels == check.ELSEWHERE, 0)
 
 
