@@ -46,7 +46,7 @@ def _absorb(u, r, scale, top, ref_top, total, ref_total, gap):
 
 @triton.jit
 def _lower(scale, down, ref_down, total, ref_total, gap):
-    """The sums as they are for maxima that are higher by −down and −ref_down."""
+    """The sums, rescaled from the maxima so far to ones higher by −down and −ref_down."""
     down = tl.maximum(down, FLOOR)
     ref_down = tl.maximum(ref_down, FLOOR)
     shrink = tl.exp2(down * scale)
