@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +159,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("1-D", draw(11))
     yield Sample("3-D", {**draw(2, 3, 9), "mask": bits(2, 3, 9, p=0.7)})
     for holes in HOLES:
-        x = {**draw(19, 70), "mask": bits(19, 70, p=0.6), "gamma": 0.97, "lam": 0.9}
+        x: dict[str, Any] = {**draw(19, 70), "mask": bits(19, 70, p=0.6), "gamma": 0.97, "lam": 0.9}
         x["rewards"][~x["mask"]] = torch.nan
         x["values"][~x["mask"]] = torch.inf
         yield Sample(f"{holes}, garbage in holes", {**x, "holes": holes})

@@ -64,7 +64,10 @@ class Kernel:
         if self.triton is None:
             raise LookupError(f"{self.name} has no Triton launcher of its own")
         module, launcher = self.triton.split(":")
-        return getattr(importlib.import_module(f"rlhf_fast.kernels.{module}"), launcher)
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"rlhf_fast.kernels.{module}"), launcher
+        )
+        return found
 
     def implementation(self, device_type: str) -> str:
         """What runs on this device: "C++", "Triton", "engine" or "PyTorch"."""
@@ -107,7 +110,7 @@ class Op:
     @property
     def summary(self) -> str:
         """First line of the function's docstring."""
-        return inspect.getdoc(self.function).splitlines()[0]
+        return (inspect.getdoc(self.function) or "").splitlines()[0]
 
 
 OPS: dict[str, Op] = {}
@@ -139,7 +142,7 @@ def define_kernel(
         LIBRARY.impl(name, _on_first_call(kernel), "CUDA")
         LIBRARY.impl(name, _on_first_call(kernel), "XPU")
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         LIBRARY.impl(name, differentiable(name, setup_context, backward, linear), "Autograd")
     KERNELS[name] = kernel
     return kernel
@@ -171,7 +174,7 @@ def differentiable(
 
     backward = backward if linear else first_derivative_only(name)(backward)
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
         return (function.apply if gradient_wanted(name, args) else below)(*args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +12,36 @@ from . import check
 from .registry import Op, Sample, define_kernel, graph_is_kept, register, save_for_backward
 
 
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[False] = False,
+    inplace_backward: bool = False,
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[True],
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
@@ -74,6 +104,36 @@ def token_logprobs(
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
 
 
+@overload
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[False] = False,
+    inplace_backward: bool = False,
+) -> Tensor: ...
+@overload
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: Literal[True],
+    inplace_backward: bool = False,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def reference(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def reference(
     logits: Tensor,
     labels: Tensor,
@@ -163,7 +223,7 @@ def _backward(
     log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
     p = log_p.exp()
     g = -grad_logp.unsqueeze(-1) * p
-    if grad_entropy is not None:
+    if grad_entropy is not None and entropy is not None:
         tilt = log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1)
         g -= grad_entropy.unsqueeze(-1) * p * tilt
     add_at_label(g, labels, grad_logp)
@@ -176,7 +236,15 @@ def add_at_label(g: Tensor, labels: Tensor, grad_logp: Tensor) -> None:
     g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), here)
 
 
-def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):
+def _forward_fake(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
@@ -193,11 +261,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 6
-    if grad_logp is None and grad_entropy is None:
+    some = grad_entropy if grad_logp is None else grad_logp
+    if some is None:
         return None, *nothing
     logits, labels, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
-        grad_logp = torch.zeros_like(grad_entropy)
+        grad_logp = torch.zeros_like(some)
     inplace = ctx.inplace and not graph_is_kept()
     if inplace:
         out = logits.detach()
@@ -242,7 +311,7 @@ def _may_overwrite(logits: Tensor) -> bool:
     """Whether a gradient can take the place of the logits."""
     if torch.compiler.is_compiling():
         return False
-    whole = logits._base if logits._is_view() else logits
+    whole = logits if logits._base is None else logits._base
     if whole.is_leaf and whole.requires_grad:
         return False
     extent = 1  # elements between the first and the last of the dimensions so far

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,10 +134,10 @@ def check_head(
     down, up, scale = (
         (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight, prefix)
     )
-    weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
-    hidden, weight, bias, down, up = (
-        None if x is None else x.to(product_dtype(x)) for x in (hidden, weight, bias, down, up)
-    )
+    weight = gathered(weight)
+    bias, down, up = (None if x is None else gathered(x) for x in (bias, down, up))
+    hidden, weight = hidden.to(product_dtype(hidden)), weight.to(product_dtype(weight))
+    bias, down, up = (None if x is None else x.to(product_dtype(x)) for x in (bias, down, up))
     for name, x in (
         (weight_name, weight), (bias_name, bias), (down_name, down), (up_name, up)
     ):  # fmt: skip
@@ -173,7 +173,7 @@ def check_lora(lora: Lora, hidden: Tensor, weight: Tensor, prefix: str) -> Lora:
     return lora
 
 
-def gathered(x: Tensor | None) -> Tensor | None:
+def gathered(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     ranks = x.device_mesh.size()
@@ -300,7 +300,7 @@ def chunks(
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key, used = (device, dtype, slot), 0
     _forget_others(key, buffers)
-    if memory is None:
+    if memory is None or memory.last is None:
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None
@@ -314,6 +314,7 @@ def chunks(
                 keep = keep[: last.rows.start]
             else:
                 keep = keep.index_fill(0, last.rows, False)
+        del last  # or its buffer would live as long as this loop
     index = kept_rows(keep) if compact else None
     total = keep.shape[0] if index is None else index.numel()
     most = vocab if part is None else max(part.sizes)
@@ -321,7 +322,8 @@ def chunks(
         size = min(DETERMINISTIC_ROWS, most_rows(most, buffers * dtype.itemsize, device.type))
     else:
         size = chunk_rows(total, most, buffers * dtype.itemsize, device.type)
-    whole, memory, last = memory and memory.whole, None, None
+    whole = None if memory is None else memory.whole
+    memory = latest = None
     if whole is not None and whole.numel() > 2 * max(size * vocab, used):
         whole = None  # what is kept is bounded by the last need
     whole, buffer = chunk_buffer(whole, size, vocab, dtype, device)
@@ -332,10 +334,10 @@ def chunks(
         operand = pad(hidden, (0, 0, 0, size - (stop - start))) if deterministic else hidden
         padded = buffer[: operand.shape[0]]
         make_logits(head, operand, padded)
-        last = Chunk(rows, padded[: stop - start], hidden, padded)
-        yield last
-    if last is not None and leave_for is not None:
-        _memory[key] = Memory(whole, last._replace(hidden=None), leave_for)
+        latest = Chunk(rows, padded[: stop - start], hidden, padded)
+        yield latest
+    if latest is not None and leave_for is not None:
+        _memory[key] = Memory(whole, latest._replace(hidden=None), leave_for)
     elif device.type == "cpu":
         _memory[key] = Memory(whole)
 
@@ -355,7 +357,7 @@ def make_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
             _accumulate(out, hidden, head.weight.t(), first=True)
             if head.bias is not None:
                 out.add_(head.bias)
-        if head.up is not None:
+        if head.down is not None and head.up is not None:
             _accumulate(out, hidden @ head.down.t(), head.up.t(), first=False)
 
 
@@ -440,12 +442,14 @@ class Gradients:
         self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
         self.hidden = torch.zeros_like(head.hidden, dtype=self.dtype) if needs.hidden else None
         self.weight, self.down, self.up = (
-            torch.empty_like(x, dtype=self.accumulator) if needed else None
+            torch.empty_like(x, dtype=self.accumulator) if needed and x is not None else None
             for x, needed in (
                 (head.weight, needs.weight), (head.down, needs.down), (head.up, needs.up)
             )
         )  # fmt: skip
-        self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
+        self.bias: Tensor | None = None
+        if needs.bias and head.bias is not None:
+            self.bias = torch.zeros_like(head.bias, dtype=self.accumulator)
         self.narrow: Tensor | None = None
 
     def fit(
@@ -461,18 +465,19 @@ class Gradients:
         self.row_units = torch.exp2(exponents.float()).view(-1)
         return tuple(None if g is None else g / self.row_units for g in gradients)
 
-    def _common_unit(self) -> Tensor:
+    def _common_unit(self, row_units: Tensor) -> Tensor:
         """[n, 1]: the rows' units, relative to the one unit of the sums over all rows. That is the
         largest so far (rows that are rounded to 0 beside it would not show in the sum either)."""
-        largest = self.row_units.max()
+        largest = row_units.max()
         if self.unit is None:
-            self.unit = largest
+            unit = largest
         else:
-            before, self.unit = self.unit, torch.maximum(self.unit, largest)
+            unit = torch.maximum(self.unit, largest)
             for total in (self.weight, self.bias, self.down, self.up):
                 if total is not None:
-                    total *= before / self.unit
-        return (self.row_units / self.unit).unsqueeze(-1).to(self.head.hidden.dtype)
+                    total *= self.unit / unit
+        self.unit = unit
+        return (row_units / unit).unsqueeze(-1).to(self.head.hidden.dtype)
 
     def dlogits(self, chunk: Chunk) -> Tensor:
         """[n, V] to write the gradient of a chunk's logits to, in the dtype that the products take:
@@ -490,20 +495,21 @@ class Gradients:
     def add(self, chunk: Chunk) -> None:
         """Add one chunk, whose gradient has been written to dlogits(chunk)."""
         head, padded, dlogits = self.head, self._padded(chunk), self.dlogits(chunk)
-        units = None if self.row_units is None else self._common_unit()
+        units = None if self.row_units is None else self._common_unit(self.row_units)
+        assert chunk.hidden is not None  # only a chunk left in memory has none
         hidden = chunk.hidden if units is None else chunk.hidden * units
         with as_they_are(dlogits.device):
             d_low = None  # of hidden @ down.T
             if head.up is not None and (self.hidden is not None or self.down is not None):
                 d_low = padded @ head.up
             if self.hidden is not None:
-                self._add_hidden(chunk, padded, d_low)
+                self._add_hidden(self.hidden, chunk, padded, d_low)
             if self.weight is not None:
                 _accumulate(self.weight, dlogits.t(), hidden, self.first)
-            if self.down is not None:
+            if self.down is not None and d_low is not None:
                 own = d_low[: dlogits.shape[0]]
                 _accumulate(self.down, own.t(), hidden, self.first)
-            if self.up is not None:
+            if self.up is not None and head.down is not None:
                 _accumulate(self.up, dlogits.t(), hidden @ head.down.t(), self.first)
             if self.bias is not None and units is not None:
                 _accumulate(self.bias.unsqueeze(-1), dlogits.t(), units, first=False)
@@ -511,20 +517,22 @@ class Gradients:
             self.bias += dlogits.sum(0, dtype=self.accumulator)
         self.first = False
 
-    def _add_hidden(self, chunk: Chunk, padded: Tensor, d_low: Tensor | None) -> None:
+    def _add_hidden(
+        self, total: Tensor, chunk: Chunk, padded: Tensor, d_low: Tensor | None
+    ) -> None:
         rows, n = chunk.rows, chunk.logits.shape[0]
         in_place = isinstance(rows, slice) and padded.shape[0] == n and self.row_units is None
-        shape = padded.shape[0], self.hidden.shape[1]
-        d_x = self.hidden[rows] if in_place else self.head.hidden.new_empty(shape)
+        shape = padded.shape[0], total.shape[1]
+        d_x = total[rows] if in_place else self.head.hidden.new_empty(shape)
         torch.mm(padded, self.head.weight, out=d_x)
-        if d_low is not None:
+        if d_low is not None and self.head.down is not None:
             d_x.addmm_(d_low, self.head.down)
         if self.row_units is not None:
             d_x = d_x[:n].float() * self.row_units.unsqueeze(-1)
         if not in_place:
-            self.hidden[rows] = d_x[:n].to(self.dtype)
+            total[rows] = d_x[:n].to(self.dtype)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def result(self) -> tuple[Tensor, ...]:
         """Gradients in the order of Needs; empty where not asked for."""
         for total in (self.weight, self.bias, self.down, self.up):
             if total is not None and self.first:
@@ -534,14 +542,15 @@ class Gradients:
         sums = [self.hidden, self.weight, self.bias, self.down, self.up]
         if self.part is not None:  # each rank has a part of the sum over the vocabulary
             for i in (0, 3):
-                sums[i] = None if sums[i] is None else self.part.sum(sums[i])
+                own = sums[i]
+                sums[i] = None if own is None else self.part.sum(own)
         empty = self.head.hidden.new_empty(0)
         return tuple(empty if x is None else x.to(self.dtype) for x in sums)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, accumulated in total's dtype; the first product overwrites."""
-    wide = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    wide: dict[str, Any] = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
     if wide and not total.is_cuda:  # CPU has no float32 product of 16-bit operands: widen them
         a, b, wide = a.to(total.dtype), b.to(total.dtype), {}
     if first:

@@ -102,11 +102,12 @@ def linear_token_kl(
     from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
+    own: tuple[Tensor | None, ...] = ref
     if ref_weight is None:
-        ref = ref._replace(weight=None, bias=None)
+        own = ref.hidden, None, None, ref.down, ref.up
     logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
         *head,
-        *(None if x is None else x.detach() for x in ref),
+        *(None if x is None else x.detach() for x in own),
         labels.reshape(-1),
         divisor,
         None if per_token is None else per_token.reshape(-1),
@@ -179,8 +180,10 @@ def reference(
     """The formula in plain PyTorch; holds all the logits of both."""
     kept = labels != check.IGNORE_INDEX
 
-    def log_softmax(*head: Any) -> Tensor:
-        logits, divisor = linear.plain(*head, temperature, kept)
+    def log_softmax(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: linear.Lora | None
+    ) -> Tensor:
+        logits, divisor = linear.plain(hidden, weight, bias, lora, temperature, kept)
         x = logits.to(check.accumulator(logits))
         z = x if softcap is None else softcap * torch.tanh(x / softcap)
         divisor = divisor.unsqueeze(-1) if isinstance(divisor, Tensor) else divisor
@@ -267,7 +270,9 @@ def _rows_backward(
     out.copy_(g.mul_(dz).masked_fill_(dead.unsqueeze(-1), 0.0))
 
 
-def _rows_fake(logits, ref_logits, labels, *_):
+def _rows_fake(
+    logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new), torch.empty_like(new), norm, torch.empty_like(norm)
@@ -296,7 +301,7 @@ def _chunks(
         yield chunk, ref_chunk.logits
 
 
-def _heads(tensors: Sequence[Tensor | None]) -> tuple[linear.Head, linear.Head]:
+def _heads(tensors: Sequence[Any]) -> tuple[linear.Head, linear.Head]:
     """The policy's head and the reference's; a reference without a weight has the policy's."""
     head, ref = linear.Head(*tensors[:5]), linear.Head(*tensors[5:])
     return head, ref._replace(weight=head.weight, bias=head.bias) if ref.weight is None else ref
@@ -331,7 +336,7 @@ def _forward(
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     norm = logp.new_zeros((2, *labels.shape))
     outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     leave_for = norm if backward_follows else None
     for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
         of_rows = vocab_parallel.logits_kl(
@@ -374,7 +379,7 @@ def _backward(
     deterministic: bool,
     group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients in the order of linear.Needs, empty where not needed."""
     heads = _heads(
         (hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, ref_down, ref_up)
@@ -382,8 +387,8 @@ def _backward(
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
     grads = linear.Gradients(heads[0], linear.Needs(*needs), vocabulary)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
-    memories = tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    memories = linear.left_by(norm, hidden, 0), linear.left_by(norm, hidden, 1)
     for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -414,11 +419,11 @@ def _backward(
     return grads.result()
 
 
-def _forward_fake(hidden, *arguments):
+def _forward_fake(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _rows_fake(hidden, None, arguments[9])
 
 
-def _backward_fake(grad_logp, grad_kl, *arguments):
+def _backward_fake(grad_logp: Tensor, grad_kl: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(x) if needed else arguments[0].new_empty(0)
         for x, needed in zip(arguments[:5], arguments[-1], strict=True)
@@ -426,8 +431,8 @@ def _backward_fake(grad_logp, grad_kl, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *heads, labels, ctx.temperature, per_token, ctx.softcap = inputs
+    *rest, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *heads, labels, ctx.temperature, per_token, ctx.softcap = rest
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
@@ -436,7 +441,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     save_for_backward(ctx, *heads, labels, per_token, norm, ref_norm, kl)
 
 
-def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
+def _autograd(
+    ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 14
     if grad_logp is None and grad_kl is None:
         return (None,) * 5 + nothing

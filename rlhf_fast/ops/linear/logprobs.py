@@ -138,7 +138,7 @@ def _forward(
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
     head, keep = linear.Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
-    how = {"compact": compact, "deterministic": deterministic, "part": part}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
     for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
         rows = chunk.rows
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
@@ -174,7 +174,7 @@ def _backward(
     deterministic: bool,
     group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients in the order of linear.Needs, empty where not needed."""
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = grad_logp != 0
@@ -184,7 +184,7 @@ def _backward(
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     head = linear.Head(hidden, weight, bias, down, up)
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary)
-    how = {"compact": compact, "deterministic": deterministic}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -212,14 +212,24 @@ def _backward(
     return grads.result()
 
 
-def _forward_fake(hidden, weight, bias, down, up, labels, *options):
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    labels: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     entropy = options[3]
     new = hidden.new_empty(labels.shape, dtype=check.accumulator(hidden))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
 
 
-def _backward_fake(grad_logp, grad_entropy, *arguments):
+def _backward_fake(
+    grad_logp: Tensor, grad_entropy: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     needs = arguments[-1]
     return tuple(
         torch.empty_like(x) if needed else arguments[0].new_empty(0)
@@ -228,8 +238,8 @@ def _backward_fake(grad_logp, grad_entropy, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *head, labels, ctx.temperature, per_token, ctx.softcap = inputs
+    *rest, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *head, labels, ctx.temperature, per_token, ctx.softcap = rest
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
@@ -240,11 +250,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 9
-    if grad_logp is None and grad_entropy is None:
+    some = grad_entropy if grad_logp is None else grad_logp
+    if some is None:
         return (None,) * 5 + nothing
     *tensors, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
-        grad_logp = torch.zeros_like(grad_entropy)
+        grad_logp = torch.zeros_like(some)
     needs = list(ctx.needs_input_grad[:5])
     with linear.within(ctx.budget):
         grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(

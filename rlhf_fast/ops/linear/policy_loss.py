@@ -169,7 +169,7 @@ def reference(
     logp, entropy = from_logits.reference(
         logits, labels, temperature=temperature, softcap=softcap, entropy=True
     )
-    shared = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
+    shared: dict[str, Any] = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
     shared |= {"weights": weights, "ratio": ratio, **options}
     loss, stats = policy_loss.reference(
         logp, old_logp, advantages, mask, aggregation=aggregation, normalizer=normalizer, **shared
@@ -230,14 +230,17 @@ def _forward(
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary, _saved_dtype(hidden))
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     for chunk in linear.chunks(head, keep, **how):
         logits = chunk.logits[None]
 
-        def part(full: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
-            return None if full is None else linear.take(full.view(-1), rows)[None]
+        def part(full: Tensor, rows: Tensor | slice = chunk.rows) -> Tensor:
+            return linear.take(full.view(-1), rows)[None]
 
-        targets, divisors = part(labels), part(per_token)
+        targets = part(labels)
+        divisors, weights_, ref_logp_ = (
+            None if x is None else part(x) for x in (per_token, weights, ref_logp)
+        )
         logp_, entropy_, norm = vocab_parallel.token_logprobs(
             logits, targets, temperature, divisors, softcap, True, vocabulary
         )
@@ -245,8 +248,8 @@ def _forward(
         if not any(needs):
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
-            logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
-            part(ref_logp), None, *options, "token-sum", "token", loss,
+            logp_, part(old_logp), part(advantages), part(matters), weights_, entropy_,
+            ref_logp_, None, *options, "token-sum", "token", loss,
         )  # fmt: skip
         scale = part(coefficient)
         d_logp, d_entropy = grads.fit(
@@ -262,10 +265,11 @@ def _forward(
         grads.add(chunk)
 
     def whole(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> tuple[Tensor, Tensor]:
-        return torch.ops.rlhf_fast.policy_loss(
+        total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options,
             aggregation, "token", loss,
-        )[:2]  # fmt: skip
+        )  # fmt: skip
+        return total, stats
 
     total, stats = whole(mask, aggregation, normalizer)
     stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
@@ -278,9 +282,20 @@ def _saved_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
-def _fake(hidden, weight, bias, down, up, labels, old_logp, *rest):
+def _fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    labels: Tensor,
+    old_logp: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     grads = [
-        torch.empty_like(x, dtype=_saved_dtype(hidden)) if needed else hidden.new_empty(0)
+        hidden.new_empty(0)
+        if x is None or not needed
+        else torch.empty_like(x, dtype=_saved_dtype(hidden))
         for x, needed in zip((hidden, weight, bias, down, up), rest[-1], strict=True)
     ]
     return old_logp.new_empty(()), old_logp.new_empty(len(PolicyStats._fields)), *grads

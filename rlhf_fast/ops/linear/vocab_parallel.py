@@ -10,12 +10,12 @@ hold are summed over them at the end (``chunks.Gradients``).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from .. import check
 from . import chunks as linear
@@ -57,17 +57,18 @@ def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | N
     """(this rank's part, labels in it); (None, labels) without a group. Waits for a GPU."""
     if group is None:
         return None, labels
-    group = _resolve_process_group(group)
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    ranks: dist.ProcessGroup = resolve(group)
     own = torch.tensor([weight.shape[0], linear.most_rows(1, 1, weight.device.type)])
     own = own.to(weight.device)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(every, own, group=ranks)
     sizes, budgets = torch.stack(every).t().tolist()
     if 0 in sizes:
         raise ValueError(f"weight must have rows on every rank of group, got {sizes} rows")
     if len(set(budgets)) > 1:  # chunks of other rows would wait for each other
         raise ValueError(f"chunk_budget must be the same on every rank of group, got {budgets}")
-    part = Part(group, sizes)
+    part = Part(ranks, sizes)
     return part, part.labels(labels)
 
 
@@ -108,10 +109,13 @@ def logits_kl(
     )
     if part is None:
         return logp, ref_logp, kl, norm, ref_norm
-    both = [(logp, norm), (ref_logp, ref_norm)]
     order = 1 if reverse else -1  # the distribution that the mean is taken over comes first
-    logps, kl, norms = combined(*zip(*both[::order], strict=True), kl, [1, -1], labels, part)
-    return *logps.unbind()[::order], kl, *norms.unbind()[::order]
+    logps, whole_kl, norms = combined(
+        [logp, ref_logp][::order], [norm, ref_norm][::order], kl, [1, -1], labels, part
+    )
+    logp, ref_logp = logps.unbind()[::order]
+    norm, ref_norm = norms.unbind()[::order]
+    return logp, ref_logp, kl if whole_kl is None else whole_kl, norm, ref_norm
 
 
 def some_label(labels: Tensor, part: Part | None) -> Tensor:
@@ -153,9 +157,9 @@ def combined(
     if mean is not None:
         shift = sum(sign * x for sign, x in zip(signs, log_total, strict=True))
         mean = sums[-1] / sums[0] - shift
-    logps, norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
+    whole_logps, whole_norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
     ignored = labels == check.IGNORE_INDEX
-    for x in (logps, mean, norms):
+    for x in (whole_logps, mean, whole_norms):
         if x is not None:
             x.masked_fill_(ignored, 0.0)
-    return logps, mean, norms
+    return whole_logps, mean, whole_norms
