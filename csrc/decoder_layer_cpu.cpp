@@ -101,6 +101,9 @@ RLHF_CLONES void attend(const Attention* all, int64_t begin, int64_t end) {
   }
 }
 
+// hidden [B, H]; weights: norm [H], q [heads D, H], k and v [KV D, H], o [H, heads D], norm [H],
+// gate and up [inner, H], down [H, inner]; biases: [out] or none for each; cached_keys and
+// cached_values [B, KV, room, D], written at t - 1; mask [B, t] bool; cos, sin [B, D] -> [B, H].
 Tensor decoder_layer(const Tensor& hidden, std::vector<Tensor> weights,
                      std::vector<MaybeTensor> biases, const Tensor& cached_keys,
                      const Tensor& cached_values, const Tensor& mask, const Tensor& cos,

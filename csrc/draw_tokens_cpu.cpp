@@ -13,7 +13,7 @@ RLHF_INLINE Floats weights(const float* row, int64_t at, int64_t end, float most
 }
 
 // First the largest logit, then the sum of every part; only the part in which the cumulated sum
-// passes the draw is gone through token by token.
+// passes the draw is gone through token by token. logits [rows, size]; draws, tokens, logp [rows].
 RLHF_CLONES void draw(const float* logits, const double* draws, int64_t begin, int64_t end,
                       int64_t size, int64_t* tokens, float* logp) {
   std::vector<double> sums((size + kPart - 1) / kPart);
@@ -57,6 +57,7 @@ RLHF_CLONES void draw(const float* logits, const double* draws, int64_t begin, i
   }
 }
 
+// logits [B, V] float32, draws [B] float64 in [0, 1) -> (tokens [B] int64, their log-probs [B]).
 std::tuple<Tensor, Tensor> draw_tokens(const Tensor& logits, const Tensor& draws) {
   const int64_t rows = logits.size(0), size = logits.size(1);
   Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);

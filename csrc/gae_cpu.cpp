@@ -123,6 +123,7 @@ std::tuple<Tensor, Tensor> scan_rows(
   return {advantages, returns};
 }
 
+// rewards, values [B, T]; mask, dones [B, T] bool; bootstrap [B] -> (advantages, returns) [B, T].
 std::tuple<Tensor, Tensor> gae(
     const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, const MaybeTensor& dones,
     const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes) {
@@ -131,6 +132,8 @@ std::tuple<Tensor, Tensor> gae(
                    rewards.size(0), [=](int64_t b) { return b * steps; });
 }
 
+// rewards, values [N]; cu_seqlens [B + 1] int64; mask, dones [N] bool; bootstrap [B] ->
+// (advantages, returns) [N].
 std::tuple<Tensor, Tensor> gae_packed(
     const Tensor& rewards, const Tensor& values, const Tensor& cu_seqlens, const MaybeTensor& mask,
     const MaybeTensor& dones, const MaybeTensor& bootstrap, double gamma, double lambda,

@@ -83,6 +83,7 @@ Gae<S> arguments(
 
 // rewards, values [B, T] of one dtype, mask and dones [B, T] bool, bootstrap [B]; all contiguous,
 // as rlhf_fast.gae passes them.
+// Returns (advantages, returns) [B, T].
 std::tuple<Tensor, Tensor> gae_cuda(
     const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, const MaybeTensor& dones,
     const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes) {

@@ -10,6 +10,7 @@
 
 namespace rlhf_fast {
 
+// Of [rows, steps] all but bootstrap, which is [rows].
 template <class S>
 struct Gae {
   const S *rewards, *values, *bootstrap;        // bootstrap may be null

@@ -31,6 +31,7 @@ RLHF_INLINE void reward_row(const RewardRow<S>& r) {
 RLHF_CLONES void run(const RewardRow<float>* r) { reward_row(*r); }
 RLHF_CLONES void run(const RewardRow<double>* r) { reward_row(*r); }
 
+// scores [B]; logp, ref_logp [B, T]; mask [B, T] bool -> rewards [B, T].
 Tensor kl_penalized_rewards(const Tensor& scores, const Tensor& logp, const Tensor& ref_logp,
                             const Tensor& mask, double beta, std::string name) {
   Tensor rewards = torch::stable::empty_like(logp);

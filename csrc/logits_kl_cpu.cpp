@@ -207,7 +207,8 @@ double at(Columns<const T> columns, int64_t token, int64_t row) {
 
 }  // namespace
 
-// (logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) from logits, ref_logits [1, n, V].
+// logits, ref_logits [1, n, V]; labels [1, n] int64; per_token [1, n] ->
+// (logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]).
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_kl(
     const Tensor& logits, const Tensor& ref_logits, const Tensor& labels, double temperature,
     const MaybeTensor& per_token, std::optional<double> softcap, bool reverse) {
@@ -262,7 +263,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_kl(
   return {logp, ref_logp, kl, norm, ref_norm};
 }
 
-// out may be logits itself, and lies as logits does.
+// grad_logp, grad_kl, kl, per_token [1, n]; logits, ref_logits [1, n, V]; labels [1, n] int64;
+// norm, ref_norm [2, 1, n]. The gradient goes to out [1, n, V], which lies in memory as logits does
+// and may be logits itself.
 void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Tensor& logits,
                         const Tensor& ref_logits, const Tensor& labels, const Tensor& norm,
                         const Tensor& ref_norm, const Tensor& kl, double temperature,

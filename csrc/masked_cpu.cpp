@@ -42,6 +42,7 @@ std::array<double, 3> masked_sums(const Tensor& values, const Tensor& mask, S pi
   return total(unit_sums);
 }
 
+// values [N], mask [N] bool -> their mean, 0-dim.
 Tensor masked_mean(const Tensor& values, const Tensor& mask) {
   return dispatch_accumulator(values, "masked_mean", [&](auto element) {
     using S = decltype(element);
@@ -50,6 +51,7 @@ Tensor masked_mean(const Tensor& values, const Tensor& mask) {
   });
 }
 
+// values [N], mask [N] bool -> [3]: count, mean, sum of squared deviations from the mean.
 Tensor masked_moments(const Tensor& values, const Tensor& mask) {
   return dispatch_accumulator(values, "masked_moments", [&](auto element) {
     using S = decltype(element);
@@ -85,6 +87,7 @@ RLHF_CLONES void run(const NormalizeSpan<double>* s, int64_t begin, int64_t end)
   normalize_span(*s, begin, end);
 }
 
+// values [N], mask [N] bool, moments [3] as masked_moments gives them -> [N].
 Tensor masked_normalize(const Tensor& values, const Tensor& mask, const Tensor& moments,
                         bool shift_mean) {
   Tensor out = torch::stable::empty_like(values);

@@ -4,6 +4,7 @@
 namespace rlhf_fast {
 namespace {
 
+// chosen, rejected, margin [B] -> (loss 0-dim, stats [4], dloss/dchosen [B], dloss/drejected [B]).
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_loss(
     const Tensor& chosen, const Tensor& rejected, const MaybeTensor& margin, double center_coef) {
   Tensor d_chosen = torch::stable::empty_like(chosen);

@@ -192,6 +192,8 @@ RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end, do
   policy_span<false>(*s, begin, end, c, row, sums);
 }
 
+// logp, old_logp, advantages, weights, entropy, ref_logp [B, T]; mask [B, T] bool; normalizer 0-dim
+// -> (loss 0-dim, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or, without entropy, [0]).
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, const Tensor& mask,
     const MaybeTensor& weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,

@@ -4,6 +4,7 @@
 namespace rlhf_fast {
 namespace {
 
+// x [M, K], weight [N, K], bias [N] or none, float32 -> [M, N].
 Tensor thin_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const int64_t rows = x.size(0), columns = x.size(1), outputs = weight.size(0);
   Tensor out = torch::stable::new_empty(x, {rows, outputs});

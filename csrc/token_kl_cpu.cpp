@@ -25,6 +25,7 @@ RLHF_INLINE void kl_span(const KlSpan<S>& s) {
 RLHF_CLONES void run(const KlSpan<float>* s) { kl_span(*s); }
 RLHF_CLONES void run(const KlSpan<double>* s) { kl_span(*s); }
 
+// grad, logp, ref_logp and the result: of one shape.
 Tensor elementwise(const MaybeTensor& grad, const Tensor& logp, const Tensor& ref_logp,
                    const std::string& name) {
   Tensor out = torch::stable::empty_like(logp);
@@ -43,10 +44,12 @@ Tensor elementwise(const MaybeTensor& grad, const Tensor& logp, const Tensor& re
   return out;
 }
 
+// logp, ref_logp [...] -> the estimates [...].
 Tensor token_kl_forward(const Tensor& logp, const Tensor& ref_logp, std::string name) {
   return elementwise(std::nullopt, logp, ref_logp, name);
 }
 
+// grad, logp, ref_logp [...] -> dloss/dlogp [...].
 Tensor token_kl_backward(const Tensor& grad, const Tensor& logp, const Tensor& ref_logp,
                          std::string name) {
   return elementwise(grad, logp, ref_logp, name);

@@ -126,7 +126,9 @@ ColumnSums<S> all_columns(const T* x, int64_t stride, int64_t vocab, int64_t n,
 
 }  // namespace
 
-// logits [B, T, V]: V contiguous, or B = 1 and T contiguous (rows side by side).
+// logits [B, T, V]: V contiguous, or B = 1 and T contiguous (rows side by side); labels [B, T]
+// int64; per_token [B, T] -> (logp [B, T], entropy [B, T] or, where not wanted, [0],
+// norm [2, B, T]).
 std::tuple<Tensor, Tensor, Tensor> token_logprobs(
     const Tensor& logits, const Tensor& labels, double temperature, const MaybeTensor& per_token,
     std::optional<double> softcap, bool want_entropy, bool /* inplace_backward */) {
@@ -199,7 +201,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
   return {logp, entropy, norm};
 }
 
-// out may be logits itself, and lies as logits does.
+// grad_logp, grad_entropy, entropy, per_token [B, T]; logits [B, T, V]; labels [B, T] int64;
+// norm [2, B, T]. The gradient goes to out [B, T, V], which lies in memory as logits does and may
+// be logits itself.
 void token_logprobs_backward(
     const Tensor& grad_logp, const MaybeTensor& grad_entropy, const Tensor& logits,
     const Tensor& labels, const Tensor& norm, const MaybeTensor& entropy, double temperature,

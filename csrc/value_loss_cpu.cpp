@@ -64,6 +64,8 @@ RLHF_CLONES void run(const ValueSpan<double>* s, int64_t begin, int64_t end, dou
   value_span(*s, begin, end, c, sums);
 }
 
+// values, old_values, returns [B, T]; mask [B, T] bool; normalizer 0-dim ->
+// (loss 0-dim, stats [7], dloss/dvalues [B, T]).
 std::tuple<Tensor, Tensor, Tensor> value_loss(
     const Tensor& values, const MaybeTensor& old_values, const Tensor& returns, const Tensor& mask,
     const MaybeTensor& normalizer, double clip, std::string aggregation) {

@@ -16,6 +16,7 @@ from torch import Tensor
 
 @triton.jit
 def row_counts_kernel(mask, counts, T, BLOCK: tl.constexpr):
+    """mask [B, T] bool; counts [B] int32, written."""
     row = tl.program_id(0)
     base = row.to(tl.int64) * T
     lanes = tl.arange(0, BLOCK)
@@ -39,7 +40,7 @@ def row_counts(mask: Tensor, aggregation: str, normalizer: Tensor | None) -> Ten
 
 @triton.jit
 def coefficient(counts, rows, row, normalizer, AGGREGATION: tl.constexpr, dtype: tl.constexpr):
-    """c_b of one row; 0 where its divisor is 0."""
+    """c_b of one row; 0 where its divisor is 0. counts [B] int32 or None, normalizer [] or None."""
     LANES: tl.constexpr = 256
     if normalizer is not None:
         divisor = tl.load(normalizer).to(dtype)

@@ -38,6 +38,8 @@ def gae_kernel(
     rewards, values, cu_seqlens, mask, dones, bootstrap, advantages, returns, T,
     gamma: tl.float64, gamma_lam: tl.float64, SKIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """rewards, values, advantages, returns [B, T], or [N] with cu_seqlens [B+1] int64; mask, dones
+    bool of the same shape, or None; bootstrap [B] or None. Written: advantages, returns."""
     dtype: tl.constexpr = rewards.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     base = row * T

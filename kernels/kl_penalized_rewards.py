@@ -19,6 +19,7 @@ def kl_penalized_rewards_kernel(
     scores, logp, ref_logp, mask, out, T, beta: tl.float64,
     ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """scores [B]; logp, ref_logp [B, T]; mask [B, T] bool; out [B, T], written."""
     dtype: tl.constexpr = logp.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     base = row * T

@@ -46,7 +46,7 @@ def _absorb(u, r, scale, top, ref_top, total, ref_total, gap):
 
 @triton.jit
 def _lower(scale, down, ref_down, total, ref_total, gap):
-    """The sums as they are for maxima that are higher by −down and −ref_down."""
+    """The sums, rescaled from the maxima so far to ones higher by −down and −ref_down."""
     down = tl.maximum(down, FLOOR)
     ref_down = tl.maximum(ref_down, FLOOR)
     shrink = tl.exp2(down * scale)
@@ -69,6 +69,9 @@ def logits_kl_kernel(
     stride, ref_stride, temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """logits, ref_logits [1, n, V] of strides (·, stride, 1) and (·, ref_stride, 1); labels [1, n]
+    int64; per_token [1, n] or None. Written: logp, ref_logp, kl [1, n] and norm, ref_norm
+    [2, 1, n]."""
     dtype: tl.constexpr = logp.dtype.element_ty
     TILE: tl.constexpr = REPEAT * LANES
     row = tl.program_id(0).to(tl.int64)
@@ -150,6 +153,9 @@ def logits_kl_backward_kernel(
     stride, ref_stride, out_stride, temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, REVERSE: tl.constexpr, VECTOR: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
+    """grad_logp, grad_kl, kl [1, n]; logits, ref_logits [1, n, V] of strides (·, stride, 1) and
+    (·, ref_stride, 1); labels [1, n] int64; norm, ref_norm [2, 1, n]; per_token [1, n] or None.
+    Written: out [1, n, V] of strides (·, out_stride, 1)."""
     dtype: tl.constexpr = norm.dtype.element_ty
     BLOCK: tl.constexpr = BYTES * 8 // out.dtype.element_ty.primitive_bitwidth
     blocks = tl.num_programs(0) // rows

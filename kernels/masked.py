@@ -22,6 +22,7 @@ BLOCK = 2048  # positions of one program
 
 @triton.jit
 def _kept(values, mask, n, BLOCK: tl.constexpr):
+    """Positions [BLOCK], which of them count, and their values. values [n], mask [n] bool."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kept = tl.load(mask + i, mask=i < n, other=0) != 0
     return i, kept, tl.where(kept, tl.load(values + i, mask=i < n, other=0.0), 0.0)
@@ -29,6 +30,7 @@ def _kept(values, mask, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def masked_sums_kernel(values, mask, sums, n, BLOCK: tl.constexpr):
+    """values [n]; mask [n] bool; sums [COLUMNS, programs], written."""
     _, kept, x = _kept(values, mask, n, BLOCK)
     total, count = tl.sum(x), tl.sum(kept.to(x.dtype))
     partials.put(sums, TOTAL, total)
@@ -38,6 +40,7 @@ def masked_sums_kernel(values, mask, sums, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def masked_finish_kernel(sums, programs, mean_out, moments_out):
+    """sums [COLUMNS, programs]; written: mean_out [], or, where that is None, moments_out [3]."""
     total = partials.totals(sums, programs, COLUMNS, PADDED)
     count = partials.picked(total, COUNT, PADDED)
     mean = partials.picked(total, TOTAL, PADDED) / tl.maximum(count, 1.0)
@@ -54,6 +57,7 @@ def masked_finish_kernel(sums, programs, mean_out, moments_out):
 def masked_normalize_kernel(
     values, mask, moments, out, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """values [n]; mask [n] bool; moments [3]: count, mean, squared deviations; out [n], written."""
     i, kept, x = _kept(values, mask, n, BLOCK)
     mean = tl.load(moments + 1)
     variance = tl.load(moments + 2) / tl.maximum(tl.load(moments) - 1.0, 1.0)

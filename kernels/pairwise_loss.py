@@ -22,6 +22,8 @@ def pairwise_loss_kernel(
     chosen, rejected, margin, d_chosen, d_rejected, sums, n, center_coef: tl.float64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """chosen, rejected, margin (or None) [n]. Written: d_chosen, d_rejected [n] and
+    sums [COLUMNS, programs]."""
     dtype: tl.constexpr = chosen.dtype.element_ty
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -49,6 +51,7 @@ def pairwise_loss_kernel(
 
 @triton.jit
 def pairwise_loss_finish_kernel(sums, programs, n, loss, stats):
+    """sums [COLUMNS, programs]; written: loss [], stats [STATS]."""
     mean = partials.totals(sums, programs, COLUMNS, PADDED) / n
     column = tl.arange(0, PADDED)
     tl.store(stats + column, mean, mask=column < STATS)

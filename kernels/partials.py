@@ -50,8 +50,8 @@ def picked(sums, column, PADDED: tl.constexpr):
 
 @triton.jit
 def all_squares(partials, programs, count_column, sum_column, squares_column, mean):
-    """Σ (x − mean)² over all programs, mean being the mean over all programs to its rounding, which
-    may be that of thousands of sums: what that has added is taken off again."""
+    """Σ (x − mean)² over all programs, mean being their common mean. That is rounded, after
+    thousands of sums perhaps; what its error adds to the squares is subtracted again."""
     lanes = tl.arange(0, PROGRAMS_AT_ONCE)
     sums = tl.zeros((PROGRAMS_AT_ONCE,), partials.dtype.element_ty)
     off, n = sums, sums

@@ -42,6 +42,9 @@ def sequence_kernel(
 
     The ratio is one number, so only the sign of A decides which tokens are cut: the slope needs
     no more than the sums of w·A over either sign.
+
+    logp, old_logp, advantages, weights (or None) [B, T]; mask [B, T] bool. Written: sequences
+    [2, B], means first.
     """
     dtype: tl.constexpr = logp.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -85,6 +88,9 @@ def policy_loss_kernel(
     DUAL: tl.constexpr, KL_GRADIENT: tl.constexpr, ESTIMATOR: tl.constexpr,
     AGGREGATION: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """logp, old_logp, advantages [B, T] and weights, entropy, ref_logp [B, T] or None; mask [B, T]
+    bool; normalizer [] or None; counts [B] int32 or None; sequences [2, B] or None. Written:
+    d_logp [B, T], d_entropy [B, T] (empty without entropy), sums [COLUMNS, programs]."""
     dtype: tl.constexpr = logp.dtype.element_ty
     blocks = tl.cdiv(T, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -177,6 +183,7 @@ def policy_loss_kernel(
 
 @triton.jit
 def policy_loss_finish_kernel(sums, programs, loss, stats):
+    """sums [COLUMNS, programs]; written: loss [], stats [STATS]."""
     total = partials.totals(sums, programs, COLUMNS, PADDED)
     count = partials.picked(total, COUNT, PADDED)
     n = tl.maximum(count, 1.0)

@@ -12,6 +12,7 @@ from . import kl
 
 @triton.jit
 def token_kl_kernel(logp, ref_logp, out, n, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr):
+    """logp, ref_logp [n]; out [n], written."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     d = tl.load(logp + i, mask=inside, other=0.0) - tl.load(ref_logp + i, mask=inside, other=0.0)
@@ -22,6 +23,7 @@ def token_kl_kernel(logp, ref_logp, out, n, ESTIMATOR: tl.constexpr, BLOCK: tl.c
 def token_kl_backward_kernel(
     grad, logp, ref_logp, out, n, ESTIMATOR: tl.constexpr, BLOCK: tl.constexpr
 ):
+    """grad, logp, ref_logp [n]; out [n], written."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
     d = tl.load(logp + i, mask=inside, other=0.0) - tl.load(ref_logp + i, mask=inside, other=0.0)

@@ -70,6 +70,8 @@ def token_logprobs_kernel(
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
+    """logits [B, T, V] of strides (stride_b, stride_t, 1); labels [B, T] int64; per_token [B, T] or
+    None. Written: logp [B, T], entropy [B, T] (empty without), norm [2, B, T]."""
     dtype: tl.constexpr = logp.dtype.element_ty
     TILE: tl.constexpr = REPEAT * LANES
     row = tl.program_id(0).to(tl.int64)
@@ -136,6 +138,9 @@ def token_logprobs_backward_kernel(
     stride_b, stride_t, out_stride_b, out_stride_t, temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, VECTOR: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
+    """grad_logp [B, T]; grad_entropy, entropy, per_token [B, T] or None; labels [B, T] int64; norm
+    [2, B, T]; logits [B, T, V] of strides (stride_b, stride_t, 1). Written: out [B, T, V] of
+    strides (out_stride_b, out_stride_t, 1)."""
     dtype: tl.constexpr = norm.dtype.element_ty
     BLOCK: tl.constexpr = BYTES * 8 // out.dtype.element_ty.primitive_bitwidth
     blocks = tl.num_programs(0) // rows

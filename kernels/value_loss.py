@@ -25,6 +25,8 @@ def value_loss_kernel(
     values, old_values, returns, mask, normalizer, counts, d_values, sums, B, T,
     clip: tl.float64, AGGREGATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """values, old_values (or None), returns [B, T]; mask [B, T] bool; normalizer [] or None; counts
+    [B] int32 or None. Written: d_values [B, T], sums [COLUMNS, programs]."""
     dtype: tl.constexpr = values.dtype.element_ty
     blocks = tl.cdiv(T, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -65,6 +67,7 @@ def value_loss_kernel(
 
 @triton.jit
 def value_loss_finish_kernel(sums, programs, loss, stats, ROUNDING: tl.constexpr):
+    """sums [COLUMNS, programs]; written: loss [], stats [STATS]."""
     total = partials.totals(sums, programs, COLUMNS, PADDED)
     count = partials.picked(total, COUNT, PADDED)
     n = tl.maximum(count, 1.0)

@@ -62,7 +62,8 @@ def checked(
 
 
 def _range(normalizer: Tensor, dtype: torch.dtype) -> None:
-    """Looked at again by whatever computes with it: a compiled graph skips the first look."""
+    """Check the value of a normalizer, here and again where it is used: a compiled graph skips the
+    first check."""
     if not check.values_can_be_read(normalizer):
         return
     if not bool((normalizer == 0) | check.numbers(normalizer, dtype)):

@@ -6,6 +6,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def tensor(name: str, x: object) -> None:
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
 
 
-def floating(name: str, x: object) -> None:
+def floating(name: str, x: Tensor) -> None:
     tensor(name, x)
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {describe(x)}")
@@ -95,7 +96,7 @@ def values_can_be_read(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug.get())
 
 
-def labels(x: object, logits_name: str, leading: Tensor, vocab: int | None) -> None:
+def labels(x: Tensor, logits_name: str, leading: Tensor, vocab: int | None) -> None:
     """labels: int64, one for each row; -100 (ignored) or in [0, vocab).
 
     Inside torch.compile, and where other ranks know the rest of the vocabulary (None), the values
@@ -136,7 +137,7 @@ def temperature_range(x: Tensor | None, labels: Tensor, dtype: torch.dtype) -> N
         )
 
 
-def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:
+def cumulative_lengths(x: Tensor, other_name: str, other: Tensor) -> None:
     """cu_seqlens: [B+1] integers rising from 0 to the length of other, as far as readable."""
     tensor("cu_seqlens", x)
     if x.dtype not in (torch.int32, torch.int64):
@@ -212,6 +213,10 @@ def accumulator(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
+@overload
+def flat(x: Tensor, dtype: torch.dtype | None = None) -> Tensor: ...
+@overload
+def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None: ...
 def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """[..., T] -> contiguous [B, T] in dtype; the kernels of per-token tensors take only this."""
     if x is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,10 +31,6 @@ def gae(
 
     Schulman et al., arXiv:1506.02438, eq. 16. Beyond the last step V is ``bootstrap`` (0 without
     one) and A is 0. λ = 0 is TD(0), λ = 1 the discounted return minus V. No gradient flows.
-
-    H100, float32, [512, 4096] with a mask: 17 bytes a step are 35.7 MB, 10.7 µs at 3.35 TB/s; a
-    row's 4 blocks of steps follow each other, about 3 µs each for memory's latency and the scans,
-    so with the launch about 15 µs predicted. Not measured on a GPU yet.
 
     Args:
         rewards, values: [..., T], in units of reward; V_t is the value at the position that
@@ -162,7 +159,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("1-D", draw(11))
     yield Sample("3-D", {**draw(2, 3, 9), "mask": bits(2, 3, 9, p=0.7)})
     for holes in HOLES:
-        x = {**draw(19, 70), "mask": bits(19, 70, p=0.6), "gamma": 0.97, "lam": 0.9}
+        x: dict[str, Any] = {**draw(19, 70), "mask": bits(19, 70, p=0.6), "gamma": 0.97, "lam": 0.9}
         x["rewards"][~x["mask"]] = torch.nan
         x["values"][~x["mask"]] = torch.inf
         yield Sample(f"{holes}, garbage in holes", {**x, "holes": holes})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def gae_packed(
     dtype = check.accumulator(rewards, values, bootstrap)
     padded.check_options(gamma, lam, holes, dtype)
 
-    return torch.ops.rlhf_fast.gae_packed(
+    advantages, returns = torch.ops.rlhf_fast.gae_packed(
         rewards.detach().to(dtype).contiguous(),
         values.detach().to(dtype).contiguous(),
         cu_seqlens.to(torch.int64).contiguous(),
@@ -68,6 +69,7 @@ def gae_packed(
         float(lam),
         holes == "skip",
     )
+    return advantages, returns
 
 
 def reference(
@@ -78,7 +80,7 @@ def reference(
     mask: Tensor | None = None,
     bootstrap: Tensor | None = None,
     dones: Tensor | None = None,
-    **options: float | str,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """``gae`` of one sequence after another."""
     dtype = check.accumulator(rewards, values, bootstrap)

@@ -52,7 +52,7 @@ def kl_penalized_rewards(
     check.choice("estimator", estimator, token_kl.ESTIMATORS)
     dtype = check.accumulator(scores, logp, ref_logp)
     check.number("beta", beta, low=0.0, dtype=dtype)
-    return torch.ops.rlhf_fast.kl_penalized_rewards(
+    rewards: Tensor = torch.ops.rlhf_fast.kl_penalized_rewards(
         scores.detach().to(dtype).contiguous(),
         check.flat(logp.detach(), dtype),
         check.flat(ref_logp.detach(), dtype),
@@ -60,6 +60,7 @@ def kl_penalized_rewards(
         float(beta),
         estimator,
     )
+    return rewards
 
 
 def reference(

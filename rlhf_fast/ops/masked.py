@@ -35,7 +35,7 @@ def masked_mean(values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None
     if group is not None:
         check.process_group("group", group)
     dtype = check.accumulator(values)
-    local = torch.ops.rlhf_fast.masked_mean(
+    local: Tensor = torch.ops.rlhf_fast.masked_mean(
         values.to(dtype).reshape(-1).contiguous(), mask.reshape(-1).contiguous()
     )
     if group is None:
@@ -89,9 +89,10 @@ def masked_whiten(
     moments = torch.ops.rlhf_fast.masked_moments(flat_values, flat_mask)
     if group is not None:
         moments = _all_reduced(moments, group)
-    return torch.ops.rlhf_fast.masked_normalize(
+    whitened: Tensor = torch.ops.rlhf_fast.masked_normalize(
         flat_values, flat_mask, moments, shift_mean
-    ).reshape(values.shape)
+    )
+    return whitened.reshape(values.shape)
 
 
 def masked_whiten_reference(

@@ -93,7 +93,9 @@ def _forward(
     return loss, torch.stack(stats), order + center, center - order
 
 
-def _fake(chosen, rejected, margin, center_coef):
+def _fake(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | None, center_coef: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     stats = chosen.new_empty(len(PairwiseStats._fields))
     return chosen.new_empty(()), stats, torch.empty_like(chosen), torch.empty_like(chosen)
 

@@ -64,7 +64,10 @@ class Kernel:
         if self.triton is None:
             raise LookupError(f"{self.name} has no Triton launcher of its own")
         module, launcher = self.triton.split(":")
-        return getattr(importlib.import_module(f"rlhf_fast.kernels.{module}"), launcher)
+        found: Callable[..., Any] = getattr(
+            importlib.import_module(f"rlhf_fast.kernels.{module}"), launcher
+        )
+        return found
 
     def implementation(self, device_type: str) -> str:
         """What runs on this device: "C++", "Triton", "engine" or "PyTorch"."""
@@ -107,7 +110,7 @@ class Op:
     @property
     def summary(self) -> str:
         """First line of the function's docstring."""
-        return inspect.getdoc(self.function).splitlines()[0]
+        return (inspect.getdoc(self.function) or "").splitlines()[0]
 
 
 OPS: dict[str, Op] = {}
@@ -139,7 +142,7 @@ def define_kernel(
         LIBRARY.impl(name, _on_first_call(kernel), "CUDA")
         LIBRARY.impl(name, _on_first_call(kernel), "XPU")
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
-    if backward is not None:
+    if backward is not None and setup_context is not None:
         LIBRARY.impl(name, differentiable(name, setup_context, backward, linear), "Autograd")
     KERNELS[name] = kernel
     return kernel
@@ -151,12 +154,12 @@ def differentiable(
     backward: Callable[..., Any],
     linear: bool = False,
 ) -> Callable[..., Any]:
-    """What runs where a gradient may be asked for, as torch.library.register_autograd does it, less
-    its care for defaults and keyword arguments, which no kernel has: policy_loss and its backward
-    take 133 us on a few tokens in place of 216.
+    """A kernel's implementation where a gradient may be wanted. It does what
+    torch.library.register_autograd does, without support for defaults and keyword arguments, which
+    no kernel has: policy_loss and its backward take 133 us on a few tokens instead of 216.
 
-    Reverse mode, once: whoever asks for a tangent, for torch.func's grad or for a gradient of the
-    gradient is told so by the op's name, and never gets a zero.
+    Reverse mode, once: forward-mode tangents, torch.func's grad and second derivatives raise an
+    error with the op's name, where autograd would give a silent zero.
     """
     kernel = getattr(torch.ops.rlhf_fast, name).default
 
@@ -171,7 +174,7 @@ def differentiable(
 
     backward = backward if linear else first_derivative_only(name)(backward)
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), members)
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
         return (function.apply if gradient_wanted(name, args) else below)(*args)
@@ -227,7 +230,7 @@ def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def graph_is_kept() -> bool:
-    """Inside a backward: whether there may be another one (retain_graph=True)."""
+    """Inside a backward: whether it may run again (retain_graph=True)."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 

@@ -44,9 +44,10 @@ def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
     check.like("ref_logp", ref_logp, "logp", logp)
     check.choice("estimator", estimator, ESTIMATORS)
     dtype = check.accumulator(logp, ref_logp)
-    return torch.ops.rlhf_fast.token_kl(
+    kl: Tensor = torch.ops.rlhf_fast.token_kl(
         logp.to(dtype).contiguous(), ref_logp.to(dtype).contiguous(), estimator
     )
+    return kl
 
 
 def estimate(d: Tensor, estimator: str) -> Tensor:

@@ -58,10 +58,6 @@ def value_loss(
     aggregated over the counting tokens (``rlhf_fast.ops.aggregate``). Source: the PPO of OpenAI
     baselines (the paper has no value clipping).
 
-    H100, float32, [64, 2048]: 17 bytes a token are 2.2 MB, 0.7 µs at 3.35 TB/s; three launches of
-    about 3 µs (count, loss, sums) and one product in the backward: 12 µs predicted, all of it
-    latency. Not measured on a GPU yet.
-
     Args:
         values: [..., T], in units of reward, with gradient.
         old_values: [..., T], stored with the rollout, a constant; may be None when clip is None.
@@ -80,9 +76,8 @@ def value_loss(
     check.at_least_1d("values", values)
     check.like("returns", returns, "values", values)
     check.boolean_mask(mask, "values", values)
-    if clip is not None:
-        if old_values is None:
-            raise ValueError(f"clip {clip} needs old_values, which is None")
+    if clip is not None and old_values is None:
+        raise ValueError(f"clip {clip} needs old_values, which is None")
     if old_values is not None:
         check.like("old_values", old_values, "values", values)
     dtype = check.accumulator(values, old_values, returns)
@@ -90,7 +85,7 @@ def value_loss(
         check.number("clip", clip, low=0.0, dtype=dtype)
     loss, stats, _ = torch.ops.rlhf_fast.value_loss(
         check.flat(values, dtype),
-        None if clip is None else check.flat(old_values.detach(), dtype),
+        None if clip is None or old_values is None else check.flat(old_values.detach(), dtype),
         check.flat(returns.detach(), dtype),
         check.flat(mask),
         aggregate.checked(aggregation, normalizer, mask, dtype),
@@ -121,7 +116,7 @@ def reference(
     V, R = kept(values), kept(returns)
     squared = (V - R) ** 2
     clipped = squared
-    if clip is not None:
+    if clip is not None and old_values is not None:
         old = kept(old_values)
         clipped = (torch.minimum(torch.maximum(V, old - clip), old + clip) - R) ** 2
     larger = clipped > squared
@@ -170,7 +165,7 @@ def _forward(
     return loss, torch.stack(stats), aggregate.times(c, d_values).masked_fill(~mask, 0.0)
 
 
-def _fake(values, *_):
+def _fake(values: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return values.new_empty(()), values.new_empty(len(ValueStats._fields)), torch.empty_like(values)
 
 

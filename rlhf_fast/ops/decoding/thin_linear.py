@@ -34,7 +34,7 @@ def thin_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         or (torch.is_grad_enabled() and any(t.requires_grad for t in given))
     ):
         return F.linear(x, weight, bias)
-    y = torch.ops.rlhf_fast.thin_linear(
+    y: Tensor = torch.ops.rlhf_fast.thin_linear(
         x.reshape(-1, columns).contiguous(),
         weight.contiguous(),
         None if bias is None else bias.contiguous(),

@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,14 +39,14 @@ _memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
 
 @contextlib.contextmanager
 def chunk_budget(n_bytes: int) -> Iterator[None]:
-    """``n_bytes``, at least 1: what one chunk of logits may take inside this context, in this
-    thread, and in the backward of what is called here.
+    """Let one chunk of logits take at most ``n_bytes``, at least 1, inside this context.
 
-    Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
-    what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
-    rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
-    half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
-    to its backward, which begins with the chunk that lies there. ``release_memory`` gives it back.
+    It holds for this thread's calls of linear ops and for their backward. Small chunks save memory
+    and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
+    not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
+    GPU. There the logits of 16-bit inputs are float32 and their gradient, in 16 bits, has memory of
+    its own: half as much again. A chunk's memory is kept: on CPU for the next call, on a GPU from
+    a forward to its backward, which uses the logits in it again. ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))
@@ -71,7 +71,7 @@ def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
 def release_memory() -> None:
     """Give back the memory that the linear ops keep between calls: the last call's chunk of logits.
 
-    A backward that would have begun with that chunk makes its logits again. On CPU the memory goes
+    A backward that would have used those logits again computes them anew. On CPU the memory goes
     back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).
     """
     _memory.clear()
@@ -86,10 +86,10 @@ def most_rows(vocab: int, element_size: int, device_type: str) -> int:
 
 
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
-    """Rows of logits in each chunk of `total`: chunks of like size, in 16s where they are large.
+    """Rows of logits in each chunk of `total`: of nearly equal chunks, multiples of 16 above 16.
 
-    What takes more than one chunk is cut once more than it must be: k times the most rows hold less
-    than 1/k of the logits at a time.
+    Where one chunk is not enough there are total // most + 1: exactly k times the most rows make
+    k + 1 chunks, so that each holds less than 1/k of the logits.
     """
     most = most_rows(vocab, element_size, device_type)
     if total <= most:
@@ -105,7 +105,8 @@ def check_head(
     lora: Lora | None = None,
     prefix: str = "",
 ) -> Head:
-    """The checked head, flat, in autocast's dtype where autocast is on (float64 it leaves alone).
+    """Check a head's arguments and return it: hidden as [N, H], an adapter's scale multiplied in,
+    and all of it in autocast's dtype where autocast is on (float64 stays float64).
 
     A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
     on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
@@ -133,10 +134,10 @@ def check_head(
     down, up, scale = (
         (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight, prefix)
     )
-    weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
-    hidden, weight, bias, down, up = (
-        None if x is None else x.to(product_dtype(x)) for x in (hidden, weight, bias, down, up)
-    )
+    weight = gathered(weight)
+    bias, down, up = (None if x is None else gathered(x) for x in (bias, down, up))
+    hidden, weight = hidden.to(product_dtype(hidden)), weight.to(product_dtype(weight))
+    bias, down, up = (None if x is None else x.to(product_dtype(x)) for x in (bias, down, up))
     for name, x in (
         (weight_name, weight), (bias_name, bias), (down_name, down), (up_name, up)
     ):  # fmt: skip
@@ -172,7 +173,7 @@ def check_lora(lora: Lora, hidden: Tensor, weight: Tensor, prefix: str) -> Lora:
     return lora
 
 
-def gathered(x: Tensor | None) -> Tensor | None:
+def gathered(x: Tensor) -> Tensor:
     if not isinstance(x, DTensor):
         return x
     ranks = x.device_mesh.size()
@@ -184,8 +185,7 @@ def gathered(x: Tensor | None) -> Tensor | None:
 
 class Head(NamedTuple):
     """What the logits of N rows are made of: hidden @ weight.T + bias and, where an adapter is on
-    the head, (hidden @ down.T) @ up.T. All of a row's part in it comes from its row of hidden,
-    chunk by chunk: a row that leaves has none."""
+    the head, (hidden @ down.T) @ up.T. Of a row, nothing but its hidden states enters."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
@@ -202,8 +202,8 @@ def plain(
     temperature: float | Tensor,
     kept: Tensor,
 ) -> tuple[Tensor, float | Tensor]:
-    """For the references: (all the logits, temperature), of zeros and ones in rows not kept [...],
-    whose own may be NaN."""
+    """For the references: (all the logits [..., V], temperature). Rows not kept [...] may hold NaN;
+    their hidden states are taken as 0 and their temperature as 1."""
     hidden = hidden.masked_fill(~kept.unsqueeze(-1), 0.0)
     logits = torch.nn.functional.linear(hidden, weight, bias)
     if lora is not None:
@@ -220,17 +220,17 @@ def needs_gradient(head: Head) -> bool:
 
 
 class Chunk(NamedTuple):
-    """Some rows' logits. They lie in a buffer that the next chunk overwrites; so may the caller."""
+    """The logits of some rows, in a buffer that the next chunk overwrites and the caller may."""
 
     rows: Tensor | slice
     logits: Tensor  # [n, V]
     hidden: Tensor | None  # [n, H]
-    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
+    padded: Tensor  # [m, V]: logits and, in a deterministic chunk, filler rows up to m
 
 
 class Memory(NamedTuple):
-    """What the chunks of a loop lay in, and what lies there still: the last chunk of a forward pass
-    (without its hidden), which the backward of the same statistics need not make again."""
+    """The buffer of a loop over chunks that has ended. After a forward it still holds the logits of
+    the last chunk (without its hidden); the backward that comes with the same norm uses them."""
 
     whole: Tensor
     last: Chunk | None = None
@@ -248,7 +248,8 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
 
 
 def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:
-    """Drop what a call with this key and so many loops has no use for: other dtypes, more loops."""
+    """Drop the buffers that a call with this key and so many loops cannot use: those of other
+    dtypes, and of the loops beyond its own."""
     device, dtype, _ = key
     for other in list(_memory):
         if other[0] == device and (other[1] != dtype or other[2] >= buffers):
@@ -283,20 +284,23 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The logits of the rows that `keep` [N] names, chunk by chunk.
 
-    compact: rows that are not kept leave before the first product, which waits for a GPU. False:
-        all rows are there, those not kept with inputs of zero.
+    compact: only the rows to keep are computed; the host waits for a GPU to list them. False: all
+        rows are, those not kept from hidden states of zero.
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
     buffers: how many loops like this one, over the same rows, share the memory budget; this one is
         number `slot` of them.
-    part: whose logits these are; the chunks are then of the same rows on all ranks of its group.
-    leave_for: the row statistics of a forward pass: its last chunk is left for ``left_by``.
-    memory: what ``left_by`` found. The chunk in it comes first, unless a third of its rows are not
-        kept: 4NHV for all of them is then more than 6NHV for the others.
+    part: this rank's part of the vocabulary; all ranks of its group then have chunks of the same
+        rows.
+    leave_for: the norm that a forward pass computes: its last chunk is left where ``left_by`` finds
+        it by that norm.
+    memory: what ``left_by`` found. The chunk in it comes first, unless more than a third of its
+        rows are not kept: the gradients of all its n rows, 4nHV, would then cost more than the
+        logits and gradients of those kept, 6HV each.
     """
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key, used = (device, dtype, slot), 0
     _forget_others(key, buffers)
-    if memory is None:
+    if memory is None or memory.last is None:
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None
@@ -310,6 +314,7 @@ def chunks(
                 keep = keep[: last.rows.start]
             else:
                 keep = keep.index_fill(0, last.rows, False)
+        del last  # or its buffer would live as long as this loop
     index = kept_rows(keep) if compact else None
     total = keep.shape[0] if index is None else index.numel()
     most = vocab if part is None else max(part.sizes)
@@ -317,7 +322,8 @@ def chunks(
         size = min(DETERMINISTIC_ROWS, most_rows(most, buffers * dtype.itemsize, device.type))
     else:
         size = chunk_rows(total, most, buffers * dtype.itemsize, device.type)
-    whole, memory, last = memory and memory.whole, None, None
+    whole = None if memory is None else memory.whole
+    memory = latest = None
     if whole is not None and whole.numel() > 2 * max(size * vocab, used):
         whole = None  # what is kept is bounded by the last need
     whole, buffer = chunk_buffer(whole, size, vocab, dtype, device)
@@ -328,10 +334,10 @@ def chunks(
         operand = pad(hidden, (0, 0, 0, size - (stop - start))) if deterministic else hidden
         padded = buffer[: operand.shape[0]]
         make_logits(head, operand, padded)
-        last = Chunk(rows, padded[: stop - start], hidden, padded)
-        yield last
-    if last is not None and leave_for is not None:
-        _memory[key] = Memory(whole, last._replace(hidden=None), leave_for)
+        latest = Chunk(rows, padded[: stop - start], hidden, padded)
+        yield latest
+    if latest is not None and leave_for is not None:
+        _memory[key] = Memory(whole, latest._replace(hidden=None), leave_for)
     elif device.type == "cpu":
         _memory[key] = Memory(whole)
 
@@ -351,13 +357,14 @@ def make_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
             _accumulate(out, hidden, head.weight.t(), first=True)
             if head.bias is not None:
                 out.add_(head.bias)
-        if head.up is not None:
+        if head.down is not None and head.up is not None:
             _accumulate(out, hidden @ head.down.t(), head.up.t(), first=False)
 
 
 def as_they_are(device: torch.device) -> torch.autocast:
-    """Autocast was applied by check_head: products take the dtypes they are given. Not held over a
-    chunk's yield: of two loops side by side, the one that begins first ends first."""
+    """Autocast off: check_head has applied it, and products take the dtypes they are given. Never
+    held over a chunk's yield: two loops side by side would not leave their contexts in reverse
+    order."""
     return torch.autocast(device.type, enabled=False)
 
 
@@ -376,7 +383,7 @@ def logits_dtype(hidden: Tensor) -> torch.dtype:
 def chunk_buffer(
     whole: Tensor | None, rows: int, vocab: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(memory, the same as [rows, vocab]); `whole` again where that is enough.
+    """(memory, a view of it as [rows, vocab]); the memory is `whole` where that is large enough.
 
     On CPU the rows lie side by side (csrc/token_logprobs_columns.h says why), and the last call's
     memory is used again: torch keeps none there, and fresh pages cost 5 % of the three products at
@@ -414,9 +421,10 @@ class Gradients:
     """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
     better and is cast once, at the end: to its tensor's dtype, or to ``dtype``.
 
-    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to nothing,
-    those of a large loss scale to infinity. There each row's incoming gradient is brought near 1 by
-    a power of two (``fit``), which the products' results are multiplied by again in float32.
+    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to 0, those
+    of a large loss scale to infinity. So ``fit`` divides each row's incoming gradient by a power of
+    two (the row's unit) that brings it near 1, and the products' results are multiplied by it again
+    in float32.
     """
 
     def __init__(
@@ -434,19 +442,21 @@ class Gradients:
         self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
         self.hidden = torch.zeros_like(head.hidden, dtype=self.dtype) if needs.hidden else None
         self.weight, self.down, self.up = (
-            torch.empty_like(x, dtype=self.accumulator) if needed else None
+            torch.empty_like(x, dtype=self.accumulator) if needed and x is not None else None
             for x, needed in (
                 (head.weight, needs.weight), (head.down, needs.down), (head.up, needs.up)
             )
         )  # fmt: skip
-        self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
+        self.bias: Tensor | None = None
+        if needs.bias and head.bias is not None:
+            self.bias = torch.zeros_like(head.bias, dtype=self.accumulator)
         self.narrow: Tensor | None = None
 
     def fit(
         self, *gradients: Tensor | None, temperature: float | Tensor = 1.0
     ) -> tuple[Tensor | None, ...]:
-        """The incoming gradients [1, n] of a chunk's rows in the units that its dlogits can have;
-        temperature: the logits' divisor, by which dlogits are larger or smaller."""
+        """The incoming gradients [1, n] of a chunk's rows; for float16 each in its row's unit.
+        temperature: the logits' divisor, and so that of dlogits."""
         if self.head.hidden.dtype != torch.float16:
             return gradients
         sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
@@ -455,18 +465,19 @@ class Gradients:
         self.row_units = torch.exp2(exponents.float()).view(-1)
         return tuple(None if g is None else g / self.row_units for g in gradients)
 
-    def _common_unit(self) -> Tensor:
-        """The chunk's rows [n] relative to the unit of the sums, which is raised where it must be
-        (rows of which nothing is left beside the largest do not matter beside it either)."""
-        largest = self.row_units.max()
+    def _common_unit(self, row_units: Tensor) -> Tensor:
+        """[n, 1]: the rows' units, relative to the one unit of the sums over all rows. That is the
+        largest so far (rows that are rounded to 0 beside it would not show in the sum either)."""
+        largest = row_units.max()
         if self.unit is None:
-            self.unit = largest
+            unit = largest
         else:
-            before, self.unit = self.unit, torch.maximum(self.unit, largest)
+            unit = torch.maximum(self.unit, largest)
             for total in (self.weight, self.bias, self.down, self.up):
                 if total is not None:
-                    total *= before / self.unit
-        return (self.row_units / self.unit).unsqueeze(-1).to(self.head.hidden.dtype)
+                    total *= self.unit / unit
+        self.unit = unit
+        return (row_units / unit).unsqueeze(-1).to(self.head.hidden.dtype)
 
     def dlogits(self, chunk: Chunk) -> Tensor:
         """[n, V] to write the gradient of a chunk's logits to, in the dtype that the products take:
@@ -482,22 +493,23 @@ class Gradients:
         return padded
 
     def add(self, chunk: Chunk) -> None:
-        """One chunk, whose gradient has been written to dlogits(chunk)."""
+        """Add one chunk, whose gradient has been written to dlogits(chunk)."""
         head, padded, dlogits = self.head, self._padded(chunk), self.dlogits(chunk)
-        units = None if self.row_units is None else self._common_unit()
+        units = None if self.row_units is None else self._common_unit(self.row_units)
+        assert chunk.hidden is not None  # only a chunk left in memory has none
         hidden = chunk.hidden if units is None else chunk.hidden * units
         with as_they_are(dlogits.device):
             d_low = None  # of hidden @ down.T
             if head.up is not None and (self.hidden is not None or self.down is not None):
                 d_low = padded @ head.up
             if self.hidden is not None:
-                self._add_hidden(chunk, padded, d_low)
+                self._add_hidden(self.hidden, chunk, padded, d_low)
             if self.weight is not None:
                 _accumulate(self.weight, dlogits.t(), hidden, self.first)
-            if self.down is not None:
+            if self.down is not None and d_low is not None:
                 own = d_low[: dlogits.shape[0]]
                 _accumulate(self.down, own.t(), hidden, self.first)
-            if self.up is not None:
+            if self.up is not None and head.down is not None:
                 _accumulate(self.up, dlogits.t(), hidden @ head.down.t(), self.first)
             if self.bias is not None and units is not None:
                 _accumulate(self.bias.unsqueeze(-1), dlogits.t(), units, first=False)
@@ -505,20 +517,22 @@ class Gradients:
             self.bias += dlogits.sum(0, dtype=self.accumulator)
         self.first = False
 
-    def _add_hidden(self, chunk: Chunk, padded: Tensor, d_low: Tensor | None) -> None:
+    def _add_hidden(
+        self, total: Tensor, chunk: Chunk, padded: Tensor, d_low: Tensor | None
+    ) -> None:
         rows, n = chunk.rows, chunk.logits.shape[0]
         in_place = isinstance(rows, slice) and padded.shape[0] == n and self.row_units is None
-        shape = padded.shape[0], self.hidden.shape[1]
-        d_x = self.hidden[rows] if in_place else self.head.hidden.new_empty(shape)
+        shape = padded.shape[0], total.shape[1]
+        d_x = total[rows] if in_place else self.head.hidden.new_empty(shape)
         torch.mm(padded, self.head.weight, out=d_x)
-        if d_low is not None:
+        if d_low is not None and self.head.down is not None:
             d_x.addmm_(d_low, self.head.down)
         if self.row_units is not None:
             d_x = d_x[:n].float() * self.row_units.unsqueeze(-1)
         if not in_place:
-            self.hidden[rows] = d_x[:n].to(self.dtype)
+            total[rows] = d_x[:n].to(self.dtype)
 
-    def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def result(self) -> tuple[Tensor, ...]:
         """Gradients in the order of Needs; empty where not asked for."""
         for total in (self.weight, self.bias, self.down, self.up):
             if total is not None and self.first:
@@ -528,14 +542,15 @@ class Gradients:
         sums = [self.hidden, self.weight, self.bias, self.down, self.up]
         if self.part is not None:  # each rank has a part of the sum over the vocabulary
             for i in (0, 3):
-                sums[i] = None if sums[i] is None else self.part.sum(sums[i])
+                own = sums[i]
+                sums[i] = None if own is None else self.part.sum(own)
         empty = self.head.hidden.new_empty(0)
         return tuple(empty if x is None else x.to(self.dtype) for x in sums)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, accumulated in total's dtype; the first product overwrites."""
-    wide = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
+    wide: dict[str, Any] = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
     if wide and not total.is_cuda:  # CPU has no float32 product of 16-bit operands: widen them
         a, b, wide = a.to(total.dtype), b.to(total.dtype), {}
     if first:

@@ -46,31 +46,29 @@ def linear_token_kl(
 
         dkl/dz_v = p_v ((log p_v − log q_v) − kl)  reverse,    p_v − q_v  forward
 
-    The sum over the whole vocabulary that the estimators k1, k2, k3 of ``token_kl`` sample from
-    (Schulman, "Approximating KL divergence", 2020): no variance, and the gradient that a k1 loss
-    lacks. The reverse direction is PPO's penalty, the forward one that of distillation. The
-    reference is constant. The logits of both exist only one chunk at a time; the two chunks share
+    The KL itself, a sum over the whole vocabulary, where k1, k2 and k3 of ``token_kl`` estimate it
+    from the sampled token (Schulman, "Approximating KL divergence", 2020): it has no variance from
+    sampling, and its gradient is the true one, which k1 as a loss does not have. The reverse
+    direction is PPO's penalty, the forward one that of distillation. The reference is constant.
+    The logits of both exist only one chunk at a time; the two chunks share
     ``rlhf_fast.chunk_budget``.
 
     p = 0 (a logit of −inf) contributes 0 to KL(p ‖ q), whatever q is; q = 0 where p > 0 makes it
-    +inf. In float32 a p below e^−87 is 0. An infinite reverse KL has no gradient: through it comes
-    NaN; through logp alone, or with a gradient of exactly 0 for the KL, nothing does.
+    +inf. In float32 a p below e^−87 is 0. An infinite reverse KL has no gradient: its row gets NaN
+    where a gradient comes in through kl, but not where one comes in through logp alone or that
+    through kl is exactly 0.
 
     FLOPs: 4NHV forward; 8·N'HV backward, N' the rows with gradient (6·N'HV for a frozen weight).
-    Where no gradient comes through kl the reference is not computed again: 6·N'HV. The last chunk
-    of both is kept as in ``linear_token_logprobs``: 8NHV in all where one chunk holds everything.
-    H100, bf16, N=8192 H=4096 V=131072, forward: 17.6 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 22.0 ms; writing and reading both float32 logits (17.2 GB at 3 TB/s) adds 5.7 ms:
-    27.7 ms predicted. Backward, the last of 9 chunks kept: 33.3 TFLOP are 41.6 ms; both logits
-    written and read, a gradient written in 16 bits (18 bytes, less the kept chunk's 8: 18.4 GB) are
-    6.1 ms: 47.7 ms predicted. Not measured on a GPU yet.
+    Where kl has no gradient the backward does not need the reference: 6·N'HV. The last chunk of
+    both stays in memory as in ``linear_token_logprobs``: 8NHV in all where one chunk holds
+    everything.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the policy's head, dtype and device of ``hidden`` (under autocast all are
             cast to its dtype).
-        labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0, and it
-            leaves before the first matrix product, whatever its other inputs hold.
+        labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0. Its
+            other inputs are not looked at and may hold anything, NaN too.
         ref_hidden: [..., H_ref], the reference's hidden states for the same rows, in the dtype of
             ``hidden``.
         ref_weight: [V, H_ref], the reference's head; None: it is ``weight``, with ``bias`` and
@@ -104,11 +102,12 @@ def linear_token_kl(
     from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
+    own: tuple[Tensor | None, ...] = ref
     if ref_weight is None:
-        ref = ref._replace(weight=None, bias=None)
+        own = ref.hidden, None, None, ref.down, ref.up
     logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
         *head,
-        *(None if x is None else x.detach() for x in ref),
+        *(None if x is None else x.detach() for x in own),
         labels.reshape(-1),
         divisor,
         None if per_token is None else per_token.reshape(-1),
@@ -181,8 +180,10 @@ def reference(
     """The formula in plain PyTorch; holds all the logits of both."""
     kept = labels != check.IGNORE_INDEX
 
-    def log_softmax(*head: Any) -> Tensor:
-        logits, divisor = linear.plain(*head, temperature, kept)
+    def log_softmax(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: linear.Lora | None
+    ) -> Tensor:
+        logits, divisor = linear.plain(hidden, weight, bias, lora, temperature, kept)
         x = logits.to(check.accumulator(logits))
         z = x if softcap is None else softcap * torch.tanh(x / softcap)
         divisor = divisor.unsqueeze(-1) if isinstance(divisor, Tensor) else divisor
@@ -269,7 +270,9 @@ def _rows_backward(
     out.copy_(g.mul_(dz).masked_fill_(dead.unsqueeze(-1), 0.0))
 
 
-def _rows_fake(logits, ref_logits, labels, *_):
+def _rows_fake(
+    logits: Tensor, ref_logits: Tensor | None, labels: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new), torch.empty_like(new), norm, torch.empty_like(norm)
@@ -298,8 +301,8 @@ def _chunks(
         yield chunk, ref_chunk.logits
 
 
-def _heads(tensors: Sequence[Tensor | None]) -> tuple[linear.Head, linear.Head]:
-    """The policy's and the reference's, of which one without a weight has the policy's."""
+def _heads(tensors: Sequence[Any]) -> tuple[linear.Head, linear.Head]:
+    """The policy's head and the reference's; a reference without a weight has the policy's."""
     head, ref = linear.Head(*tensors[:5]), linear.Head(*tensors[5:])
     return head, ref._replace(weight=head.weight, bias=head.bias) if ref.weight is None else ref
 
@@ -333,7 +336,7 @@ def _forward(
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     norm = logp.new_zeros((2, *labels.shape))
     outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     leave_for = norm if backward_follows else None
     for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
         of_rows = vocab_parallel.logits_kl(
@@ -376,7 +379,7 @@ def _backward(
     deterministic: bool,
     group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients in the order of linear.Needs, empty where not needed."""
     heads = _heads(
         (hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, ref_down, ref_up)
@@ -384,8 +387,8 @@ def _backward(
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
     grads = linear.Gradients(heads[0], linear.Needs(*needs), vocabulary)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
-    memories = tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    memories = linear.left_by(norm, hidden, 0), linear.left_by(norm, hidden, 1)
     for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -416,11 +419,11 @@ def _backward(
     return grads.result()
 
 
-def _forward_fake(hidden, *arguments):
+def _forward_fake(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return _rows_fake(hidden, None, arguments[9])
 
 
-def _backward_fake(grad_logp, grad_kl, *arguments):
+def _backward_fake(grad_logp: Tensor, grad_kl: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(x) if needed else arguments[0].new_empty(0)
         for x, needed in zip(arguments[:5], arguments[-1], strict=True)
@@ -428,8 +431,8 @@ def _backward_fake(grad_logp, grad_kl, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *heads, labels, ctx.temperature, per_token, ctx.softcap = inputs
+    *rest, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *heads, labels, ctx.temperature, per_token, ctx.softcap = rest
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
@@ -438,7 +441,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     save_for_backward(ctx, *heads, labels, per_token, norm, ref_norm, kl)
 
 
-def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
+def _autograd(
+    ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 14
     if grad_logp is None and grad_kl is None:
         return (None,) * 5 + nothing

@@ -36,38 +36,34 @@ def linear_token_logprobs(
     only one chunk at a time (``rlhf_fast.chunk_budget`` sets how large), so memory does not grow
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
-    It begins with the forward's last chunk, whose logits still lie there if no other linear op has
-    run since and two thirds of its rows have a gradient.
+    The forward's last chunk of logits stays in memory, and the backward uses it again if no other
+    linear op has run in between and at least two thirds of its rows have a gradient.
 
-    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4N'HV for a frozen weight),
-    less 2NHV of the last chunk: 6NHV in all where one chunk holds everything.
-    H100, bf16, N=8192 H=4096 V=131072, forward: 8.8 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 11.0 ms; writing and reading the float32 logits (8 bytes each, 8.6 GB at 3 TB/s,
-    chunk by chunk) adds 2.9 ms: 13.9 ms predicted. Backward, the last of 5 chunks kept: 24.7 TFLOP
-    are 30.9 ms; logits written and read, their gradient written in 16 bits (10 bytes, less the kept
-    chunk's 4: 9.9 GB) are 3.3 ms: 34.2 ms predicted. Not measured on a GPU yet.
+    FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
+    less 2nHV where the n rows of the last chunk are used again: 6NHV in all where one chunk holds
+    everything.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
         weight: [V, H], the language-model head, dtype and device of ``hidden`` (under autocast
             both are cast to its dtype). A DTensor (FSDP2) is gathered; its gradient is averaged
             over the ranks and sharded again.
-        labels: [...], int64; −100 marks a row to ignore: logp 0, entropy 0, gradient 0, and it
-            leaves before the first matrix product, whatever its other inputs hold.
+        labels: [...], int64; −100 marks a row to ignore: logp 0, entropy 0, gradient 0. Its other
+            inputs are not looked at and may hold anything, NaN too.
         bias: [V] or None.
         temperature, softcap, entropy: as in ``token_logprobs``.
         lora: (A [r, H], B [V, r], scale): an adapter on the head that has not been merged; the
             logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients. Sharded (FSDP2) as
             ``weight`` may be.
         group: each rank of this process group holds a shard of the vocabulary, in the order of
-            the ranks and of any size: its rows of ``weight``, ``bias`` and B. All else, ``labels``
-            of the whole vocabulary among it, is the same on all ranks, and so are the results;
-            the gradients of ``hidden`` and A are summed over the ranks. Each forward and each
-            backward begins by exchanging the shards' sizes, for which a GPU is waited for.
-        compact: rows that need no work leave, of which a GPU must tell the host how many there
-            are. False: no host sync, every row is computed; for CUDA graphs.
-        deterministic: a row's logp, entropy and hidden gradient have the same bits whatever rows
-            are around it, and however many. Every chunk then has 128 rows, a lone row's too: on
+            the ranks and of any size: its rows of ``weight``, ``bias`` and B. Everything else is
+            the same on all ranks (``labels`` are indices into the whole vocabulary), and so are
+            the results; the gradients of ``hidden`` and A are summed over the ranks. Each forward
+            and each backward begins by exchanging the shards' sizes, for which the host waits.
+        compact: True: rows that need no work are left out of the matrix products; the host waits
+            for a GPU to count them. False: every row is computed, without waiting; for CUDA graphs.
+        deterministic: a row's logp, entropy and hidden gradient have the same bits whichever other
+            rows are in the call, and however many. Every chunk is then filled up to 128 rows: on
             2 CPU cores, H=576, V=49152, 512 rows take 1.1 times as long, a lone row 3.6 times.
 
     Returns:
@@ -142,7 +138,7 @@ def _forward(
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
     head, keep = linear.Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
-    how = {"compact": compact, "deterministic": deterministic, "part": part}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
     for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
         rows = chunk.rows
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
@@ -178,7 +174,7 @@ def _backward(
     deterministic: bool,
     group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Gradients in the order of linear.Needs, empty where not needed."""
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = grad_logp != 0
@@ -188,7 +184,7 @@ def _backward(
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     head = linear.Head(hidden, weight, bias, down, up)
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary)
-    how = {"compact": compact, "deterministic": deterministic}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -216,14 +212,24 @@ def _backward(
     return grads.result()
 
 
-def _forward_fake(hidden, weight, bias, down, up, labels, *options):
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    labels: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     entropy = options[3]
     new = hidden.new_empty(labels.shape, dtype=check.accumulator(hidden))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
 
 
-def _backward_fake(grad_logp, grad_entropy, *arguments):
+def _backward_fake(
+    grad_logp: Tensor, grad_entropy: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
     needs = arguments[-1]
     return tuple(
         torch.empty_like(x) if needed else arguments[0].new_empty(0)
@@ -232,8 +238,8 @@ def _backward_fake(grad_logp, grad_entropy, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *head, labels, ctx.temperature, per_token, ctx.softcap = inputs
+    *rest, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *head, labels, ctx.temperature, per_token, ctx.softcap = rest
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
@@ -244,11 +250,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 9
-    if grad_logp is None and grad_entropy is None:
+    some = grad_entropy if grad_logp is None else grad_logp
+    if some is None:
         return (None,) * 5 + nothing
     *tensors, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
-        grad_logp = torch.zeros_like(grad_entropy)
+        grad_logp = torch.zeros_like(some)
     needs = list(ctx.needs_input_grad[:5])
     with linear.within(ctx.budget):
         grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(

@@ -43,40 +43,27 @@ def linear_policy_loss(
 ) -> tuple[Tensor, PolicyStats]:
     """PPO's clipped policy loss straight from hidden states, in 6NHV FLOPs and no [N, V] tensor.
 
-    The numbers of ``policy_loss`` on the log-probs and entropies of ``linear_token_logprobs``.
-    Those two cost up to 8NHV, since their backward makes the logits of all chunks but the last
-    again; here the loss is known while a chunk's logits exist, so they are overwritten with their
-    gradient at once, and dX and dW are ready when the forward ends. The backward only scales them
-    by the incoming gradient.
-    (bfloat16 ones are rounded by then, and once more where that is not a power of two; float16 ones
-    wait in float32 for a loss scale.)
-    That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
-    of its log-probs, so ``ratio="sequence"`` is those two ops in one call.
+    The loss and statistics of ``policy_loss`` on the log-probs and entropies of
+    ``linear_token_logprobs``, for less work. One after the other, those two ops take up to 8NHV:
+    the logits never all exist at once, so the backward computes them a second time (but for the
+    last chunk). Here each chunk of rows goes from logits to loss to gradient before the next one
+    begins. The gradient takes the place of the logits, and the gradients of ``hidden`` and
+    ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
+    gradient. (Gradients of bfloat16 inputs are rounded to bfloat16 before that multiplication, and
+    once more after it unless its factor is a power of two. Those of float16 inputs stay in float32
+    until then, since a loss scale arrives with the incoming gradient.)
 
-    Rows that cannot matter leave before the first matrix product: masked ones, and, with token
-    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. Nothing
-    is known of those, so the statistics (but the surrogate) are means over the tokens that stayed,
-    ``PolicyStats.tokens`` of them: weigh by that, not by the mask, whatever you add up over
-    micro-batches or processes; where it is 0 they say nothing.
+    That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
+    its log-probs are, so ``ratio="sequence"`` runs the two ops one after the other.
 
-    Without grad mode (or where nothing requires grad): 2NHV, no gradients.
+    Rows that cannot change the loss are left out of the matrix products: masked ones, and, with
+    token ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
+    log-probs of rows left out are not known, so the statistics other than the surrogate are means
+    over the remaining tokens. ``PolicyStats.tokens`` is their number: weigh by it, and not by the
+    mask, to average over micro-batches or processes. Where it is 0 the statistics say nothing.
 
-    On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
-
-        operands                                   float32   16-bit
-        the product writes the logits, in float32        4        4
-        logp and entropy read them                       4        4
-        the gradient reads them ...                      4        4
-        ... and is written in the operands' dtype        4        2
-                                                        16       14
-
-    H100, bf16, N=8192 H=4096 V=131072: 6NHV = 26.4 TFLOP at the 800 TFLOP/s of a large cuBLAS
-    product are 33.0 ms; 15.0 GB at 3 TB/s are 5.0 ms: 38.0 ms predicted. (A gradient in float32
-    over the logits, rounded by a pass of its own, takes 22 bytes a logit and the same FLOPs:
-    40.9 ms.) dW is read and written once a chunk, 19 GB: 6.4 ms more where that does not hide
-    behind the products. H=896 V=151936: 6.7 TFLOP are 8.4 ms, 17.4 GB are 5.8 ms: 14.2 ms, 1.7
-    times the products (with 22 bytes, 2.1). Half of the rows out: half of it. Not measured on a GPU
-    yet.
+    FLOPs: 6NHV, N the rows that are not left out; 2NHV where no gradient is wanted (no grad mode,
+    or nothing requires grad).
 
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
@@ -220,14 +207,17 @@ def _forward(
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary, _saved_dtype(hidden))
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     for chunk in linear.chunks(head, keep, **how):
         logits = chunk.logits[None]
 
-        def part(full: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
-            return None if full is None else linear.take(full.view(-1), rows)[None]
+        def part(full: Tensor, rows: Tensor | slice = chunk.rows) -> Tensor:
+            return linear.take(full.view(-1), rows)[None]
 
-        targets, divisors = part(labels), part(per_token)
+        targets = part(labels)
+        divisors, weights_, ref_logp_ = (
+            None if x is None else part(x) for x in (per_token, weights, ref_logp)
+        )
         logp_, entropy_, norm = vocab_parallel.token_logprobs(
             logits, targets, temperature, divisors, softcap, True, vocabulary
         )
@@ -235,8 +225,8 @@ def _forward(
         if not any(needs):
             continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
-            logp_, part(old_logp), part(advantages), part(matters), part(weights), entropy_,
-            part(ref_logp), None, *token_sum,
+            logp_, part(old_logp), part(advantages), part(matters), weights_, entropy_,
+            ref_logp_, None, *token_sum,
         )  # fmt: skip
         scale = part(coefficient)
         d_logp, d_entropy = grads.fit(

@@ -1,21 +1,21 @@
 """A head whose vocabulary is shared out over a process group: each rank holds a part of it.
 
-Each rank runs the engine on its part, with logits of its own only. What a row kernel says of a
-chunk's rows is made what it is over the whole vocabulary at once, by two small all-reduces: what
-follows needs nothing else, and the row kernels' backward is that of a whole vocabulary but for
-labels of other parts. Gradients of what all ranks hold are summed over them at the end
-(``chunks.Gradients``).
+Each rank runs the engine on its part, with logits of its own only. The forward's row kernels see a
+part of the vocabulary; two small all-reduces a chunk turn their results into those over all of it.
+From there on a rank needs nothing of the others: the row kernels' backward is the same for a part,
+except that a row's label may be in another one (``check.ELSEWHERE``). Gradients of what all ranks
+hold are summed over them at the end (``chunks.Gradients``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed import distributed_c10d
 
 from .. import check
 from . import chunks as linear
@@ -39,7 +39,7 @@ class Part(NamedTuple):
         return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over the ranks, in float32 or better."""
+        """x summed over the ranks, in float32 or better."""
         x = x.to(check.accumulator(x))
         dist.all_reduce(x, group=self.group)
         return x
@@ -57,17 +57,18 @@ def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | N
     """(this rank's part, labels in it); (None, labels) without a group. Waits for a GPU."""
     if group is None:
         return None, labels
-    group = _resolve_process_group(group)
+    resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    ranks: dist.ProcessGroup = resolve(group)
     own = torch.tensor([weight.shape[0], linear.most_rows(1, 1, weight.device.type)])
     own = own.to(weight.device)
-    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(every, own, group=group)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(ranks))]
+    dist.all_gather(every, own, group=ranks)
     sizes, budgets = torch.stack(every).t().tolist()
     if 0 in sizes:
         raise ValueError(f"weight must have rows on every rank of group, got {sizes} rows")
     if len(set(budgets)) > 1:  # chunks of other rows would wait for each other
         raise ValueError(f"chunk_budget must be the same on every rank of group, got {budgets}")
-    part = Part(group, sizes)
+    part = Part(ranks, sizes)
     return part, part.labels(labels)
 
 
@@ -101,20 +102,24 @@ def logits_kl(
     reverse: bool,
     part: Part | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary."""
+    """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary, of which the
+    logits are a part; the same on every rank."""
     logp, ref_logp, kl, norm, ref_norm = torch.ops.rlhf_fast.logits_kl(
         logits, ref_logits, some_label(labels, part), temperature, per_token, softcap, reverse
     )
     if part is None:
         return logp, ref_logp, kl, norm, ref_norm
-    both = [(logp, norm), (ref_logp, ref_norm)]
     order = 1 if reverse else -1  # the distribution that the mean is taken over comes first
-    logps, kl, norms = combined(*zip(*both[::order], strict=True), kl, [1, -1], labels, part)
-    return *logps.unbind()[::order], kl, *norms.unbind()[::order]
+    logps, whole_kl, norms = combined(
+        [logp, ref_logp][::order], [norm, ref_norm][::order], kl, [1, -1], labels, part
+    )
+    logp, ref_logp = logps.unbind()[::order]
+    norm, ref_norm = norms.unbind()[::order]
+    return logp, ref_logp, kl if whole_kl is None else whole_kl, norm, ref_norm
 
 
 def some_label(labels: Tensor, part: Part | None) -> Tensor:
-    """The forward kernels look at a label's logit: that of token 0 where there is none here."""
+    """Labels that the forward kernels can read the logit of: token 0 for one in another part."""
     return labels if part is None else labels.masked_fill(labels == check.ELSEWHERE, 0)
 
 
@@ -152,9 +157,9 @@ def combined(
     if mean is not None:
         shift = sum(sign * x for sign, x in zip(signs, log_total, strict=True))
         mean = sums[-1] / sums[0] - shift
-    logps, norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
+    whole_logps, whole_norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
     ignored = labels == check.IGNORE_INDEX
-    for x in (logps, mean, norms):
+    for x in (whole_logps, mean, whole_norms):
         if x is not None:
             x.masked_fill_(ignored, 0.0)
-    return logps, mean, norms
+    return whole_logps, mean, whole_norms
