@@ -273,7 +273,9 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
                         Tensor out) {
   const int64_t rows = logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
-  for (int64_t i = 0; i < rows; ++i) check_label(label[i], vocab, i);
+  for (int64_t i = 0; i < rows; ++i) {
+    if (label[i] != kElsewhere) check_label(label[i], vocab, i);
+  }
   STD_TORCH_CHECK(out.stride(1) == logits.stride(1) && out.stride(2) == logits.stride(2),
                   "out must lie in memory as logits does");
 

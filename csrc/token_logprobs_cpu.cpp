@@ -210,7 +210,9 @@ void token_logprobs_backward(
     const MaybeTensor& per_token, std::optional<double> softcap, Tensor out) {
   const int64_t n = logits.size(0) * logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
-  for (int64_t i = 0; i < n; ++i) check_label(label[i], vocab, i);
+  for (int64_t i = 0; i < n; ++i) {
+    if (label[i] != kElsewhere) check_label(label[i], vocab, i);
+  }
   const Rows rows(logits), out_rows(out);
 
   dispatch_floating(logits, "token_logprobs_backward", [&](auto element) {
