@@ -49,9 +49,9 @@ def update(s: SimpleNamespace) -> tuple[dict[str, torch.Tensor], dict[str, float
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.SGD(weights.values(), lr=LR)
     workers = Workers(s.config)
-    weights = corrections(s.rollout, s.old, s.config)
+    corrected = corrections(s.rollout, s.old, s.config)
     stats = ppo.learn(
-        s.policy, Batch(s.rollout, s.old, s.advantages, None, weights), s.config,
+        s.policy, Batch(s.rollout, s.old, s.advantages, None, corrected), s.config,
         workers.stepper(s.policy, optimizer, s.config.max_grad_norm),
         Schedule(optimizer, "constant_with_warmup", 0, 1), Control(s.config), workers,
         torch.Generator().manual_seed(0),
