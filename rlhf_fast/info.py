@@ -75,13 +75,21 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+def flag_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf-fast info",
+        description="Show what was built and what runs where.",
+        add_help=False,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--markdown", action="store_true", help="print the README's op table alone")
+    run.add_argument("--help", "-h", action="help", help="show this and leave")
+    return parser
+
+
 def main(*argv: str) -> None:
     """Print the facts and the table of ops; with --markdown only the README's op table."""
-    parser = argparse.ArgumentParser(
-        prog="rlhf-fast info", description="Show what was built and what runs where."
-    )
-    parser.add_argument("--markdown", action="store_true", help="print the README's op table alone")
-    if parser.parse_args(argv).markdown:
+    if flag_parser().parse_args(argv).markdown:
         print(markdown())
         return
     print_columns([[name, value] for name, value in facts().items()])

@@ -305,12 +305,10 @@ def broken() -> Iterator[None]:
 
     policy_term = ppo.policy_term
 
-    def term(policy, hidden, rollout, old, advantages, rows, *arguments, **options):
+    def term(policy, hidden, batch, rows, *arguments, **options):
         if 5 in rows:
             hidden.register_hook(lambda gradient: gradient * float("nan"))
-        loss, stats = policy_term(
-            policy, hidden, rollout, old, advantages, rows, *arguments, **options
-        )
+        loss, stats = policy_term(policy, hidden, batch, rows, *arguments, **options)
         return loss + float("nan") if 7 in rows else loss, stats
 
     ppo.policy_term = term

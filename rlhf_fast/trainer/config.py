@@ -12,7 +12,8 @@ import re
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from copy import copy
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -27,10 +28,13 @@ from rlhf_fast.ops.options import PolicyOptions
 
 from .errors import InputError
 
+# The parts of --help and of docs/options.md, in this order.
+GROUPS = ("model and data", "sampling", "rewards", "objective", "optimiser", "run", "devices")
 
-def option(default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
-    metadata = {"help": help, "choices": choices} if choices else {"help": help}
-    return field(default=default, metadata=metadata)
+
+def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
+    metadata = {"group": group, "help": help}
+    return field(default=default, metadata=metadata | ({"choices": choices} if choices else {}))
 
 
 # Names in one text, separated by commas; in a file they may also be a list.
@@ -41,44 +45,68 @@ COMMAS = {"report_to", "lora_target_modules"}
 class RunConfig:
     """What training a reward model and training a policy have in common."""
 
-    model: str = option(help="model to start from: a Hugging Face folder or hub name")
-    data: str = option(help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name")
-    output_dir: str = option(help="folder for the trained model, metrics, plot and checkpoint")
-    split: str = option("train", help="split to read, or a part of it: train[:5000]")
-    subset: str | None = option(None, help="configuration to read when a dataset has several")
-    max_rows: int | None = option(None, help="use only this many rows of the dataset")
+    model: str = option(
+        "model and data", help="model to start from: a Hugging Face folder or hub name"
+    )
+    data: str = option(
+        "model and data", help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name"
+    )
+    output_dir: str = option(
+        "run", help="folder for the trained model, metrics, plot and checkpoint"
+    )
+    split: str = option(
+        "model and data", "train", help="split to read, or a part of it: train[:5000]"
+    )
+    subset: str | None = option(
+        "model and data", None, help="configuration to read when a dataset has several"
+    )
+    max_rows: int | None = option(
+        "model and data", None, help="use only this many rows of the dataset"
+    )
     trainable_layers: int | None = option(
-        None, help="train only this many top layers and freeze those below; unset trains all"
+        "model and data",
+        None,
+        help="train only this many top layers and freeze those below; unset trains all",
     )
-    max_grad_norm: float = option(1.0, help="gradients are scaled down to this norm")
+    max_grad_norm: float = option("optimiser", 1.0, help="gradients are scaled down to this norm")
     micro_batch_size: int | None = option(
-        None, help="rows in one forward pass; smaller needs less memory, the result is the same"
+        "devices",
+        None,
+        help="rows in one forward pass; smaller needs less memory, the result is the same",
     )
-    seed: int = option(0, help="seed of shuffling and sampling")
-    device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
-    save_every: int = option(50, help="steps between checkpoints")
-    save_total_limit: int = option(2, help="checkpoints kept: the newest ones")
+    seed: int = option("run", 0, help="seed of shuffling and sampling")
+    device: str = option(
+        "devices", "auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one"
+    )
+    save_every: int = option("run", 50, help="steps between checkpoints")
+    save_total_limit: int = option("run", 2, help="checkpoints kept: the newest ones")
     resume: bool | str = option(
+        "run",
         False,
         help="continue the run in output_dir, or begin it when there is none; a finished one is "
         "left alone. `--resume` and `--resume auto` are the same",
     )
-    overwrite: bool = option(False, help="delete the run in output_dir and begin again")
+    overwrite: bool = option("run", False, help="delete the run in output_dir and begin again")
     max_skipped_updates: int = option(
+        "optimiser",
         10,
         help="updates with a loss or gradient that is not finite are skipped; after this many in "
         "a row the run stops and keeps the batch in bad_batch.pt",
     )
     save_dtype: str | None = option(
+        "run",
         None,
         choices=("float32", "bfloat16", "float16"),
         help="dtype in which the trained model is saved [unset: that of the model it began as]; "
         "training itself is in float32",
     )
     trust_remote_code: bool = option(
-        False, help="run Python code that a model's or tokenizer's folder brings along"
+        "model and data",
+        False,
+        help="run Python code that a model's or tokenizer's folder brings along",
     )
     report_to: str | None = option(
+        "run",
         None,
         help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …",
     )
@@ -113,30 +141,40 @@ class RewardConfig(RunConfig):
     The data has the columns `chosen` and `rejected`, optionally `prompt` and `margin`.
     """
 
-    eval_data: str | None = option(None, help="held-out pairs; unset holds out some of data")
+    eval_data: str | None = option(
+        "model and data", None, help="held-out pairs; unset holds out some of data"
+    )
     eval_split: str | None = option(
-        None, help="split of the held-out pairs, in eval_data or in data [unset: as split]"
+        "model and data",
+        None,
+        help="split of the held-out pairs, in eval_data or in data [unset: as split]",
     )
     eval_pairs: int | None = option(
-        None, help="pairs held out of data [unset: a tenth, at most 200]"
+        "model and data", None, help="pairs held out of data [unset: a tenth, at most 200]"
     )
-    epochs: int = option(1, help="passes over the pairs")
-    batch_size: int = option(16, help="pairs in one optimiser step")
-    learning_rate: float = option(1e-5, help="Adam's step size, at its highest")
+    epochs: int = option("optimiser", 1, help="passes over the pairs")
+    batch_size: int = option("optimiser", 16, help="pairs in one optimiser step")
+    learning_rate: float = option("optimiser", 1e-5, help="Adam's step size, at its highest")
     lr_scheduler_type: str = option(
+        "optimiser",
         "linear",
         choices=("constant_with_warmup", "linear", "cosine"),
         help="the step size over the run, after the warm-up",
     )
-    warmup_steps: int = option(0, help="steps in which the step size rises from zero")
-    max_tokens: int = option(512, help="pairs with a longer text than this are left out")
+    warmup_steps: int = option("optimiser", 0, help="steps in which the step size rises from zero")
+    max_tokens: int = option(
+        "model and data", 512, help="pairs with a longer text than this are left out"
+    )
     trunk_cache_mib: int = option(
+        "devices",
         1024,
         help="memory in MiB for what the frozen layers make of the pairs: where it suffices, they "
         "run once and not in every epoch",
     )
     center_coef: float = option(
-        0.0, help="adds this times (score(chosen) + score(rejected))² to keep scores around zero"
+        "objective",
+        0.0,
+        help="adds this times (score(chosen) + score(rejected))² to keep scores around zero",
     )
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
@@ -200,7 +238,9 @@ def policy_flags(options: type) -> type:
         if kind.startswith("float"):
             ranges[name] = {k: other.get(k, v) for k, v in f.metadata["range"].items()}
         text = other.get("help", f.metadata["help"])
-        made.append((name, kind, option(default, help=text, choices=f.metadata["choices"])))
+        made.append(
+            (name, kind, option("objective", default, help=text, choices=f.metadata["choices"]))
+        )
     own = {"flags": flags, "ranges": ranges}
     return make_dataclass("PolicyFlags", made, kw_only=True, namespace=own)
 
@@ -217,32 +257,42 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # What is learnt from
     reward: list[str] = option(
+        "rewards",
         help="what scores an answer, one or several: a reward model (folder or hub name), a "
         "classifier's label (`folder#label`), or a Python function (`module:function` or "
-        "`file.py:function`), f(prompts, completions, **columns) -> list of floats"
+        "`file.py:function`), f(prompts, completions, **columns) -> list of floats",
     )
     reward_weights: list[float] | None = option(
-        None, help="the score is the sum of the rewards, each times its weight [unset: 1 each]"
+        "rewards",
+        None,
+        help="the score is the sum of the rewards, each times its weight [unset: 1 each]",
     )
     judge: str | None = option(
-        None, help="an independent score, written as a reward is: measured, never trained on"
+        "rewards",
+        None,
+        help="an independent score, written as a reward is: measured, never trained on",
     )
     missing_eos_penalty: float | None = option(
+        "rewards",
         None,
         help="taken off the score of an answer that ran into max_new_tokens [unset: 1.0, or "
         "nothing where missing_eos_score is set]",
     )
     missing_eos_score: float | None = option(
-        None, help="takes the place of the score of an answer that ran into max_new_tokens"
+        "rewards",
+        None,
+        help="takes the place of the score of an answer that ran into max_new_tokens",
     )
-    score_clip: float | None = option(None, help="scores are clipped to ± this")
+    score_clip: float | None = option("rewards", None, help="scores are clipped to ± this")
     reward_timeout: float | None = option(
+        "rewards",
         None,
         help="seconds that a function of reward or judge may take for a batch of answers, else the "
         "run ends with a checkpoint [unset: it is waited for, and named once a minute has passed]",
     )
 
     keep_special_tokens: bool = option(
+        "rewards",
         False,
         help="rewards read an answer with its special tokens (<think>, tool calls), which are left "
         "out otherwise; what ends it and padding stay out",
@@ -250,47 +300,67 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # Models
     value_model: str | None = option(
+        "model and data",
         None,
         help="a critic of its own: a causal LM (its value head begins at zero) or a reward model "
         "(its score head is where the value head begins); unset: a head on the policy",
     )
     lora_r: int | None = option(
-        None, help="train LoRA adapters of this rank; the reference is the model without them"
+        "model and data",
+        None,
+        help="train LoRA adapters of this rank; the reference is the model without them",
     )
-    lora_alpha: float = option(16.0, help="LoRA's scale is lora_alpha / lora_r")
+    lora_alpha: float = option("model and data", 16.0, help="LoRA's scale is lora_alpha / lora_r")
     lora_target_modules: str | None = option(
+        "model and data",
         None,
         help="modules with adapters, separated by commas [unset: all linear layers]",
     )
     attn_implementation: str | None = option(
+        "devices",
         None,
         choices=("eager", "sdpa", "flash_attention_2"),
         help="unset: flash_attention_2 where it is installed, bf16 runs on a GPU and the model "
         "supports it, else sdpa",
     )
     packing: bool | None = option(
+        "devices",
         None,
         help="forward passes over whole answers without padding, all of a micro-batch in one row "
         "[unset: with flash_attention_2. Others attend to the square of all its tokens, so that "
         "only small micro-batches gain]",
     )
-    bf16: bool = option(False, help="forward passes in bfloat16 (autocast); weights stay float32")
+    bf16: bool = option(
+        "devices", False, help="forward passes in bfloat16 (autocast); weights stay float32"
+    )
 
     # Sampling
-    steps: int = option(1000, help="rounds of sampling answers and learning from them")
-    batch_size: int = option(64, help="answers sampled in one step, by all processes together")
-    samples_per_prompt: int = option(1, help="answers to each prompt of a batch: the group size")
-    max_prompt_tokens: int = option(512, help="longer prompts are left out")
-    max_new_tokens: int = option(64, help="longest answer, in tokens")
-    temperature: float = option(1.0, help="divides the logits: in sampling and in every log-prob")
-    top_k: int = option(0, help="sample among the k likeliest tokens only; 0: among all")
-    top_p: float = option(1.0, help="sample among the likeliest tokens that together have this p")
+    steps: int = option("run", 1000, help="rounds of sampling answers and learning from them")
+    batch_size: int = option(
+        "sampling", 64, help="answers sampled in one step, by all processes together"
+    )
+    samples_per_prompt: int = option(
+        "sampling", 1, help="answers to each prompt of a batch: the group size"
+    )
+    max_prompt_tokens: int = option("model and data", 512, help="longer prompts are left out")
+    max_new_tokens: int = option("sampling", 64, help="longest answer, in tokens")
+    temperature: float = option(
+        "sampling", 1.0, help="divides the logits: in sampling and in every log-prob"
+    )
+    top_k: int = option(
+        "sampling", 0, help="sample among the k likeliest tokens only; 0: among all"
+    )
+    top_p: float = option(
+        "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
+    )
     rollout_engine: str | None = option(
+        "sampling",
         None,
         help="what samples, `module:function` or `file.py:function` (see rollout.RolloutEngine); "
         "unset: rlhf_fast's own decoding",
     )
     tis_cap: float | None = option(
+        "objective",
         None,
         help="weigh tokens by min(π_old/π_rollout, this), for a rollout engine whose log-probs "
         "differ from the trainer's (truncated importance sampling; 2.0 is usual)",
@@ -298,17 +368,23 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # Advantages
     estimator: str = option(
+        "objective",
         "gae",
         choices=("gae", *CRITIC_FREE),
         help="gae: PPO with a critic. grpo, dr_grpo, rloo: a score against the others of its "
         "group. reinforce: returns without a baseline",
     )
-    gamma: float = option(1.0, help="discount of later rewards")
-    lam: float = option(0.95, help="GAE's λ: 0 trusts the value head, 1 the sampled rewards")
+    gamma: float = option("objective", 1.0, help="discount of later rewards")
+    lam: float = option(
+        "objective", 0.95, help="GAE's λ: 0 trusts the value head, 1 the sampled rewards"
+    )
     whiten_rewards: bool = option(
-        False, help="divide rewards per token by their standard deviation; the mean stays"
+        "objective",
+        False,
+        help="divide rewards per token by their standard deviation; the mean stays",
     )
     whiten_advantages: bool | None = option(
+        "objective",
         None,
         help="advantages get mean 0 and standard deviation 1 over the batch's tokens [unset: yes "
         "for gae and reinforce; the group estimators centre by themselves]",
@@ -316,41 +392,54 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # The KL from the frozen reference
     beta: float = option(
+        "objective",
         0.05,
         help="price of a nat of KL from the frozen reference; another one given on resume takes "
         "the place of what it has adapted to",
     )
     kl_in: str = option(
+        "objective",
         "reward",
         choices=("reward", "loss"),
         help="the KL is taken off the reward (PPO, RLOO) or is a term of the loss (GRPO)",
     )
     adaptive_kl_target: float | None = option(
+        "objective",
         None,
         help="beta is multiplied by 1 + clip(KL/target − 1, ±0.2)·batch_size/kl_horizon after "
         "each step, KL in nats a sequence (6.0 is usual); unset: beta stays as it is",
     )
-    kl_horizon: int = option(10_000, help="answers over which beta adapts to adaptive_kl_target")
+    kl_horizon: int = option(
+        "objective", 10_000, help="answers over which beta adapts to adaptive_kl_target"
+    )
 
     # Learning
-    epochs: int = option(4, help="passes over the batch")
-    minibatches: int = option(1, help="optimiser steps in one pass over the batch")
-    learning_rate: float = option(3e-6, help="Adam's step size for the policy (LoRA: 1e-5…5e-5)")
-    value_learning_rate: float = option(1e-5, help="Adam's step size for the critic")
+    epochs: int = option("optimiser", 4, help="passes over the batch")
+    minibatches: int = option("optimiser", 1, help="optimiser steps in one pass over the batch")
+    learning_rate: float = option(
+        "optimiser", 3e-6, help="Adam's step size for the policy (LoRA: 1e-5…5e-5)"
+    )
+    value_learning_rate: float = option("optimiser", 1e-5, help="Adam's step size for the critic")
     lr_scheduler_type: str = option(
+        "optimiser",
         "constant_with_warmup",
         choices=("constant_with_warmup", "linear", "cosine"),
         help="both step sizes over the run's optimiser steps, after the warm-up; changed on "
         "resume, it goes on as if it had been so from the beginning",
     )
-    warmup_steps: int = option(0, help="optimiser steps in which the step sizes rise from 0")
-    adam_beta1: float = option(0.9, help="Adam's β₁")
-    adam_beta2: float = option(0.999, help="Adam's β₂ (OpenRLHF: 0.95)")
-    adam_epsilon: float = option(1e-5, help="Adam's ε")
-    weight_decay: float = option(0.0, help="AdamW's weight decay")
-    value_clip: float = option(0.2, help="values may move this far from the old ones in one step")
-    value_coef: float = option(0.1, help="weight of the value loss, ½·max(…)²")
+    warmup_steps: int = option(
+        "optimiser", 0, help="optimiser steps in which the step sizes rise from 0"
+    )
+    adam_beta1: float = option("optimiser", 0.9, help="Adam's β₁")
+    adam_beta2: float = option("optimiser", 0.999, help="Adam's β₂ (OpenRLHF: 0.95)")
+    adam_epsilon: float = option("optimiser", 1e-5, help="Adam's ε")
+    weight_decay: float = option("optimiser", 0.0, help="AdamW's weight decay")
+    value_clip: float = option(
+        "objective", 0.2, help="values may move this far from the old ones in one step"
+    )
+    value_coef: float = option("objective", 0.1, help="weight of the value loss, ½·max(…)²")
     target_kl: float | None = option(
+        "objective",
         None,
         help="a step's passes end before an update whose minibatch is further than this from the "
         "policy that sampled it (mean of ½(log ratio)²; 0.02 is usual)",
@@ -358,10 +447,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # What is shown
     eval_prompts: int = option(
-        32, help="prompts kept from training and answered before and after it"
+        "model and data", 32, help="prompts kept from training and answered before and after it"
     )
-    log_every: int = option(10, help="steps between printed lines; every step is in metrics.jsonl")
-    sample_every: int | None = option(None, help="steps between printed tables of answers")
+    log_every: int = option(
+        "run", 10, help="steps between printed lines; every step is in metrics.jsonl"
+    )
+    sample_every: int | None = option("run", None, help="steps between printed tables of answers")
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
@@ -510,22 +601,36 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 class GenerateConfig:
     """Answer a prompt with a trained policy."""
 
-    model: str = option(help="policy: a Hugging Face folder (`<output_dir>/model`) or hub name")
-    prompt: str = option(help="text to continue, or to answer with --chat")
-    chat: bool = option(False, help="put the prompt into the model's chat template")
-    samples: int = option(1, help="answers to write")
-    max_new_tokens: int = option(64, help="longest answer, in tokens")
-    temperature: float = option(1.0, help="divides the logits; 0 always takes the likeliest token")
-    top_k: int = option(0, help="sample among the k likeliest tokens only; 0: among all")
-    top_p: float = option(1.0, help="sample among the likeliest tokens that together have this p")
+    model: str = option(
+        "model and data", help="policy: a Hugging Face folder (`<output_dir>/model`) or hub name"
+    )
+    prompt: str = option("model and data", help="text to continue, or to answer with --chat")
+    chat: bool = option(
+        "model and data", False, help="put the prompt into the model's chat template"
+    )
+    samples: int = option("sampling", 1, help="answers to write")
+    max_new_tokens: int = option("sampling", 64, help="longest answer, in tokens")
+    temperature: float = option(
+        "sampling", 1.0, help="divides the logits; 0 always takes the likeliest token"
+    )
+    top_k: int = option(
+        "sampling", 0, help="sample among the k likeliest tokens only; 0: among all"
+    )
+    top_p: float = option(
+        "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
+    )
     keep_special_tokens: bool = option(
-        False, help="write the special tokens of an answer, too (<think>, tool calls)"
+        "sampling", False, help="write the special tokens of an answer, too (<think>, tool calls)"
     )
     trust_remote_code: bool = option(
-        False, help="run Python code that the model's or tokenizer's folder brings along"
+        "model and data",
+        False,
+        help="run Python code that the model's or tokenizer's folder brings along",
     )
-    seed: int = option(0, help="seed of the sampling")
-    device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
+    seed: int = option("sampling", 0, help="seed of the sampling")
+    device: str = option(
+        "devices", "auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one"
+    )
 
     def __post_init__(self) -> None:
         paths_as_text(self)
@@ -541,8 +646,10 @@ class GenerateConfig:
 class PlotConfig:
     """Draw reward, KL, judge, clip fraction and value loss over the steps of a PPO run."""
 
-    run: str = option(help="output_dir of the run")
-    output: str | None = option(None, help="PNG to write [unset: plot.png in the run's folder]")
+    run: str = option("run", help="output_dir of the run")
+    output: str | None = option(
+        "run", None, help="PNG to write [unset: plot.png in the run's folder]"
+    )
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
@@ -625,29 +732,42 @@ C = TypeVar("C")
 
 
 class FlagHelp(ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag in --help (both `_` and `-` are taken), and its default."""
+    """One spelling of each flag in --help (both `_` and `-` are taken), its values, its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=100)
 
     def _format_action_invocation(self, action: Any) -> str:
         flag = action.option_strings[0]
-        several = " …" if action.nargs == "+" else ""
-        return flag if action.nargs in (0, "?") else f"{flag} {action.dest.upper()}{several}"
+        if action.nargs in (0, "?"):
+            return flag
+        if action.choices:
+            return f"{flag} {{{','.join(action.choices)}}}"
+        kind = {int: "INT", float: "FLOAT", yes_or_no: "BOOL"}.get(action.type, "TEXT")
+        return f"{flag} {kind}{' …' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: Any) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class FlagParser(HfArgumentParser):
-    """Raises InputError where argparse would print its usage and leave."""
+    """Flags in GROUPS. Raises InputError where argparse would print its usage and leave."""
+
+    def _add_dataclass_arguments(self, config_class: type) -> None:
+        self.groups = {title: self.add_argument_group(title) for title in GROUPS}
+        super()._add_dataclass_arguments(config_class)
+
+    def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
+        flag = copy(field)
+        flag.metadata = dict(field.metadata)  # the rest is argparse's
+        HfArgumentParser._parse_dataclass_field(self.groups[flag.metadata.pop("group")], flag)
 
     def error(self, message: str) -> None:
         raise InputError(message)
 
 
-def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
-    """Flags, and the YAML file they name with --config, -> a checked config."""
+def flag_parser(config_class: type, *, prog: str) -> FlagParser:
+    """A config's fields as flags; --help prints them."""
     parser = FlagParser(
         config_class,
         prog=prog,
@@ -655,15 +775,23 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         description=config_class.__doc__,
         formatter_class=FlagHelp,
         allow_abbrev=False,
+        add_help=False,
     )
     parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
-    parser.add_argument("--config", help="YAML file of these flags, without the dashes")
+    run = parser.groups["run"]
+    run.add_argument("--config", help="YAML file of these flags, without the dashes")
+    run.add_argument("--help", "-h", action="help", help="show this and leave")
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
             action.type = lambda word: word == "auto" or yes_or_no(word)
         elif action.type is string_to_bool:
             action.type = yes_or_no
+    return parser
 
+
+def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
+    """Flags, and the YAML file they name with --config, -> a checked config."""
+    parser = flag_parser(config_class, prog=prog)
     argv = list(argv)
     if not {"-h", "--help"} & set(argv):
         file = FlagParser(add_help=False, allow_abbrev=False)

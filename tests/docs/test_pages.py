@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 from rlhf_fast import info
+from rlhf_fast.trainer.cli import COMMANDS
 from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +20,7 @@ if str(ROOT) not in sys.path:
 
 from bench import report, run  # noqa: E402
 
+CONFIGS = (RewardConfig, PPOConfig, GenerateConfig, PlotConfig)
 README = ROOT / "README.md"
 # The walkthrough has tests of its own; the changelog speaks of what was.
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,9 +53,18 @@ def test_figures_are_those_of_the_kept_runs() -> None:
     assert report.main(["--check"]) == 0
 
 
+def test_the_options_are_those_of_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    options = runpy.run_path(str(ROOT / "docs" / "options.py"))
+    assert options["main"](["--check"]) == 0, capsys.readouterr().out
+    text = TEXTS["docs/options.md"]
+    for name in COMMANDS:
+        assert f"## rlhf-fast {name}\n" in text
+    flags = [field.name for config in CONFIGS for field in dataclasses.fields(config)]
+    assert all(text.count(f"| `--{name}`") == flags.count(name) for name in set(flags))
+
+
 def test_every_flag_that_is_named_exists() -> None:
-    configs = (RewardConfig, PPOConfig, GenerateConfig, PlotConfig)
-    there = {f"--{field.name}" for config in configs for field in dataclasses.fields(config)}
+    there = {f"--{field.name}" for config in CONFIGS for field in dataclasses.fields(config)}
     there |= {"--help", "--config", "--markdown", "--check"}
     there |= set(re.findall(r"--[a-z]+", run._parser().format_help()))
     there |= {"--no-deps", "--no-build-isolation", "--target"}  # pip's

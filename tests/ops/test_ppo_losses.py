@@ -10,6 +10,7 @@ import torch
 
 from rlhf_fast import linear_token_logprobs, policy_loss
 from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer.batch import Batch, corrections
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.measure import Measured, measure, sample_answers
 from rlhf_fast.trainer.models.packing import positions
@@ -48,8 +49,9 @@ def update(s: SimpleNamespace) -> tuple[dict[str, torch.Tensor], dict[str, float
     before = {name: p.detach().clone() for name, p in weights.items()}
     optimizer = torch.optim.SGD(weights.values(), lr=LR)
     workers = Workers(s.config)
+    corrected = corrections(s.rollout, s.old, s.config)
     stats = ppo.learn(
-        s.policy, s.rollout, s.old, s.advantages, None, s.config,
+        s.policy, Batch(s.rollout, s.old, s.advantages, None, corrected), s.config,
         workers.stepper(s.policy, optimizer, s.config.max_grad_norm),
         Schedule(optimizer, "constant_with_warmup", 0, 1), Control(s.config), workers,
         torch.Generator().manual_seed(0),
@@ -154,10 +156,9 @@ def test_the_one_pass_is_policy_loss(one_update, monkeypatch, loss, ratio, terms
     s = one_update(policy_loss=loss, ratio=ratio, **options)
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
-    inputs = (
-        s.policy, hidden, s.rollout, s.old, s.advantages, rows, s.rollout.mask[rows], s.config
-    )  # fmt: skip
-    more = {"beta": 0.3, "normalizer": s.rollout.mask.sum(), "weights": s.old.logp[rows].exp()}
+    batch = Batch(s.rollout, s.old, s.advantages, None, corrections=s.old.logp.exp())
+    inputs = (s.policy, hidden, batch, rows, s.rollout.mask[rows], s.config)
+    more = {"beta": 0.3, "normalizer": s.rollout.mask.sum()}
     loss, stats = ppo.policy_term(*inputs, **more)
     monkeypatch.setattr(ppo, "linear_policy_loss", two_ops)
     slow_loss, slow_stats = ppo.policy_term(*inputs, **more)

@@ -1,10 +1,18 @@
 import dataclasses
+import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import GenerateConfig, PPOConfig, RewardConfig, parse
+from rlhf_fast.trainer.config import (
+    GROUPS,
+    GenerateConfig,
+    PlotConfig,
+    PPOConfig,
+    RewardConfig,
+    parse,
+)
 from rlhf_fast.trainer.errors import InputError
 
 PPO = ["--model", "m", "--data", "d", "--reward", "r", "--output_dir", "o"]
@@ -304,12 +312,19 @@ def test_empty_prompt():
         GenerateConfig(model="m", prompt=" ")
 
 
-@pytest.mark.parametrize("config", [RewardConfig, PPOConfig, GenerateConfig])
-def test_help_explains_every_flag(config, capsys):
+@pytest.mark.parametrize("config", [RewardConfig, PPOConfig, GenerateConfig, PlotConfig])
+def test_help_explains_every_flag_in_its_group(config, capsys):
     with pytest.raises(SystemExit) as done:
         parse(config, ["--help"], prog="rlhf-fast x")
     assert done.value.code == 0
     text = capsys.readouterr().out
+    titles = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert titles == [title for title in GROUPS if title in titles]  # no other, in this order
+    parts = dict(zip(titles, re.split(r"^\w.*:$", text, flags=re.MULTILINE)[1:], strict=True))
+    assert "--config" in parts["run"] and "--help" in parts["run"]
     for field in fields(config):
-        assert f"--{field.name}" in text
-        assert field.metadata["help"].split()[0] in text
+        group = field.metadata["group"]
+        shown = [title for title, part in parts.items() if f"  --{field.name} " in part]
+        assert shown == [group], field.name
+        assert field.metadata["help"].split()[0] in parts[group]
+        assert all(word in parts[group] for word in field.metadata.get("choices", ()))

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from rlhf_fast.trainer.advantages import estimate, shaped
+from rlhf_fast.trainer.batch import counts, minibatches, parts
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.measure import Measured, measure
+from rlhf_fast.trainer.metrics import explained_variance
 from rlhf_fast.trainer.models.policy import load_policy
-from rlhf_fast.trainer.ppo import counts, estimate, explained_variance, minibatches, parts, shaped
 from rlhf_fast.trainer.rollout.sample import Sampling, roll_out
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()

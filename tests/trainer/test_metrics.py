@@ -56,7 +56,7 @@ def test_statistics_do_not_depend_on_micro_batches(configured, monkeypatch):
             x[:3] = torch.tensor([1.0, -1.0, 0.5])
         return x
 
-    monkeypatch.setattr(ppo, "group_advantages", advantages)
+    monkeypatch.setattr("rlhf_fast.trainer.advantages.group_advantages", advantages)
     found = []
     for micro in (8, 3, 1):
         calls = iter(range(1000))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rlhf_fast.trainer.ppo as ppo
+from rlhf_fast.trainer import setup
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import Run, read_metrics
@@ -103,8 +104,8 @@ def test_sharing_the_trunk_changes_nothing(configured, monkeypatch):
         policy.model.model.norm.requires_grad_(True)
         return policy
 
-    load_policy = ppo.load_policy
-    monkeypatch.setattr(ppo, "load_policy", apart)
+    load_policy = setup.load_policy
+    monkeypatch.setattr(setup, "load_policy", apart)
     alone = configured("alone", steps=2, trainable_layers=2)
     ppo.train(alone)
     for a, b in zip(metrics(shared), metrics(alone), strict=True):

@@ -134,7 +134,8 @@ def test_groups_are_answers_to_one_prompt(configured, reward, monkeypatch):
     rows = [{"prompt": f"film {i}"} for i in range(40)]
     config = configured(prompts=rows, steps=2, samples_per_prompt=4, estimator="reinforce")
     ppo.train(config)
-    for batch in batches[1:3]:  # the first call answers the held-out prompts
+    assert len(batches) == 2
+    for batch in batches:
         assert len(batch) == 16 and len(set(batch)) == 4
         assert all(len(set(batch[i : i + 4])) == 1 for i in range(0, 16, 4))
 

@@ -17,6 +17,12 @@ def warnings(rows: Rows) -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
+def new_warnings(history: Rows) -> list[str]:
+    """Warnings that the step before did not give."""
+    known = warnings(history[:-1])
+    return [text for name, text in warnings(history).items() if name not in known]
+
+
 def kl_explodes(rows: Rows) -> str | None:
     """Above 1.5 nats a token, or above 10 nats a sequence and 3 times the mean of ten steps."""
     kl = last(rows, "objective/kl")
