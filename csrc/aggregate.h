@@ -5,9 +5,9 @@
 
 namespace rlhf_fast {
 
-inline double count_row(const bool* mask, int64_t width) {
+inline double count_row(const uint8_t* mask, int64_t width) {
   int64_t n = 0;
-  for (int64_t t = 0; t < width; ++t) n += mask[t];
+  for (int64_t t = 0; t < width; ++t) n += mask[t] != 0;
   return static_cast<double>(n);
 }
 
@@ -16,7 +16,7 @@ inline std::vector<double> coefficients(
     const Tensor& mask, const std::string& aggregation, const MaybeTensor& normalizer,
     double* tokens) {
   const int64_t rows = mask.size(0), width = mask.size(1);
-  const bool* m = data<bool>(mask);
+  const uint8_t* m = bits(mask);
   std::vector<double> counts(rows);
   parallel_rows(rows, width, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) counts[b] = count_row(m + b * width, width);
@@ -31,12 +31,26 @@ inline std::vector<double> coefficients(
   if (normalizer.has_value()) {
     n = normalizer->scalar_type() == ScalarType::Double ? *data<double>(*normalizer)
                                                         : *data<float>(*normalizer);
+    STD_TORCH_CHECK(n >= 0 && std::isfinite(n), "normalizer must be finite and at least 0, got ",
+                    n);
   }
   for (double& c : counts) {
     const double divisor = aggregation == "seq-mean-token-mean" ? n * c : n;
     c = divisor > 0 ? 1 / divisor : 0;
   }
   return counts;
+}
+
+// Index of the first counting token; -1 if none counts.
+inline int64_t first_counting(const Tensor& mask) {
+  const uint8_t *begin = bits(mask), *end = begin + mask.numel();
+  const uint8_t* first = std::find_if(begin, end, [](uint8_t bit) { return bit != 0; });
+  return first == end ? -1 : first - begin;
+}
+
+// The population variance of n numbers, of Moments' two sums.
+inline double variance(double sum, double squares, double n) {
+  return n > 0 ? std::max(0.0, squares / n - (sum / n) * (sum / n)) : 0;
 }
 
 // The K numbers as a [K] tensor like `like`, and the first of them as a 0-dim one.

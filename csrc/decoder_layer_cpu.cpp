@@ -38,7 +38,7 @@ void add_to(std::vector<float>& x, const std::vector<float>& y) {
 struct Attention {
   float *queries, *keys, *values;  // of the new tokens: [rows, heads or kv_heads, size]
   const float *cos, *sin;          // [rows, size]
-  const bool* mask;                // [rows, tokens], True = attend; the new token is the last
+  const uint8_t* mask;                // [rows, tokens], True = attend; the new token is the last
   float *cached_keys, *cached_values;  // [rows, kv_heads, room, size]
   float* out;                          // [rows, heads, size]
   int64_t heads, kv_heads, size, tokens, room;
@@ -72,7 +72,7 @@ RLHF_CLONES void attend(const Attention* all, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit / a.kv_heads;
     const float *cos = a.cos + row * a.size, *sin = a.sin + row * a.size;
-    const bool* mask = a.mask + row * a.tokens;
+    const uint8_t* mask = a.mask + row * a.tokens;
     float* keys = a.cached_keys + unit * a.room * a.size;
     float* values = a.cached_values + unit * a.room * a.size;
     float* key = a.keys + unit * a.size;
@@ -129,7 +129,7 @@ Tensor decoder_layer(const Tensor& hidden, std::vector<Tensor> weights,
   normalise(x.data(), data<float>(weights[0]), attention_epsilon, rows, width, normed.data());
   thin_products(normed.data(), rows, width, {product(1, q), product(2, k), product(3, v)});
   const Attention attention{q.data(), k.data(), v.data(), data<float>(cos), data<float>(sin),
-                            data<bool>(mask), mutable_data<float>(cached_keys),
+                            bits(mask), mutable_data<float>(cached_keys),
                             mutable_data<float>(cached_values), context.data(), heads, kv_heads,
                             size, mask.size(1), cached_keys.size(2), static_cast<float>(scaling)};
   parallel_rows(rows * kv_heads, 2 * heads / kv_heads * size * mask.size(1),

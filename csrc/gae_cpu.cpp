@@ -17,7 +17,7 @@ namespace {
 template <class S>
 struct Scan {
   const S *rewards, *values;
-  const bool *mask, *dones;  // null: all count, none done
+  const uint8_t *mask, *dones;  // null: all count, none done
   S *advantages, *returns;
   S gamma, gamma_lambda;
   bool skip_holes;
@@ -36,8 +36,9 @@ RLHF_INLINE Doubles shifted(Doubles v, Doubles fill) {
   return __builtin_shufflevector(v, fill, by, by + 1, by + 2, by + 3);
 }
 
-// p X + q; where `drops`, p = 0 drops even a NaN: an episode does not see the one after it. Without
-// episodes' ends the scan does not look, and takes three quarters of the time.
+// p X + q; where `drops`, p = 0 drops even a NaN: an episode does not see the one after it, nor does
+// anybody through a gamma or lambda of 0. Else the scan does not look, and takes three quarters of
+// the time.
 template <bool drops, class V>
 RLHF_INLINE V applied(V p, V X, V q) {
   return q + (drops ? select(p, p * X, V{}) : p * X);
@@ -55,7 +56,7 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S boot
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
   const V zero = V{}, one = V{} + 1;
-  V next = zero + s.gamma * bootstrap;  // X just right of this vector, in every lane
+  V next = times(zero + s.gamma, zero + bootstrap);  // X just right of this vector, in every lane
   const int64_t vectors = (steps + width - 1) / width;
   for (int64_t k = vectors - 1; k >= 0; --k) {
     const int64_t n = steps - k * width, i = first + k * width;
@@ -65,7 +66,9 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S boot
     const V delta = select(counts, load_some(s.rewards + i, n, 0), zero) - value;
     const V decay = s.gamma_lambda * alive;
     V p = s.skip_holes ? select(counts, decay, alive) : decay;
-    V q = select(counts, s.gamma * value + s.gamma_lambda * delta, zero);
+    V q = drops ? times(zero + s.gamma, value) + times(zero + s.gamma_lambda, delta)
+                : s.gamma * value + s.gamma_lambda * delta;
+    q = select(counts, q, zero);
     for (int64_t lane = n; lane < width; ++lane) {  // beyond the row: nothing happens
       p[lane] = 1;
       q[lane] = 0;
@@ -82,7 +85,7 @@ RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S boot
 }
 template <class S>
 RLHF_INLINE void scan(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
-  if (s.dones) {
+  if (s.dones || s.gamma_lambda == 0) {
     scan_row<true>(s, first, steps, bootstrap);
   } else {
     scan_row<false>(s, first, steps, bootstrap);
@@ -105,7 +108,7 @@ std::tuple<Tensor, Tensor> scan_rows(
   Tensor returns = torch::stable::empty_like(rewards);
   dispatch_accumulator(rewards, "gae", [&](auto element) {
     using S = decltype(element);
-    const Scan<S> s{data<S>(rewards), data<S>(values), data<bool>(mask), data<bool>(dones),
+    const Scan<S> s{data<S>(rewards), data<S>(values), bits(mask), bits(dones),
                     mutable_data<S>(advantages), mutable_data<S>(returns), S(gamma),
                     S(gamma * lambda), skip_holes};
     const S* last = data<S>(bootstrap);

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kWarps * 32) gae_rows(Gae<S> a) {
     for (int i = kItems - 1; i >= 0; --i) {
       if (done[i]) next_value = 0;
       d[i] = done[i] ? S(0) : moves[i] ? a.gamma_lambda : S(1);
-      e[i] = moves[i] ? r[i] + a.gamma * next_value - v[i] : S(0);
+      const S later = a.gamma == S(0) ? S(0) : a.gamma * next_value;  // 0 * inf is 0 here
+      e[i] = moves[i] ? r[i] + later - v[i] : S(0);
       if (moves[i]) next_value = v[i];
       E = apply(d[i], e[i], E);
       D *= d[i];

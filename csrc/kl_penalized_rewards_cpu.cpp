@@ -7,7 +7,7 @@ namespace {
 template <class S>
 struct RewardRow {
   const S *logp, *ref_logp;
-  const bool* mask;
+  const uint8_t* mask;
   S* rewards;
   int64_t steps;
   S score, beta;
@@ -21,7 +21,7 @@ RLHF_INLINE void reward_row(const RewardRow<S>& r) {
   for (int64_t t = 0; t < r.steps; t += width) {
     const int64_t n = r.steps - t;
     const V d = load_some(r.logp + t, n, 0) - load_some(r.ref_logp + t, n, 0);
-    const V penalty = -r.beta * token_kl(d, r.estimator).value;
+    const V penalty = times(V{} - r.beta, token_kl(d, r.estimator).value);
     store_some(r.rewards + t, select(load_mask<S>(r.mask + t, n), penalty, V{}), n);
   }
   int64_t last = r.steps - 1;
@@ -39,7 +39,7 @@ Tensor kl_penalized_rewards(const Tensor& scores, const Tensor& logp, const Tens
     using S = decltype(element);
     const Estimator kind = estimator(name);
     const S *score = data<S>(scores), *p = data<S>(logp), *q = data<S>(ref_logp);
-    const bool* m = data<bool>(mask);
+    const uint8_t* m = bits(mask);
     S* out = mutable_data<S>(rewards);
     parallel_rows(rows, steps, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

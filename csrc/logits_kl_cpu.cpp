@@ -227,6 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_kl(
   dispatch_floating(logits, "logits_kl", [&](auto element) {
     using T = decltype(element);
     using S = typename Lane<T>::Scalar;
+    check_temperature(data<S>(per_token), label, rows);
     S *kl_ = mutable_data<S>(kl);
     S *logp_a = mutable_data<S>(a_logp), *logp_b = mutable_data<S>(b_logp);
     S *norm_a = mutable_data<S>(a_norm), *norm_b = mutable_data<S>(b_norm);
@@ -269,6 +270,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
                         Tensor out) {
   const int64_t rows = logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
+  for (int64_t i = 0; i < rows; ++i) check_label(label[i], vocab, i);
   STD_TORCH_CHECK(out.stride(1) == logits.stride(1) && out.stride(2) == logits.stride(2),
                   "out must lie in memory as logits does");
 
@@ -296,7 +298,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
         const int64_t i = first + k;
         dead[k] = label[i] == kIgnoreIndex || (g_logp[i] == 0 && g_kl[i] == 0);
         if (g_kl[i] == 0) gradient.kl[k] = 0;
-        if (dead[k]) continue;
+        if (dead[k] || label[i] == kElsewhere) continue;
         at_label[k] = static_cast<S>(at(x, label[i], k));
         ref_at_label[k] = static_cast<S>(at(ref, label[i], k));
       }
@@ -312,7 +314,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
         }
       });
       for (int64_t k = 0; k < n; ++k) {
-        if (dead[k]) continue;
+        if (dead[k] || label[first + k] == kElsewhere) continue;
         const KlGradient<S, S> row = gradient.row(k);
         grad_label(to + label[first + k] * x.stride + k, at_label[k], ref_at_label[k], reverse,
                    &row);

@@ -4,40 +4,40 @@
 namespace rlhf_fast {
 namespace {
 
-// Sum over the counting values of (v - center)^power, power 1 or 2, and their number.
+// Of the counting values: their number, and the sums of v - pivot and of its square.
 template <class S>
-RLHF_INLINE void sum_span(const S* values, const bool* mask, int64_t begin, int64_t end, S center,
-                          bool squared, double* sums) {
+RLHF_INLINE void sum_span(const S* values, const uint8_t* mask, int64_t begin, int64_t end, S pivot,
+                          double* sums) {
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
-  Wide<V> sum_{};
+  Moments<V> moments;
   V count = V{};
   for (int64_t i = begin; i < end; i += width) {
     const V counts = load_mask<S>(mask + i, end - i);
-    const V d = select(counts, load_some(values + i, end - i, 0) - center, V{});
-    add(sum_, squared ? d * d : d);
+    moments.add(select(counts, load_some(values + i, end - i, 0), V{} + pivot), pivot);
     count += counts;
   }
   sums[0] = sum(count);
-  sums[1] = sum(sum_);
+  sums[1] = sum(moments.sum);
+  sums[2] = sum(moments.squares);
 }
-RLHF_CLONES void run(const float* values, const bool* mask, int64_t begin, int64_t end,
-                     float center, bool squared, double* sums) {
-  sum_span(values, mask, begin, end, center, squared, sums);
+RLHF_CLONES void run(const float* values, const uint8_t* mask, int64_t begin, int64_t end,
+                     float pivot, double* sums) {
+  sum_span(values, mask, begin, end, pivot, sums);
 }
-RLHF_CLONES void run(const double* values, const bool* mask, int64_t begin, int64_t end,
-                     double center, bool squared, double* sums) {
-  sum_span(values, mask, begin, end, center, squared, sums);
+RLHF_CLONES void run(const double* values, const uint8_t* mask, int64_t begin, int64_t end,
+                     double pivot, double* sums) {
+  sum_span(values, mask, begin, end, pivot, sums);
 }
 
 template <class S>
-std::array<double, 2> masked_sum(const Tensor& values, const Tensor& mask, S center, bool squared) {
+std::array<double, 3> masked_sums(const Tensor& values, const Tensor& mask, S pivot) {
   const Units units(1, values.numel());
-  std::vector<std::array<double, 2>> unit_sums(units.count());
+  std::vector<std::array<double, 3>> unit_sums(units.count());
   const S* v = data<S>(values);
-  const bool* m = data<bool>(mask);
+  const uint8_t* m = bits(mask);
   units.parallel([&](int64_t unit, int64_t, int64_t begin, int64_t end) {
-    run(v, m, begin, end, center, squared, unit_sums[unit].data());
+    run(v, m, begin, end, pivot, unit_sums[unit].data());
   });
   return total(unit_sums);
 }
@@ -45,7 +45,7 @@ std::array<double, 2> masked_sum(const Tensor& values, const Tensor& mask, S cen
 Tensor masked_mean(const Tensor& values, const Tensor& mask) {
   return dispatch_accumulator(values, "masked_mean", [&](auto element) {
     using S = decltype(element);
-    const auto [count, sum_] = masked_sum<S>(values, mask, 0, false);
+    const auto [count, sum_, squares] = masked_sums<S>(values, mask, 0);
     return scalar_of<S>(values, sum_ / std::max(count, 1.0));
   });
 }
@@ -53,16 +53,18 @@ Tensor masked_mean(const Tensor& values, const Tensor& mask) {
 Tensor masked_moments(const Tensor& values, const Tensor& mask) {
   return dispatch_accumulator(values, "masked_moments", [&](auto element) {
     using S = decltype(element);
-    const auto [count, sum_] = masked_sum<S>(values, mask, 0, false);
-    const S mean = static_cast<S>(sum_ / std::max(count, 1.0));
-    return vector_of<S>(values, {count, mean, masked_sum<S>(values, mask, mean, true)[1]});
+    const int64_t first = first_counting(mask);
+    const S pivot = first < 0 ? S(0) : data<S>(values)[first];
+    const auto [count, sum_, squares] = masked_sums<S>(values, mask, pivot);
+    const double mean = first < 0 ? 0 : pivot + sum_ / count;
+    return vector_of<S>(values, {count, mean, variance(sum_, squares, count) * count});
   });
 }
 
 template <class S>
 struct NormalizeSpan {
   const S* values;
-  const bool* mask;
+  const uint8_t* mask;
   S* out;
   S mean, scale, shift;
 };
@@ -90,7 +92,7 @@ Tensor masked_normalize(const Tensor& values, const Tensor& mask, const Tensor& 
     using S = decltype(element);
     const S *m = data<S>(moments);
     const double variance = m[2] / std::max(m[0] - 1.0, 1.0);
-    const NormalizeSpan<S> span{data<S>(values), data<bool>(mask), mutable_data<S>(out), m[1],
+    const NormalizeSpan<S> span{data<S>(values), bits(mask), mutable_data<S>(out), m[1],
                                 S(1 / std::sqrt(variance + 1e-8)), shift_mean ? S(0) : m[1]};
     Units(1, values.numel()).parallel([&](int64_t, int64_t, int64_t begin, int64_t end) {
       run(&span, begin, end);

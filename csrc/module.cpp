@@ -1,10 +1,6 @@
 // How this extension was built, for `rlhf-fast info`. Loading it registers the kernels.
 #include <pybind11/pybind11.h>
 
-#ifndef RLHF_FAST_CUDA_ARCHITECTURES
-#define RLHF_FAST_CUDA_ARCHITECTURES ""
-#endif
-
 namespace {
 
 const char* simd() {
@@ -38,7 +34,6 @@ PYBIND11_MODULE(_C, m) {
     facts["C++"] = static_cast<long>(__cplusplus);
     facts["OpenMP"] = openmp();
     facts["SIMD"] = simd();
-    facts["CUDA architectures"] = RLHF_FAST_CUDA_ARCHITECTURES;
     return facts;
   });
 }

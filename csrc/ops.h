@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kIgnoreIndex = -100;
+constexpr int64_t kElsewhere = -1;  // in a backward: the label is no token of these logits
 
 // Least number of elements that is worth a thread of its own.
 constexpr int64_t kGrain = 8192;
@@ -60,6 +61,13 @@ template <class T>
 const T* data(const MaybeTensor& t) {
   return t.has_value() ? data<T>(*t) : nullptr;
 }
+// The bytes of a bool tensor: 0 is False, and anything else True, as torch reads them. A mask that
+// was received or mapped as bytes may hold any, which a C++ bool must not.
+inline const uint8_t* bits(const Tensor& t) {
+  check_type<bool>(t);
+  return static_cast<const uint8_t*>(t.const_data_ptr());
+}
+inline const uint8_t* bits(const MaybeTensor& t) { return t.has_value() ? bits(*t) : nullptr; }
 template <class T>
 T* mutable_data(const Tensor& t) {
   check_type<T>(t);

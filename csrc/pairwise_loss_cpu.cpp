@@ -23,10 +23,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_loss(
         const double x = gap - (m ? m[i] : S(0));
         // -log sigmoid(x) = max(-x, 0) + log(1 + e^-|x|)
         const double loss = std::max(-x, 0.0) + std::log1p(std::exp(-std::abs(x)));
-        const double wrong = 1 / (1 + std::exp(x)), center = 2 * center_coef * both;
-        dw[i] = static_cast<S>((center - wrong) / n);
-        dl[i] = static_cast<S>((center + wrong) / n);
-        const double terms[] = {loss + center_coef * both * both, gap > 0 ? 1.0 : 0.0, gap, high,
+        const double wrong = 1 / (1 + std::exp(x));
+        const double centring = center_coef == 0 ? 0 : center_coef * both;  // 0 * inf is 0 here
+        dw[i] = static_cast<S>((2 * centring - wrong) / n);
+        dl[i] = static_cast<S>((2 * centring + wrong) / n);
+        const double terms[] = {loss + (centring == 0 ? 0 : centring * both), gap > 0 ? 1.0 : 0.0, gap, high,
                                 low};
         for (int k = 0; k < 5; ++k) sums[k] += terms[k];
       }

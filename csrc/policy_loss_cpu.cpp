@@ -22,9 +22,10 @@ inline Loss loss_named(const std::string& name) {
 template <class S>
 struct PolicySpan {
   const S *logp, *old_logp, *advantages, *weights, *entropy, *ref_logp;
-  const bool* mask;
+  const uint8_t* mask;
   S *d_logp, *d_entropy;
   S clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
+  S excess_pivot;  // a counting token's ratio - 1
   Estimator estimator;
   Loss loss;
 };
@@ -52,7 +53,7 @@ RLHF_INLINE void sequence_row(const PolicySpan<S>& s, int64_t begin, int64_t end
       return select(counts, load_some(p + i, n, 0), zero);
     };
     const V A = kept(s.advantages), negative = greater(zero, A);
-    const V weighted = s.weights ? A * kept(s.weights) : A;
+    const V weighted = s.weights ? times(kept(s.weights), A) : A;
     add(counts_, counts);
     add(log_ratios, kept(s.logp) - kept(s.old_logp));
     add(bad, select(negative, weighted, zero));
@@ -90,7 +91,7 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
   V loss = zero, surrogates = zero, entropies = zero, kls = zero;
   V cuts = zero, cuts_low = zero, duals = zero;
   V most = zero, logs = zero, logs2 = zero, k3s = zero;
-  Wide<V> excess{}, excess2{};
+  Moments<V> excess;
   for (int64_t i = begin; i < end; i += width) {
     const int64_t n = end - i;
     const V counts = load_mask<S>(s.mask + i, n);
@@ -124,19 +125,19 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       cut = cispo ? counts * (above + below) : zero;
       cut_low = cispo ? counts * below : zero;
       slope = cispo ? -A * bounded : -A;
-      surrogate = slope * logp;
+      surrogate = times(slope, logp);
     }
     if (s.weights) {
       const V w = kept(s.weights);
-      surrogate *= w;
-      slope *= w;
+      surrogate = times(w, surrogate);
+      slope = times(w, slope);
     }
     if (row && kind == Loss::ppo) slope = zero + row->slope;
     V token = surrogate;
     if (s.entropy) {
       const V H = kept(s.entropy);
       entropies += H;
-      token -= s.entropy_coef * H;
+      token -= times(zero + s.entropy_coef, H);
       store_some(s.d_entropy + i, select(counts, zero - s.entropy_coef * S(c), zero), n);
     }
     if (s.ref_logp) {
@@ -148,28 +149,27 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
         slope += s.kl_coef * kl.slope;
       }
     }
-    store_some(s.d_logp + i, select(counts, S(c) * slope, zero), n);
+    store_some(s.d_logp + i, select(counts, times(zero + S(c), slope), zero), n);
     loss += token;
     surrogates += surrogate;
     cuts += cut;  // ppo: where nothing counts, 0 > 0 is false
     cuts_low += cut_low;
     most = select(counts, max(ratio, most), most);
-    logs += log_ratio;
-    logs2 += log_ratio * log_ratio;
-    k3s += e.minus_one - log_ratio;
-    const V beyond_one = row ? select(counts, zero + row->excess, zero) : e.minus_one;
-    add(excess, beyond_one);
-    add(excess2, beyond_one * beyond_one);
+    logs += raw;  // the clamp is for the exponential
+    logs2 += raw * raw;
+    k3s += (e.minus_one - log_ratio) + times(e.minus_one, raw - log_ratio);  // its tangent beyond
+    const V beyond_one = row ? zero + row->excess : e.minus_one;
+    excess.add(select(counts, beyond_one, zero + s.excess_pivot), s.excess_pivot);
   }
-  sums[kLoss] = c * sum(loss);
-  sums[kSurrogate] = c * sum(surrogates);
+  sums[kLoss] = c == 0 ? 0 : c * sum(loss);
+  sums[kSurrogate] = c == 0 ? 0 : c * sum(surrogates);
   sums[kEntropy] = sum(entropies);
   sums[kKl] = sum(kls);
   sums[kCut] = sum(cuts);
   sums[kCutLow] = sum(cuts_low);
   sums[kDual] = sum(duals);
-  sums[kExcess] = sum(excess);
-  sums[kExcess2] = sum(excess2);
+  sums[kExcess] = sum(excess.sum);
+  sums[kExcess2] = sum(excess.squares);
   sums[kMost] = largest(most);
   sums[kLog] = sum(logs);
   sums[kLog2] = sum(logs2);
@@ -208,11 +208,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
                                          : torch::stable::new_empty(logp, {&none, 1});
   return dispatch_accumulator(logp, "policy_loss", [&](auto element) {
     using S = decltype(element);
-    const PolicySpan<S> span{
+    PolicySpan<S> span{
         data<S>(logp), data<S>(old_logp), data<S>(advantages), data<S>(weights),
-        data<S>(entropy), data<S>(ref_logp), data<bool>(mask), mutable_data<S>(d_logp),
+        data<S>(entropy), data<S>(ref_logp), bits(mask), mutable_data<S>(d_logp),
         mutable_data<S>(d_entropy), S(clip_low), S(clip_high), S(dual_clip.value_or(0)),
-        S(entropy_coef), S(kl_coef), estimator(kl_estimator),
+        S(entropy_coef), S(kl_coef), S(0), estimator(kl_estimator),
         loss_named(loss)};
     std::vector<Sequence<S>> sequences(ratio == "sequence" ? logp.size(0) : 0);
     parallel_rows(sequences.size(), logp.size(1), [&](int64_t begin, int64_t end) {
@@ -220,6 +220,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         run(&span, b * logp.size(1), (b + 1) * logp.size(1), &sequences[b]);
       }
     });
+    if (const int64_t first = first_counting(mask); first >= 0) {
+      const S log_ratio = span.logp[first] - span.old_logp[first];
+      span.excess_pivot = sequences.empty() ? std::expm1(std::min(std::max(log_ratio, S(-20)), S(20)))
+                                            : sequences[first / logp.size(1)].excess;
+    }
     const bool plain = span.loss == Loss::ppo && sequences.empty();
     units.parallel([&](int64_t unit, int64_t row, int64_t begin, int64_t end) {
       const Sequence<S>* sequence = sequences.empty() ? nullptr : &sequences[row];
@@ -231,14 +236,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     double most = 0;
     for (const auto& unit : unit_sums) most = std::max(most, unit[kMost]);
     auto mean = [&](int k) { return tokens > 0 ? sums[k] / tokens : 0; };
-    const double excess = mean(kExcess);
+    const double ratio_mean = 1 + (span.excess_pivot + mean(kExcess));
     return std::tuple(
         scalar_of<S>(logp, sums[kLoss]),
         vector_of<S>(logp, {sums[kSurrogate], mean(kEntropy), mean(kKl), mean(kCut), mean(kDual),
-                            tokens > 0 ? 1 + excess : 0,
-                            std::max(0.0, mean(kExcess2) - excess * excess), most, -mean(kLog),
+                            tokens > 0 ? ratio_mean : 0,
+                            variance(sums[kExcess], sums[kExcess2], tokens), most, -mean(kLog),
                             mean(kLog2) / 2, mean(kK3), mean(kCutLow),
-                            mean(kCut) - mean(kCutLow)}),
+                            mean(kCut) - mean(kCutLow), tokens}),
         d_logp, d_entropy);
   });
 }

@@ -254,9 +254,9 @@ RLHF_INLINE V greater(V a, V b) {
   return a > b ? V{} + 1 : V{};
 }
 
-// The first n mask bytes; lanes beyond n are 0.
+// 1 where a byte is not 0, of the first n mask bytes; lanes beyond n are 0.
 template <class T>
-RLHF_INLINE typename Lane<T>::Vector load_mask(const bool* p, int64_t n) {
+RLHF_INLINE typename Lane<T>::Vector load_mask(const uint8_t* p, int64_t n) {
   using L = Lane<T>;
   typedef int8_t Bytes __attribute__((vector_size(L::width)));
   Bytes b;
@@ -267,7 +267,9 @@ RLHF_INLINE typename Lane<T>::Vector load_mask(const bool* p, int64_t n) {
     for (int64_t i = 0; i < n; ++i) some[i] = p[i];
     std::memcpy(&b, some, sizeof b);
   }
-  return __builtin_convertvector(__builtin_convertvector(b, typename L::Mask), typename L::Vector);
+  const Bytes ones = (b != Bytes{}) & (Bytes{} + 1);
+  return __builtin_convertvector(__builtin_convertvector(ones, typename L::Mask),
+                                 typename L::Vector);
 }
 
 // Sums that must survive cancellation: double lanes, whatever V is.
@@ -283,6 +285,26 @@ RLHF_INLINE double sum(WideDoubles v) {
 }
 template <class V>
 using Wide = std::conditional_t<sizeof(V{}[0]) == 4, WideDoubles, Doubles>;
+
+// Sums of x - pivot and of its square, for a mean and a variance. The pivot is one of the x (and
+// what a lane without a value holds): so neither the squares' rounding nor a mean far from 0 costs
+// the variance digits, and of equal numbers it is 0.
+template <class V>
+struct Moments {
+  Wide<V> sum{}, squares{};
+
+  RLHF_INLINE_MEMBER void add(V x, double pivot) {
+    const Wide<V> d = __builtin_convertvector(x, Wide<V>) - pivot;
+    sum += d;
+    squares += d * d;
+  }
+};
+
+// a b, and 0 where a is 0, whatever b is: the product with a coefficient, infinite b included.
+template <class V>
+RLHF_INLINE V times(V a, V b) {
+  return select(a, a * b, V{});
+}
 
 }  // namespace RLHF_VECTORS
 }  // namespace rlhf_fast

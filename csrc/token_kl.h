@@ -30,9 +30,10 @@ RLHF_INLINE Kl<V> token_kl(V d, Estimator e) {
     case Estimator::k2:
       return {d * d / 2, d};
     case Estimator::k3: {
-      const V most = V{} + 20;
-      const V x = exponential(-d > most ? most : -d).minus_one;
-      return {x + d, -d > most ? one : -x};
+      // beyond 20 as its tangent; at -1000 e^x - 1 is -1
+      const V bounded = clamp(-d, V{} - 1000, V{} + 20);
+      const V x = exponential(bounded).minus_one;
+      return {(x - bounded) + times(x, -d - bounded), -x};
     }
     case Estimator::abs:
       break;

@@ -19,7 +19,7 @@ RLHF_INLINE void kl_span(const KlSpan<S>& s) {
     const int64_t n = s.end - i;
     const auto kl = token_kl(
         load_some(s.logp + i, n, 0) - load_some(s.ref_logp + i, n, 0), s.estimator);
-    store_some(s.out + i, s.grad ? load_some(s.grad + i, n, 0) * kl.slope : kl.value, n);
+    store_some(s.out + i, s.grad ? times(load_some(s.grad + i, n, 0), kl.slope) : kl.value, n);
   }
 }
 RLHF_CLONES void run(const KlSpan<float>* s) { kl_span(*s); }

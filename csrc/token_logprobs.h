@@ -30,6 +30,15 @@ struct Scale {
   }
 };
 
+// Of the rows that count; a compiled graph has no other look at the values.
+template <class S>
+void check_temperature(const S* divisors, const int64_t* label, int64_t rows) {
+  for (int64_t i = 0; divisors && i < rows; ++i) {
+    STD_TORCH_CHECK(label[i] == kIgnoreIndex || (divisors[i] > 0 && std::isfinite(divisors[i])),
+                    "temperature: row ", i, " is ", divisors[i], ", not finite and above 0");
+  }
+}
+
 // dloss/dx = dz/dx (g_logp (1[v = label] - p) - g_entropy p (log p + entropy)).
 template <class S, class D>
 struct Gradient {

@@ -63,13 +63,13 @@ template <class T, class S = typename Lane<T>::Scalar>
 RLHF_INLINE void grad_row(const T* x, T* out, int64_t vocab, int64_t label, Gradient<S, S> row) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;
-  const V at_label = V{} + static_cast<S>(widen(x[label]));
+  const V at_label = V{} + static_cast<S>(label == kElsewhere ? 0.0 : widen(x[label]));
   for (int64_t i = 0; i < vocab; i += width) {
     const V values = load_some(x + i, vocab - i, 0.0f);
     store_some(out + i, row.at(values, V{}), vocab - i);
   }
   // The label's own entry once more, so that 1 - p is not rounded to out's dtype twice.
-  store_some(out + label, row.at(at_label, V{} + 1), 1);
+  if (label != kElsewhere) store_some(out + label, row.at(at_label, V{} + 1), 1);
 }
 
 // Clones need plain functions, one for each element type.
@@ -148,6 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
     using S = typename Lane<T>::Scalar;
     const T* x = data<T>(logits);
     const S* divisors = data<S>(per_token);
+    check_temperature(divisors, label, n);
     S *logp_ = mutable_data<S>(logp), *norm_ = mutable_data<S>(norm);
     S* entropy_ = want_entropy ? mutable_data<S>(entropy) : nullptr;
     auto write = [&](int64_t i, S at_label, S max, double sum, double weighted) {
@@ -205,6 +206,7 @@ void token_logprobs_backward(
     const MaybeTensor& per_token, std::optional<double> softcap, Tensor out) {
   const int64_t n = logits.size(0) * logits.size(1), vocab = logits.size(2);
   const int64_t* label = data<int64_t>(labels);
+  for (int64_t i = 0; i < n; ++i) check_label(label[i], vocab, i);
   const Rows rows(logits), out_rows(out);
 
   dispatch_floating(logits, "token_logprobs_backward", [&](auto element) {
@@ -231,7 +233,8 @@ void token_logprobs_backward(
                                        per_row(n, S(0), entropy_)};
       std::vector<S> at_label(n);  // before in-place work overwrites it
       for (int64_t i = 0; i < n; ++i) {
-        if (!dead(i)) at_label[i] = static_cast<S>(widen(x[label[i] * stride + i]));
+        if (dead(i) || label[i] == kElsewhere) continue;
+        at_label[i] = static_cast<S>(widen(x[label[i] * stride + i]));
       }
       parallel_vocabulary(n, vocab, [&](int64_t, int64_t begin, int64_t end) {
         grad_side_by_side(x, out_, stride, begin, end, n, &gradient);
@@ -241,7 +244,7 @@ void token_logprobs_backward(
         }
       });
       for (int64_t i = 0; i < n; ++i) {
-        if (dead(i)) continue;
+        if (dead(i) || label[i] == kElsewhere) continue;
         const Gradient<S, S> row = gradient.row(i);
         grad_label(out_ + label[i] * stride + i, at_label[i], &row);
       }

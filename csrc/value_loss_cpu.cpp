@@ -4,14 +4,15 @@
 namespace rlhf_fast {
 namespace {
 
-enum { kLoss, kCut, kValue, kReturn, kReturn2, kError, kError2, kSums };
+enum { kLoss, kCut, kValue, kError2, kReturn, kReturn2, kResidual, kResidual2, kSums };
 
 template <class S>
 struct ValueSpan {
   const S *values, *old_values, *returns;
-  const bool* mask;
+  const uint8_t* mask;
   S* d_values;
   S clip;
+  S return_pivot, residual_pivot;  // a counting token's return, and that minus its value
 };
 
 template <class S>
@@ -21,7 +22,8 @@ RLHF_INLINE void value_span(const ValueSpan<S>& s, int64_t begin, int64_t end, d
   constexpr int width = Lane<S>::width;
   const V zero = V{};
   V loss = zero, cuts = zero, values = zero;
-  Wide<V> returns{}, returns2{}, errors{}, errors2{};
+  Wide<V> errors2{};
+  Moments<V> returns, residuals;
   for (int64_t i = begin; i < end; i += width) {
     const int64_t n = end - i;
     const V counts = load_mask<S>(s.mask + i, n);
@@ -37,21 +39,21 @@ RLHF_INLINE void value_span(const ValueSpan<S>& s, int64_t begin, int64_t end, d
       slope = select(cut, zero, error);
       cuts += cut;
     }
-    store_some(s.d_values + i, select(counts, S(c) * slope, zero), n);
+    store_some(s.d_values + i, select(counts, times(zero + S(c), slope), zero), n);
     loss += larger;
     values += value;
-    add(returns, target);
-    add(returns2, target * target);
-    add(errors, error);
     add(errors2, squared);
+    returns.add(select(counts, target, zero + s.return_pivot), s.return_pivot);
+    residuals.add(select(counts, -error, zero + s.residual_pivot), s.residual_pivot);
   }
-  sums[kLoss] = c * sum(loss) / 2;
+  sums[kLoss] = c == 0 ? 0 : c * sum(loss) / 2;
   sums[kCut] = sum(cuts);
   sums[kValue] = sum(values);
-  sums[kReturn] = sum(returns);
-  sums[kReturn2] = sum(returns2);
-  sums[kError] = sum(errors);
   sums[kError2] = sum(errors2);
+  sums[kReturn] = sum(returns.sum);
+  sums[kReturn2] = sum(returns.squares);
+  sums[kResidual] = sum(residuals.sum);
+  sums[kResidual2] = sum(residuals.squares);
 }
 RLHF_CLONES void run(const ValueSpan<float>* s, int64_t begin, int64_t end, double c,
                      double* sums) {
@@ -72,20 +74,26 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(
   Tensor d_values = torch::stable::empty_like(values);
   return dispatch_accumulator(values, "value_loss", [&](auto element) {
     using S = decltype(element);
-    const ValueSpan<S> span{data<S>(values), data<S>(old_values), data<S>(returns),
-                            data<bool>(mask), mutable_data<S>(d_values), S(clip)};
+    const S *value = data<S>(values), *target = data<S>(returns);
+    const int64_t first = first_counting(mask);
+    const S pivot = first < 0 ? S(0) : target[first];
+    const ValueSpan<S> span{value, data<S>(old_values), target, bits(mask),
+                            mutable_data<S>(d_values), S(clip), pivot,
+                            first < 0 ? S(0) : S(pivot - value[first])};
     units.parallel([&](int64_t unit, int64_t row, int64_t begin, int64_t end) {
       run(&span, begin, end, c[row], unit_sums[unit].data());
     });
     const auto sums = total(unit_sums);
     auto mean = [&](int k) { return tokens > 0 ? sums[k] / tokens : 0; };
-    auto variance = [&](int k, int k2) { return std::max(0.0, mean(k2) - mean(k) * mean(k)); };
-    const double spread = variance(kReturn, kReturn2);
-    const bool constant = spread <= 1e-12 * mean(kReturn2);
-    const double explained = constant ? 0 : 1 - variance(kError, kError2) / spread;
+    const double return_mean = pivot + mean(kReturn);
+    const double spread = variance(sums[kReturn], sums[kReturn2], tokens);
+    const double unexplained = variance(sums[kResidual], sums[kResidual2], tokens);
+    const double rounding = 4 * std::numeric_limits<S>::epsilon() * return_mean;
+    const bool constant = spread <= rounding * rounding;
     return std::tuple(scalar_of<S>(values, sums[kLoss]),
-                      vector_of<S>(values, {mean(kCut), mean(kValue), mean(kReturn), spread,
-                                            mean(kError2), explained}),
+                      vector_of<S>(values, {mean(kCut), mean(kValue), return_mean, spread,
+                                            mean(kError2), constant ? 0 : 1 - unexplained / spread,
+                                            tokens}),
                       d_values);
   });
 }

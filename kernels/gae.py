@@ -84,7 +84,8 @@ def gae_kernel(
             done = tl.load(dones + base + t, mask=inside, other=0) != 0
             D = tl.where(done, 0.0, D)
             next_value = tl.where(done, 0.0, next_value)
-        E = tl.where(counts, r + gamma * next_value - v, 0.0)
+        later = tl.where(gamma == 0, 0.0, gamma * next_value)  # 0·∞ is 0 here
+        E = tl.where(counts, r + later - v, 0.0)
         D, E = tl.associative_scan((D, E), 0, _then_advantage)
         advantage = tl.where(D == 0, E, D * advantage_carry + E)
         advantage_carry = tl.sum(tl.where(lanes == BLOCK - 1, advantage, 0.0))

@@ -32,7 +32,7 @@ def kl_penalized_rewards_kernel(
         kept = tl.load(mask + base + t, mask=inside, other=0) != 0
         d = tl.load(logp + base + t, mask=inside, other=0.0)
         d -= tl.load(ref_logp + base + t, mask=inside, other=0.0)
-        reward = tl.where(kept, -beta * kl.estimate(d, ESTIMATOR), 0.0)
+        reward = tl.where(kept, kl.times(-beta, kl.estimate(d, ESTIMATOR)), 0.0)
         last = tl.max(tl.where(kept, t, -1))
         reward += tl.where((t == last) & kept & (found == 0), score, 0.0)
         found = tl.maximum(found, (last >= 0).to(tl.int32))

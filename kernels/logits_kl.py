@@ -57,9 +57,10 @@ def _lower(scale, down, ref_down, total, ref_total, gap):
 
 @triton.jit
 def _log(total):
-    """log of a sum that has e^0 among its terms; near 1 only log1p keeps the digits."""
+    """log of a sum that has e^0 among its terms, or of 0 where all logits are −inf; near 1 only
+    log1p keeps the digits."""
     beyond = tl.minimum(tl.maximum(total - 1.0, 0.0), 1.0)
-    return tl.where(total < 2.0, log1p(beyond), tl.log(total))
+    return tl.where((total > 0.0) & (total < 2.0), log1p(beyond), tl.log(total))
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "ref_logits"])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import partials
+from . import kl, partials
 from .exponentials import exp, log1p
 
 STATS, LOSS = tl.constexpr(4), tl.constexpr(4)
@@ -37,14 +37,14 @@ def pairwise_loss_kernel(
     order = -share * tl.where(x > 0, tail, 1.0) / (1.0 + tail)  # −σ(−x) / n
     coef = tl.full((), center_coef, dtype)
     both = w + lost
-    center = 2.0 * coef * both * share
+    center = kl.times(2.0 * coef * share, both)
     tl.store(d_chosen + i, order + center, mask=inside)
     tl.store(d_rejected + i, center - order, mask=inside)
     partials.put(sums, 0, tl.sum((gap > 0).to(dtype)))
     partials.put(sums, 1, tl.sum(gap))
     partials.put(sums, 2, tl.sum(w))
     partials.put(sums, 3, tl.sum(lost))
-    partials.put(sums, LOSS, tl.sum(tl.where(inside, loss + coef * both * both, 0.0)))
+    partials.put(sums, LOSS, tl.sum(tl.where(inside, loss + kl.times(coef, both * both), 0.0)))
 
 
 @triton.jit

@@ -21,9 +21,12 @@ def put(partials, column, value):
 
 @triton.jit
 def squares(x, kept, total, count):
-    """Σ (x − own mean)² of one program's kept values, from its Σ x and count."""
-    d = tl.where(kept, x - total / tl.maximum(count, 1.0), 0.0)
-    return tl.sum(d * d)
+    """Σ (x − own mean)² of one program's kept values, from its Σ x and count. The second term is
+    what the rounding of the mean has added to the first."""
+    n = tl.maximum(count, 1.0)
+    d = tl.where(kept, x - total / n, 0.0)
+    off = tl.sum(d)
+    return tl.maximum(tl.sum(d * d) - off * (off / n), 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

@@ -18,13 +18,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import aggregate, kl, partials
-from .exponentials import exp, expm1_minus_x, reduced
+from .exponentials import exp, expm1, expm1_minus_x, reduced
 
 MAX_LOG_RATIO = tl.constexpr(20.0)
 
-STATS = tl.constexpr(13)  # columns 0 to 12 are the statistics in their public order
+STATS = tl.constexpr(14)  # columns 0 to 13 are the statistics in their public order
 RATIO, SQUARES, MAXIMUM = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-TOTAL, COUNT = tl.constexpr(13), tl.constexpr(14)
+COUNT, TOTAL = tl.constexpr(13), tl.constexpr(14)
 COLUMNS, PADDED = tl.constexpr(15), tl.constexpr(16)
 
 
@@ -51,7 +51,8 @@ def sequence_kernel(
         A = tl.where(kept, tl.load(advantages + i, mask=inside, other=0.0), 0.0)
         weighted = A
         if weights is not None:
-            weighted *= tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+            w = tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+            weighted = kl.times(w, A)
         difference = tl.load(logp + i, mask=inside, other=0.0)
         difference -= tl.load(old_logp + i, mask=inside, other=0.0)
         log_ratios += tl.where(kept, difference, 0.0)
@@ -117,22 +118,22 @@ def policy_loss_kernel(
     elif LOSS == "cispo":
         clips = kept & (bounded != ratio)
         gradient = -A * bounded
-        surrogate = gradient * lp
+        surrogate = kl.times(gradient, lp)
     else:
         clips = tl.zeros_like(kept)
         gradient = -A
-        surrogate = gradient * lp
+        surrogate = kl.times(gradient, lp)
     if weights is not None:
         w = tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
-        surrogate *= w
-        gradient *= w
+        surrogate = kl.times(w, surrogate)
+        gradient = kl.times(w, gradient)
     if sequences is not None and LOSS == "ppo":
         gradient = tl.where(kept, tl.load(sequences + B + row), 0.0)
     loss = surrogate
     if entropy is not None:
         H = tl.where(kept, tl.load(entropy + i, mask=inside, other=0.0), 0.0)
         coef = tl.full((), entropy_coef, dtype)
-        loss -= coef * H
+        loss -= kl.times(coef, H)
         tl.store(d_entropy + i, tl.where(kept, -coef * c, 0.0), mask=inside)
         partials.put(sums, 1, tl.sum(H))
     else:
@@ -147,11 +148,11 @@ def policy_loss_kernel(
         partials.put(sums, 2, tl.sum(tl.where(kept, ref_kl, 0.0)))
     else:
         partials.put(sums, 2, 0.0)
-    tl.store(d_logp + i, tl.where(kept, c * gradient, 0.0), mask=inside)
+    tl.store(d_logp + i, tl.where(kept, kl.times(c, gradient), 0.0), mask=inside)
 
     count = tl.sum(kept.to(dtype))
     ratio_sum = tl.sum(tl.where(kept, excess, 0.0))
-    partials.put(sums, 0, c * tl.sum(tl.where(kept, surrogate, 0.0)))
+    partials.put(sums, 0, kl.times(c, tl.sum(tl.where(kept, surrogate, 0.0))))
     partials.put(sums, 3, tl.sum(clips.to(dtype)))
     if DUAL:
         partials.put(sums, 4, tl.sum(dual.to(dtype)))
@@ -160,12 +161,13 @@ def policy_loss_kernel(
     partials.put(sums, RATIO, ratio_sum)
     partials.put(sums, SQUARES, partials.squares(excess, kept, ratio_sum, count))
     partials.put(sums, MAXIMUM, tl.max(tl.where(kept, ratio, 0.0)))
-    partials.put(sums, 8, -tl.sum(token_log_ratio))
-    partials.put(sums, 9, tl.sum(0.5 * token_log_ratio * token_log_ratio))
-    partials.put(sums, 10, tl.sum(expm1_minus_x(token_log_ratio)))
+    partials.put(sums, 8, -tl.sum(difference))  # the clamp is for the exponential
+    partials.put(sums, 9, tl.sum(0.5 * difference * difference))
+    beyond = kl.times(expm1(token_log_ratio), difference - token_log_ratio)  # by the tangent there
+    partials.put(sums, 10, tl.sum(expm1_minus_x(token_log_ratio) + beyond))
     partials.put(sums, 11, tl.sum((clips & (ratio < floor)).to(dtype)))
     partials.put(sums, 12, tl.sum((clips & (ratio > ceiling)).to(dtype)))
-    partials.put(sums, TOTAL, c * tl.sum(tl.where(kept, loss, 0.0)))
+    partials.put(sums, TOTAL, kl.times(c, tl.sum(tl.where(kept, loss, 0.0))))
     partials.put(sums, COUNT, count)
 
 
@@ -181,6 +183,7 @@ def policy_loss_finish_kernel(sums, programs, loss, stats):
     value = tl.where(column == 0, total, value)
     value = tl.where(column == RATIO, tl.where(count > 0, 1.0 + excess, 0.0), value)
     value = tl.where(column == SQUARES, spread / n, value)
+    value = tl.where(column == COUNT, count, value)
     value = tl.where(column == MAXIMUM, partials.largest(sums, programs, MAXIMUM), value)
     tl.store(stats + column, value, mask=column < STATS)
     tl.store(loss, partials.picked(total, TOTAL, PADDED))
@@ -205,7 +208,7 @@ def policy_loss(
     ratio: str,
     loss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [13], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
     d_logp = torch.empty_like(logp)
     d_entropy = logp.new_empty(0) if entropy is None else torch.empty_like(logp)
     if logp.numel() == 0:

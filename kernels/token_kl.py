@@ -26,7 +26,7 @@ def token_kl_backward_kernel(
     inside = i < n
     d = tl.load(logp + i, mask=inside, other=0.0) - tl.load(ref_logp + i, mask=inside, other=0.0)
     g = tl.load(grad + i, mask=inside, other=0.0)
-    tl.store(out + i, g * kl.slope(d, ESTIMATOR), mask=inside)
+    tl.store(out + i, kl.times(g, kl.slope(d, ESTIMATOR)), mask=inside)
 
 
 BLOCK = 1024

@@ -115,9 +115,11 @@ def token_logprobs_kernel(
     down = tl.maximum(top - row_top, FLOOR)
     shrink = tl.exp2(down * scale)
     row_total = tl.sum(shrink * total, axis=0)
-    # row_total >= 1: the maximum itself is in it. Near 1 only log1p keeps the digits of log p.
+    # row_total >= 1, the maximum itself being in it, or 0 where all are −inf. Near 1 only log1p
+    # keeps the digits of log p.
     beyond = tl.minimum(tl.maximum(row_total - 1.0, 0.0), 1.0)
-    log_total = tl.where(row_total < 2.0, log1p(beyond), tl.log(row_total))
+    near = (row_total > 0.0) & (row_total < 2.0)
+    log_total = tl.where(near, log1p(beyond), tl.log(row_total))
     known = (label >= 0) & (label < V)  # another label is an error that only NaN can report here
     chosen = tl.load(logits + label, mask=known, other=float("nan")).to(dtype)
     tl.store(logp + row, (_capped(chosen, cap) - row_top) * inverse - log_total)

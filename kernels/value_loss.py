@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import aggregate, partials
+from . import aggregate, kl, partials
 
-STATS = tl.constexpr(6)
+STATS = tl.constexpr(7)  # columns 0 to 6 are the statistics in their public order
 RETURNS, RETURN_SQUARES = tl.constexpr(2), tl.constexpr(3)
-RESIDUAL, RESIDUAL_SQUARES = tl.constexpr(5), tl.constexpr(6)
-LOSS, COUNT = tl.constexpr(7), tl.constexpr(8)
+RESIDUAL, COUNT = tl.constexpr(5), tl.constexpr(6)
+RESIDUAL_SQUARES, LOSS = tl.constexpr(7), tl.constexpr(8)
 COLUMNS, PADDED = tl.constexpr(9), tl.constexpr(16)
 
 
@@ -48,7 +48,7 @@ def value_loss_kernel(
         clips = clipped * clipped > squared
         larger = tl.where(clips, clipped * clipped, squared)
         gradient = tl.where(clips, 0.0, error)
-    tl.store(d_values + i, tl.where(kept, c * gradient, 0.0), mask=inside)
+    tl.store(d_values + i, tl.where(kept, kl.times(c, gradient), 0.0), mask=inside)
 
     count = tl.sum(kept.to(dtype))
     R_sum, residual_sum = tl.sum(R), -tl.sum(error)
@@ -59,25 +59,28 @@ def value_loss_kernel(
     partials.put(sums, 4, tl.sum(squared))
     partials.put(sums, RESIDUAL, residual_sum)
     partials.put(sums, RESIDUAL_SQUARES, partials.squares(-error, kept, residual_sum, count))
-    partials.put(sums, LOSS, c * tl.sum(0.5 * larger))
+    partials.put(sums, LOSS, kl.times(c, tl.sum(0.5 * larger)))
     partials.put(sums, COUNT, count)
 
 
 @triton.jit
-def value_loss_finish_kernel(sums, programs, loss, stats):
+def value_loss_finish_kernel(sums, programs, loss, stats, ROUNDING: tl.constexpr):
     total = partials.totals(sums, programs, COLUMNS, PADDED)
-    n = tl.maximum(partials.picked(total, COUNT, PADDED), 1.0)
+    count = partials.picked(total, COUNT, PADDED)
+    n = tl.maximum(count, 1.0)
     R = partials.picked(total, RETURNS, PADDED) / n
     residual = partials.picked(total, RESIDUAL, PADDED) / n
     R_var = partials.all_squares(sums, programs, COUNT, RETURNS, RETURN_SQUARES, R) / n
     residual_var = partials.all_squares(
         sums, programs, COUNT, RESIDUAL, RESIDUAL_SQUARES, residual
     ) / n  # fmt: skip
-    varies = R_var > 1e-12 * (R_var + R * R)  # a variance of nothing but rounding explains nothing
+    rounding = ROUNDING * R  # a variance of nothing but rounding explains nothing
+    varies = R_var > rounding * rounding
     explained = tl.where(varies, 1.0 - residual_var / tl.where(varies, R_var, 1.0), 0.0)
     column = tl.arange(0, PADDED)
     value = tl.where(column == RETURN_SQUARES, R_var, total / n)
     value = tl.where(column == RESIDUAL, explained, value)
+    value = tl.where(column == COUNT, count, value)
     tl.store(stats + column, value, mask=column < STATS)
     tl.store(loss, partials.picked(total, LOSS, PADDED))
 
@@ -91,7 +94,7 @@ def value_loss(
     clip: float,
     aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats [6], dloss/dvalues [B, T])."""
+    """(loss, stats [7], dloss/dvalues [B, T])."""
     d_values = torch.empty_like(values)
     if values.numel() == 0:
         return values.new_zeros(()), values.new_zeros(STATS.value), d_values
@@ -106,5 +109,7 @@ def value_loss(
             aggregate.row_counts(mask, aggregation, normalizer), d_values, sums, rows, steps, clip,
             AGGREGATION=aggregation, BLOCK=block, num_warps=max(1, block // 256),
         )  # fmt: skip
-        value_loss_finish_kernel[(1,)](sums, programs, loss, stats)
+        value_loss_finish_kernel[(1,)](
+            sums, programs, loss, stats, ROUNDING=4 * torch.finfo(values.dtype).eps
+        )
     return loss, stats, d_values

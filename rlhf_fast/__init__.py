@@ -1,11 +1,12 @@
 """RLHF with PPO whose losses never hold a full-vocabulary tensor."""
 
+from . import interrupted as _interrupted  # noqa: F401  before torch is imported
 from .ops.check import debug
 from .ops.gae import gae
 from .ops.gae_packed import gae_packed
 from .ops.group_advantages import group_advantages
 from .ops.kl_penalized_rewards import kl_penalized_rewards
-from .ops.linear.chunks import chunk_budget
+from .ops.linear.chunks import chunk_budget, release_memory
 from .ops.linear.kl import linear_token_kl
 from .ops.linear.logprobs import linear_token_logprobs
 from .ops.linear.policy_loss import linear_policy_loss
@@ -34,6 +35,7 @@ __all__ = [
     "masked_whiten",
     "pairwise_loss",
     "policy_loss",
+    "release_memory",
     "token_kl",
     "token_logprobs",
     "value_loss",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import sys
+from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from .ops import registry
 from .version import __version__
@@ -37,15 +37,21 @@ def facts() -> dict[str, str]:
     rows["CUDA devices"] = (
         ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())) or "none"
     )
-    if registry.extension is None:
-        rows["C++ extension"] = (
-            f"{registry.extension_error}; every op runs in plain PyTorch on the CPU"
-        )
-    else:
-        rows["C++ extension"] = "built"
-        build = registry.extension.build_info()
-        rows |= {f"  {name}": str(value) or "none" for name, value in build.items()}
+    for language, (extension, error) in registry.extensions.items():
+        if extension is None:
+            why = missing().get(language, error) if error == "not built" else error
+            rows[f"{language} kernels"] = f"none: {why}"
+        else:
+            rows[f"{language} kernels"] = "built"
+            rows |= {f"  {name}": str(value) for name, value in extension.build_info().items()}
+    rows["Triton kernels"] = "there" if registry.HAS_TRITON else "none: triton is not installed"
     return rows
+
+
+def missing() -> dict[str, str]:
+    """Why a kind of kernels was not built, as setup.py left it."""
+    record = Path(__file__).with_name("missing.json")
+    return json.loads(record.read_text()) if record.exists() else {}
 
 
 def implementations(device_type: str) -> dict[str, str]:
@@ -78,19 +84,21 @@ def main(*argv: str) -> None:
     if parser.parse_args(argv).markdown:
         print(markdown())
         return
-    console = Console()
-    grid = Table.grid(padding=(0, 2))
-    for name, value in facts().items():
-        grid.add_row(f"[bold]{name}[/]", value)
-    console.print(grid)
-
+    print_columns([[name, value] for name, value in facts().items()])
     columns = [name if here else f"{name} (none here)" for name, here in devices().items()]
-    table = Table("op", *columns)
     by_device = [implementations(device) for device in devices()]
-    for name in registry.OPS:
-        table.add_row(name, *(ops[name] for ops in by_device))
-    console.print(table)
-    console.print("engine: a loop over matrix products and the kernels of the other ops")
+    print()
+    print_columns(
+        [["op", *columns], *([name, *(ops[name] for ops in by_device)] for name in registry.OPS)]
+    )
+    print("engine: a loop over matrix products and the kernels of the other ops")
+
+
+def print_columns(rows: list[list[str]]) -> None:
+    """Aligned, two spaces apart."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(map(str.ljust, row, widths)).rstrip())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import chunks as linear
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -52,6 +51,7 @@ def masked_statistics(rank: int, folder: str) -> None:
 
 
 def draw() -> dict:
+    """A head as linear_token_logprobs takes it."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(V, (N,), generator=generator)
     labels[::4] = -100
@@ -70,62 +70,146 @@ def draw() -> dict:
     }  # fmt: skip
 
 
-def weighted(logp: torch.Tensor, entropy: torch.Tensor) -> torch.Tensor:
-    rows = torch.arange(N, dtype=torch.float64) % 4  # every fourth row has no gradient
-    return (rows * (logp + 0.3 * entropy)).sum()
+LINEAR = ("linear_token_logprobs", "linear_policy_loss", "linear_token_kl")
+OF_THE_VOCABULARY = ("weight", "bias", "lora", "ref_weight", "ref_bias", "ref_lora")
 
 
-def part_of_the_vocabulary(rank: int, folder: str, splits: list[int]) -> None:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=len(splits)
-    )
-    x = draw()
-    part = slice(sum(splits[:rank]), sum(splits[: rank + 1]))
-    own = {name: x[name].detach()[part].clone().requires_grad_() for name in ("weight", "bias")}
-    down, up, scale = x["lora"]
-    own["lora"] = (down, up.detach()[part].clone().requires_grad_(), scale)
-    group = dist.group.WORLD
-    logp, entropy = rf.linear_token_logprobs(**x | own, group=group)
-    found, left_by = [], linear.left_by
-    linear.left_by = lambda *x: found.append(left_by(*x)) or found[0]
-    leaves = (x["hidden"], down, own["weight"], own["bias"], own["lora"][1])
-    grads = torch.autograd.grad(weighted(logp, entropy), leaves)
-    assert found[0] is not None  # the chunk that the forward left
-    linear.left_by = left_by
-    alone = rf.linear_token_logprobs(**x | own | {"entropy": False}, group=group)
-    own_group = [dist.new_group([r]) for r in range(len(splits))][rank]
-    of_one = rf.linear_token_logprobs(**x, group=own_group)  # who is not in the group has no say
-    single = rf.linear_token_logprobs(**x)
-    both = [(*y, *torch.autograd.grad(weighted(*y), x["hidden"])) for y in (of_one, single)]
-    for got, want in zip(*both, strict=True):
-        torch.testing.assert_close(got, want)
-    how, chunks = [], linear.chunks
+def head(op: str, impossible: slice, **options: object) -> dict:
+    """Arguments of a linear op. The tokens `impossible` have logits of -inf; what is ignored or
+    masked is NaN in every input."""
+    generator = torch.Generator().manual_seed(0)
 
-    def noted(*args, compact, deterministic, **rest):
-        how.append((compact, deterministic))
-        return chunks(*args, compact=compact, deterministic=deterministic, **rest)
+    def normal(*shape: int, grad: bool = False) -> torch.Tensor:
+        x = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.requires_grad_(grad)
 
-    linear.chunks = noted
-    options = {"temperature": 0.7, "compact": False, "deterministic": True}
-    parts = rf.linear_token_logprobs(**x | own | options, group=group)
-    whole = rf.linear_token_logprobs(**x | options)
-    both = [(*y, *torch.autograd.grad(y[1].sum(), x["hidden"])) for y in (parts, whole)]
-    for got, want in zip(*both, strict=True):
-        torch.testing.assert_close(got, want)
-    assert how == [(False, True)] * 4  # forward and backward of both
-    errors = []
+    possible = torch.ones(V, dtype=torch.bool)
+    possible[impossible] = False
+    drawn = torch.randint(int(possible.sum()), (1, N), generator=generator)
+    labels = possible.nonzero().squeeze(-1)[drawn]
+    mask = torch.arange(N) % 4 > 0
+    labels[:, :1] = -100
+
+    def bias(**how: bool) -> torch.Tensor:
+        return normal(V).masked_fill(~possible, -torch.inf).requires_grad_(**how)
+
+    def row(x: torch.Tensor, **how: bool) -> torch.Tensor:
+        x = x.masked_fill(~mask.view(-1, *[1] * (x.dim() - 2)), torch.nan)
+        return x.requires_grad_(**how)
+
+    x = {
+        "hidden": row(normal(1, N, H)), "weight": (normal(V, H) / 3).requires_grad_(),
+        "labels": labels, "bias": bias(),
+        "lora": (normal(R, H, grad=True), normal(V, R, grad=True), 0.7),
+        "temperature": row(0.5 + normal(1, N).abs()).detach(),
+    }  # fmt: skip
+    if op == "linear_policy_loss":
+        constants = {"old_logp": normal(1, N) - 4, "advantages": normal(1, N),
+                     "weights": normal(1, N).abs(), "ref_logp": normal(1, N) - 4}  # fmt: skip
+        x |= {name: row(value).detach() for name, value in constants.items()}
+        x |= {"mask": mask[None], "entropy_coef": 0.3, "kl_coef": 0.2}
+    else:
+        x["labels"] = labels.masked_fill(~mask, -100)
+    if op == "linear_token_kl":
+        ref = {"ref_hidden": row(normal(1, N, H)).detach(), "ref_weight": normal(V, H)}
+        x |= ref | {"ref_bias": bias().detach(), "ref_lora": (normal(R, H), normal(V, R), 0.4)}
+    if op == "linear_token_logprobs":
+        x["entropy"] = True
+    return x | options
+
+
+def part_of_it(x: dict, part: slice) -> dict:
+    """A rank's own arguments: leaves of their own, of the vocabulary its part."""
+
+    def own(y: torch.Tensor, rows: slice) -> torch.Tensor:
+        return y.detach()[rows].clone().requires_grad_(y.requires_grad)
+
+    made = dict(x)
+    for name in x.keys() & set(OF_THE_VOCABULARY):
+        if isinstance(x[name], tuple):
+            down, up, scale = x[name]
+            made[name] = (own(down, slice(None)), own(up, part), scale)
+        elif x[name] is not None:
+            made[name] = own(x[name], part)
+    return made | {"hidden": own(x["hidden"], slice(None))}
+
+
+def outputs_and_gradients(function, x: dict) -> list[torch.Tensor]:
+    """And the gradients of hidden, A (of all ranks), weight, bias, B (of the vocabulary)."""
+    outputs = function(**x)
+    outputs = [outputs[0], *outputs[1]] if "mask" in x else list(outputs)
+    rows = torch.arange(1.0, N + 1, dtype=torch.float64) % 5  # every fifth has no gradient
+    total = sum((y * (rows if y.dim() else 1.0)).sum() for y in outputs if y.requires_grad)
+    leaves = (x["hidden"], x["lora"][0], x["weight"], x["bias"], x["lora"][1])
+    return [*outputs, *torch.autograd.grad(total, leaves)]
+
+
+def parts_of_the_vocabulary(rank: int, folder: str, op: str) -> None:
+    """A linear op on two ranks gives the numbers of the whole, in values and gradients."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
+                            world_size=2)  # fmt: skip
+    group, function = dist.group.WORLD, getattr(rf, op)
+
+    def check(x: dict, first: int, call=function) -> None:
+        part = slice(0, first) if rank == 0 else slice(first, V)
+        got = outputs_and_gradients(call, part_of_it(x, part) | {"group": group})
+        want = outputs_and_gradients(function, part_of_it(x, slice(None)))
+        want[-3:] = (y[part] for y in want[-3:])
+        for y, z in zip(got, want, strict=True):
+            assert z.isfinite().all()
+            torch.testing.assert_close(y, z, rtol=1e-9, atol=1e-10)
+
+    options = {
+        "linear_token_logprobs": {"softcap": 4.0, "temperature": 0.7},
+        "linear_policy_loss": {"ratio": "sequence", "loss": "cispo"},
+        "linear_token_kl": {"direction": "forward", "softcap": 4.0},
+    }[op]
+    ways = [{}, {"compact": False}, {"deterministic": True}, options]
+    for impossible, first in IMPOSSIBLE:
+        for how in ways:
+            x = head(op, impossible, **how)
+            check(x, first)
+            with rf.chunk_budget(8 * 14 * 4):  # several chunks, as many on both ranks
+                check(x, first)
+    if op == "linear_token_kl":
+        alone = {"ref_weight": None, "ref_bias": None, "ref_lora": None}
+        check(head(op, slice(0, 3), **alone), 3)
+    check(head(op, slice(0, 3)), 3, torch.compile(function, fullgraph=True, backend="aot_eager"))
+    x = head(op, slice(0, 0))
+    own_group = [dist.new_group([r]) for r in range(2)][rank]  # who is not in it has no say
+    of_one, single = (outputs_and_gradients(function, x | {"group": g}) for g in (own_group, None))
+    torch.testing.assert_close(of_one, single)
+    own = part_of_it(x, slice(0, 14) if rank == 0 else slice(14, V)) | {"group": group}
     for bad in (V, -1):
         wrong = x["labels"].clone()
-        wrong[2] = bad
-        with pytest.raises(ValueError, match=rf"labels\[2\] is {bad}, outside \[0, {V}\)"):
-            rf.linear_token_logprobs(**x | own | {"labels": wrong}, group=group)
-        errors.append(bad)
-    with pytest.raises(ValueError, match="weight must have rows on every rank"):
-        rf.linear_token_logprobs(
-            x["hidden"], x["weight"][: V * (1 - rank)], x["labels"], group=group
+        wrong[0, 2] = bad
+        with pytest.raises(ValueError, match=rf"labels\[.*\] is {bad}, outside \[0, {V}\)"):
+            function(**own | {"labels": wrong})
+    nothing = part_of_it(x, slice(0, V) if rank == 0 else slice(0, 0)) | {"group": group}
+    with pytest.raises(ValueError, match="weight must have rows on every rank of group"):
+        function(**nothing)
+    with (
+        pytest.raises(ValueError, match="chunk_budget must be the same on every rank of group"),
+        rf.chunk_budget(1000 + rank),
+    ):
+        function(**own)
+    if op != "linear_policy_loss":  # which needs old log-probs, and those of such tokens are -inf
+        x = head(op, slice(0, 3))
+        part = slice(0, 3) if rank == 0 else slice(3, V)
+        labels = x["labels"].clamp(max=2)  # of p = 0
+        both = (
+            function(**y | {"labels": labels}) for y in (part_of_it(x, part) | {"group": group}, x)
         )
-    torch.save([logp, entropy, alone, *grads], f"{folder}/{rank}.pt")
+        for y, z in zip(*both, strict=True):
+            assert not z.isnan().any()
+            torch.testing.assert_close(y, z)
     dist.destroy_process_group()
+
+
+# (tokens whose logits are -inf, size of the first part): none, some of a part, the one or the other
+# part as a whole.
+IMPOSSIBLE = [(slice(0, 0), 1), (slice(V - 2, V), 14), (slice(26, V), 26), (slice(0, 3), 3)]
 
 
 def sharded_head(rank: int, folder: str) -> None:
@@ -134,18 +218,23 @@ def sharded_head(rank: int, folder: str) -> None:
     )
     x = draw()
     head = torch.nn.Linear(H, V).double()
+    head.down, head.up = torch.nn.Linear(H, R).double(), torch.nn.Linear(R, V).double()
+    down, up, scale = x["lora"]
     with torch.no_grad():
         head.weight.copy_(x["weight"])
         head.bias.copy_(x["bias"])
+        head.down.weight.copy_(down)
+        head.up.weight.copy_(up)
     fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
     own = {name: x[name].detach()[rank::2] for name in ("hidden", "labels", "temperature")}
     own["hidden"].requires_grad_()
     logp = rf.linear_token_logprobs(
-        own["hidden"], head.weight, own["labels"], bias=head.bias, temperature=own["temperature"]
-    )
+        own["hidden"], head.weight, own["labels"], bias=head.bias, temperature=own["temperature"],
+        lora=(head.down.weight, head.up.weight, scale),
+    )  # fmt: skip
     loss = -logp.sum()
     loss.backward()
-    sharded = [head.weight.grad, head.bias.grad]
+    sharded = [x.grad for x in (head.weight, head.bias, head.down.weight, head.up.weight)]
     assert all(type(grad).__name__ == "DTensor" for grad in sharded)
     with pytest.raises(TypeError, match="hidden must be this rank's own tensor, got a DTensor"):
         rf.linear_token_logprobs(head.weight, head.weight, torch.zeros(V, dtype=torch.int64))

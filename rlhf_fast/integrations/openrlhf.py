@@ -22,20 +22,23 @@ import torch
 from torch import Tensor, nn
 
 from .. import gae, pairwise_loss, policy_loss, token_kl, token_logprobs, value_loss
-from .patching import Patch, Replacement
+from .patching import Patch, Replacement, found
 
-try:
-    from openrlhf.models import loss as openrlhf_loss
-    from openrlhf.models.utils import KL_IS_WEIGHT_CLIP
-except ImportError as error:
-    raise ImportError(
-        f"rlhf_fast.integrations.openrlhf needs OpenRLHF: pip install openrlhf==0.11.2 ({error})"
-    ) from error
+VERSIONS = "0.11.2"
+_PolicyLoss, _ValueLoss, KL_IS_WEIGHT_CLIP = found(
+    "OpenRLHF",
+    "openrlhf",
+    VERSIONS,
+    "openrlhf==0.11.2",
+    "openrlhf.models.loss:PolicyLoss",
+    "openrlhf.models.loss:ValueLoss",
+    "openrlhf.models.utils:KL_IS_WEIGHT_CLIP",
+)
 
 MAX_KL = 10.0
 
 
-class PolicyLoss(openrlhf_loss.PolicyLoss):
+class PolicyLoss(_PolicyLoss):
     """PPO's clipped loss, or GSPO's; arguments, checks and results as in OpenRLHF's."""
 
     def forward(
@@ -69,7 +72,7 @@ class PolicyLoss(openrlhf_loss.PolicyLoss):
         return loss, stats.clipfrac, stats.old_kl_k1, None, None
 
 
-class ValueLoss(openrlhf_loss.ValueLoss):
+class ValueLoss(_ValueLoss):
     """The critic's squared error, clipped if ``clip_eps`` is given."""
 
     def forward(
@@ -165,7 +168,7 @@ _COUNTS = "dp_size=1, batch_num_tokens=None, global_batch_size=None)"
 _PATCH = Patch(
     "OpenRLHF",
     "openrlhf",
-    "0.11.2",
+    VERSIONS,
     Replacement(
         _LOSS,
         "PolicyLoss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import inspect
 import sys
 import warnings
@@ -14,6 +15,56 @@ from typing import Any
 
 class UnknownSignature(RuntimeError):
     """The framework's function is not one that the adapter was written for."""
+
+
+def found(framework: str, package: str, versions: str, install: str, *names: str) -> list[Any]:
+    """What a framework has by these names, "module:attribute" or "module:Class.attribute".
+
+    Raises:
+        ImportError: the framework, or what it imports itself, is not installed.
+        UnknownSignature: it is installed and does not have them: another version.
+    """
+
+    def absent(error: Exception) -> ImportError:
+        reason = " ".join(str(error).split())
+        return ImportError(
+            f"rlhf_fast.integrations.{package} needs {framework}: pip install {install} ({reason})"
+        )
+
+    def look_up(name: str) -> Any:
+        module, _, path = name.partition(":")
+        try:
+            thing: Any = importlib.import_module(module)
+            for part in path.split("."):
+                thing = getattr(thing, part)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            missing = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else ""
+            if missing and not f"{missing}.".startswith(f"{package}."):
+                raise absent(error) from error
+            what = f"{module}.{path} is not there ({error})"
+            raise unknown(framework, package, versions, what) from error
+        return thing
+
+    with warnings.catch_warnings():  # TRL warns of its experimental modules
+        warnings.simplefilter("ignore")
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise absent(error) from error
+        return [look_up(name) for name in names]
+
+
+def unknown(framework: str, package: str, versions: str, what: str) -> UnknownSignature:
+    version = getattr(sys.modules.get(package), "__version__", None)
+    if version is None:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "of unknown version"
+    return UnknownSignature(
+        f"{framework} {version}: {' '.join(what.split())}. rlhf_fast works with "
+        f"{framework} {versions}; nothing was replaced."
+    )
 
 
 @dataclass(frozen=True)
@@ -82,7 +133,7 @@ class Patch:
             for outer in classes:
                 owner = getattr(owner, outer)
             old = getattr(owner, name)
-        except (ModuleNotFoundError, AttributeError) as error:
+        except (ImportError, AttributeError) as error:
             if part.optional:
                 return None
             raise self._unknown(part, f"is not there ({error})") from error
@@ -93,10 +144,8 @@ class Patch:
         return owner, old, part.by_signature[found], not (classes or part.only_here)
 
     def _unknown(self, part: Replacement, what: str) -> UnknownSignature:
-        version = getattr(sys.modules.get(self.package), "__version__", "of unknown version")
-        return UnknownSignature(
-            f"{self.framework} {version}: {part.module}.{part.name} {what}. rlhf_fast works with "
-            f"{self.framework} {self.versions}; nothing was replaced."
+        return unknown(
+            self.framework, self.package, self.versions, f"{part.module}.{part.name} {what}"
         )
 
     def _swap(self, owner: Any, old: Callable, new: Callable, everywhere: bool) -> list[str]:

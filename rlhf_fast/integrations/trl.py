@@ -28,19 +28,18 @@ from .. import linear_token_logprobs, pairwise_loss, token_logprobs
 from .. import masked_mean as masked_mean_op
 from .. import masked_whiten as masked_whiten_op
 from ..ops.check import IGNORE_INDEX
-from .patching import Patch, Replacement
+from .patching import Patch, Replacement, found
 
-try:
-    from trl import RewardTrainer
-    from trl.trainer import utils as trl_utils
-except ImportError as error:
-    raise ImportError(
-        f"rlhf_fast.integrations.trl needs TRL: pip install 'trl==1.12.0', or 1.16.0 ({error})"
-    ) from error
-
-_selective_log_softmax = trl_utils.selective_log_softmax
-_ChunkedLogProbFunction = trl_utils._ChunkedLogProbFunction
-_reward_compute_loss = RewardTrainer.compute_loss
+VERSIONS = "1.12.0 and 1.16.0"
+_selective_log_softmax, _ChunkedLogProbFunction, _reward_compute_loss = found(
+    "TRL",
+    "trl",
+    VERSIONS,
+    "'trl==1.12.0', or 1.16.0",
+    "trl.trainer.utils:selective_log_softmax",
+    "trl.trainer.utils:_ChunkedLogProbFunction",
+    "trl.trainer.reward_trainer:RewardTrainer.compute_loss",
+)
 
 
 def selective_log_softmax(
@@ -176,9 +175,7 @@ def use_compact_rows(device: torch.device) -> bool:
     return True
 
 
-def reward_compute_loss(
-    self: RewardTrainer, model, inputs, return_outputs=False, num_items_in_batch=None
-):
+def reward_compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     """RewardTrainer.compute_loss: TRL's metrics, and ``pairwise_loss`` of its two scores."""
     _, outputs = _reward_compute_loss(self, model, inputs, True, num_items_in_batch)
     chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
@@ -208,7 +205,7 @@ _PPO = "trl.experimental.ppo.ppo_trainer"
 _PATCH = Patch(
     "TRL",
     "trl",
-    "1.12.0 and 1.16.0",
+    VERSIONS,
     Replacement(
         _UTILS,
         "selective_log_softmax",

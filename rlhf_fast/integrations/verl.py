@@ -27,16 +27,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import gae, linear_token_logprobs, policy_loss, token_kl, token_logprobs, value_loss
+from .. import (
+    gae,
+    linear_token_logprobs,
+    masked_mean,
+    policy_loss,
+    token_kl,
+    token_logprobs,
+    value_loss,
+)
 from .. import masked_whiten as masked_whiten_op
-from .patching import Patch, Replacement
+from ..ops.policy_loss import MAX_LOG_RATIO
+from .patching import Patch, Replacement, found
 
-try:
-    from verl.trainer.ppo import core_algos
-except ImportError as error:
-    raise ImportError(
-        f"rlhf_fast.integrations.verl needs verl: pip install verl==0.9.1 ({error})"
-    ) from error
+VERSIONS = "0.9.1"
+register_policy_loss, register_adv_est = found(
+    "verl",
+    "verl",
+    VERSIONS,
+    "verl==0.9.1",
+    "verl.trainer.ppo.core_algos:register_policy_loss",
+    "verl.trainer.ppo.core_algos:register_adv_est",
+)
 
 MAX_KL = 10.0
 ESTIMATORS = {
@@ -88,7 +100,10 @@ def compute_policy_loss(
         normalizer=normalizer,
         weights=rollout_is_weights,
     )
-    numbers = torch.stack([stats.clipfrac, stats.old_kl_k1, stats.dual_clipfrac]).tolist()
+    # verl's metric is of log-ratios held at ±20; stats.old_kl_k1 is of them as they are
+    held = (old_log_prob - log_prob).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ppo_kl = masked_mean(held, response_mask.bool())
+    numbers = torch.stack([stats.clipfrac, ppo_kl, stats.dual_clipfrac]).tolist()
     names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
     return total * scale, dict(zip(names, numbers, strict=True))
 
@@ -184,10 +199,13 @@ def masked_whiten(values: Tensor, mask: Tensor, shift_mean: bool = True) -> Tens
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Log-probability of each label, float32: logits [..., V], labels [...].
+    """Log-probability of each label, float32, in the shape of logits' rows: logits [..., V], as
+    many labels in any shape (verl has [N, V] beside [1, N]).
 
     As with verl's flash-attention path, ``inplace_backward`` lets the backward overwrite logits.
     """
+    if labels.numel() == logits.shape[:-1].numel():
+        labels = labels.reshape(logits.shape[:-1])
     return token_logprobs(logits, labels, inplace_backward=inplace_backward)
 
 
@@ -250,7 +268,7 @@ _CORE, _TORCH = "verl.trainer.ppo.core_algos", "verl.utils.torch_functional"
 _PATCH = Patch(
     "verl",
     "verl",
-    "0.9.1",
+    VERSIONS,
     Replacement(
         _CORE,
         "compute_gae_advantage_return",
@@ -287,10 +305,10 @@ def register() -> None:
     """Make the names above known to verl; importing this module does it."""
     gspo = functools.partial(compute_policy_loss, ratio="sequence", dual_clip=False)
     cispo = functools.partial(compute_policy_loss, loss="cispo", dual_clip=False)
-    core_algos.register_policy_loss("rlhf_fast")(compute_policy_loss)
-    core_algos.register_policy_loss("rlhf_fast_gspo")(gspo)
-    core_algos.register_policy_loss("rlhf_fast_cispo")(cispo)
-    core_algos.register_adv_est("rlhf_fast_gae")(gae_estimator)
+    register_policy_loss("rlhf_fast")(compute_policy_loss)
+    register_policy_loss("rlhf_fast_gspo")(gspo)
+    register_policy_loss("rlhf_fast_cispo")(cispo)
+    register_adv_est("rlhf_fast_gae")(gae_estimator)
 
 
 def patch() -> Patch:

@@ -1,3 +1,3 @@
 from rlhf_fast.moved import moved
 
-moved(__name__, "rlhf_fast.trainer.models.policy")
+moved(__name__, "rlhf_fast.trainer.models")

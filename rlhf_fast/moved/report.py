@@ -1,3 +1,3 @@
 from rlhf_fast.moved import moved
 
-moved(__name__, "rlhf_fast.trainer.run.console")
+moved(__name__, "rlhf_fast.trainer.run.report")

@@ -30,6 +30,7 @@ def coefficients(
     """c_b as [B] for mask [B, T]."""
     counts = mask.sum(-1).to(dtype)
     if normalizer is not None:
+        _range(normalizer, dtype)
         n = normalizer.to(dtype)
     elif aggregation == "token-mean":
         n = counts.sum()
@@ -54,12 +55,21 @@ def checked(
         check.same_device("normalizer", normalizer, "mask", like)
         if normalizer.dtype == torch.bool or normalizer.is_complex():
             raise TypeError(f"normalizer must be a number, got {check.describe(normalizer)}")
-        n = normalizer.detach().to(dtype)
-        if check.values_can_be_read(n) and not 0 <= n.item() < torch.inf:
-            raise ValueError(f"normalizer must be finite and at least 0, got {n.item()}")
-        return n
-    check.number("normalizer", normalizer, above=0)
+        _range(normalizer, dtype)
+        return normalizer.detach().to(dtype)
+    check.number("normalizer", normalizer, above=0, dtype=dtype)
     return torch.full((), float(normalizer), dtype=dtype, device=like.device)
+
+
+def _range(normalizer: Tensor, dtype: torch.dtype) -> None:
+    """Looked at again by whatever computes with it: a compiled graph skips the first look."""
+    if not check.values_can_be_read(normalizer):
+        return
+    if not bool((normalizer == 0) | check.numbers(normalizer, dtype)):
+        raise ValueError(
+            f"normalizer must be finite and at least 0, and no smaller than {check.SMALLEST:g} "
+            f"where it is not 0; got {normalizer.item()}"
+        )
 
 
 def reference(
@@ -69,10 +79,22 @@ def reference(
     n = None if normalizer is None else torch.as_tensor(normalizer, device=x.device)
     rows, kept = check.flat(x), check.flat(mask)
     per_row = rows.masked_fill(~kept, 0.0).sum(-1)
-    return (coefficients(kept, aggregation, n, rows.dtype) * per_row).sum()
+    return times(coefficients(kept, aggregation, n, rows.dtype), per_row).sum()
+
+
+def times(coefficient: Tensor, x: Tensor) -> Tensor:
+    """coefficient · x, and 0 where the coefficient is 0, whatever x is: infinite x included."""
+    return torch.where(coefficient == 0, 0.0, coefficient * x)
 
 
 def masked_means(mask: Tensor, *columns: Tensor) -> list[Tensor]:
     """Mean of each column over the counting tokens; 0 where none counts."""
     n = mask.sum().clamp(min=1)
     return [x.masked_fill(~mask, 0.0).sum() / n for x in columns]
+
+
+def masked_variance(mask: Tensor, x: Tensor) -> Tensor:
+    """Population variance over the counting tokens, by two passes; 0 where none counts."""
+    d = x - masked_means(mask, x)[0]
+    square, off = masked_means(mask, d * d, d)  # off: the rounding of the mean
+    return (square - off * off).clamp(min=0)

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
+ELSEWHERE = -1  # to kernels: the label is in a part of the vocabulary that another rank holds
 
-_debug = False
+_debug: ContextVar[bool] = ContextVar("debug", default=False)  # each thread has its own
 
 
 @contextlib.contextmanager
 def debug() -> Iterator[None]:
-    """Check label values on CUDA too, inside this context. Each check waits for the device.
+    """Check label values on CUDA too, inside this context, in this thread. Each check waits for the
+    device.
 
     On CPU an out-of-range label is always an error; on CUDA the check would stop the host until
     the device has caught up, so it runs only here.
     """
-    global _debug
-    before, _debug = _debug, True
+    token = _debug.set(True)
     try:
         yield
     finally:
-        _debug = before
+        _debug.reset(token)
 
 
 def describe(x: object) -> str:
@@ -89,13 +92,14 @@ def at_least_1d(name: str, x: Tensor) -> None:
 
 def values_can_be_read(x: Tensor) -> bool:
     """Looking at values waits for a GPU, and cannot be traced."""
-    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug)
+    return not torch.compiler.is_compiling() and (x.device.type == "cpu" or _debug.get())
 
 
-def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
+def labels(x: object, logits_name: str, leading: Tensor, vocab: int | None) -> None:
     """labels: int64, one for each row; -100 (ignored) or in [0, vocab).
 
-    Inside torch.compile the values are left to the kernel's own check.
+    Inside torch.compile, and where other ranks know the rest of the vocabulary (None), the values
+    are left to the kernel's own check.
     """
     tensor("labels", x)
     if x.dtype != torch.int64:
@@ -106,7 +110,7 @@ def labels(x: object, logits_name: str, leading: Tensor, vocab: int) -> None:
             f"got {describe(x)}"
         )
     same_device("labels", x, logits_name, leading)
-    if values_can_be_read(x):
+    if vocab is not None and values_can_be_read(x):
         label_range(x, vocab)
 
 
@@ -116,6 +120,19 @@ def label_range(x: Tensor, vocab: int) -> None:
         where = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"labels{where} is {int(x[tuple(where)])}, outside [0, {vocab}) and not {IGNORE_INDEX}"
+        )
+
+
+def temperature_range(x: Tensor | None, labels: Tensor, dtype: torch.dtype) -> None:
+    """One divisor a row, a number above 0 in dtype wherever the row is not ignored."""
+    if x is None or not values_can_be_read(x):
+        return
+    wrong = ~numbers(x, dtype) & (labels != IGNORE_INDEX)
+    if bool(wrong.any()):
+        where = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"temperature{where} is {float(x[tuple(where)])}, not finite and above 0"
+            + ("" if dtype == torch.float64 else f" (float32: at least {SMALLEST:g})")
         )
 
 
@@ -134,16 +151,41 @@ def cumulative_lengths(x: object, other_name: str, other: Tensor) -> None:
         raise ValueError(f"cu_seqlens must rise from 0 to {n}, the length of {other_name}; got {x}")
 
 
-def number(name: str, x: object, *, low: float | None = None, above: float | None = None) -> None:
-    """x is a finite Python number, >= low or > above where given."""
+# What an option of a float32 computation may be, beside 0: float32 ends at 1e-38 and 3e38, and what
+# an option is divided by, or divides, must stay inside, too.
+SMALLEST, LARGEST = 1e-30, 1e30
+
+
+def number(
+    name: str,
+    x: object,
+    *,
+    low: float | None = None,
+    above: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """x is a finite Python number, >= low or > above where given, that an op can compute with in
+    dtype."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
-    if x != x or x in (float("inf"), float("-inf")):
+    if not abs(x) <= sys.float_info.max:
         raise ValueError(f"{name} must be finite, got {x}")
     if low is not None and x < low:
         raise ValueError(f"{name} must be at least {low}, got {x}")
     if above is not None and x <= above:
         raise ValueError(f"{name} must be above {above}, got {x}")
+    if dtype != torch.float64 and x and not SMALLEST <= abs(x) <= LARGEST:
+        raise ValueError(
+            f"{name} must be 0 or of size {SMALLEST:g} to {LARGEST:g} in float32, got {x}; "
+            "float64 tensors take others"
+        )
+
+
+def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where x, > 0, is finite and a number that an op can compute with in dtype."""
+    if dtype == torch.float64:
+        return (x > 0) & (x < torch.inf)
+    return (x >= SMALLEST) & (x <= LARGEST)
 
 
 def flag(name: str, x: object) -> None:

@@ -66,9 +66,9 @@ def gae(
         check.floating("bootstrap", bootstrap)
         check.shaped("bootstrap", bootstrap, list(rewards.shape[:-1]), "[...] of rewards")
         check.same_device("bootstrap", bootstrap, "rewards", rewards)
-    check_options(gamma, lam, holes)
-
     dtype = check.accumulator(rewards, values, bootstrap)
+    check_options(gamma, lam, holes, dtype)
+
     advantages, returns = torch.ops.rlhf_fast.gae(
         check.flat(rewards.detach(), dtype),
         check.flat(values.detach(), dtype),
@@ -82,10 +82,10 @@ def gae(
     return advantages.reshape(rewards.shape), returns.reshape(rewards.shape)
 
 
-def check_options(gamma: float, lam: float, holes: str) -> None:
+def check_options(gamma: float, lam: float, holes: str, dtype: torch.dtype) -> None:
     """The checks that gae and gae_packed share."""
     for name, x in (("gamma", gamma), ("lam", lam)):
-        check.number(name, x, low=0.0)
+        check.number(name, x, low=0.0, dtype=dtype)
         if x > 1:
             raise ValueError(f"{name} must be at most 1, got {x}")
     check.choice("holes", holes, HOLES)
@@ -117,8 +117,10 @@ def reference(
             if dones is not None:  # an episode that ended inside a hole ended all the same
                 next_value = next_value.masked_fill(dones[..., t], 0.0)
                 next_advantage = next_advantage.masked_fill(dones[..., t], 0.0)
-            delta = rewards[..., t] + gamma * next_value - values[..., t]
-            advantage = delta + gamma * lam * next_advantage
+            delta = rewards[..., t] - values[..., t]
+            if gamma:  # 0·∞ is 0 here
+                delta = rewards[..., t] + gamma * next_value - values[..., t]
+            advantage = delta + gamma * lam * next_advantage if gamma * lam else delta
             counts = mask[..., t] if holes == "skip" else torch.ones_like(mask[..., t])
             next_value = torch.where(counts, values[..., t], next_value)
             next_advantage = torch.where(counts, advantage, next_advantage)

@@ -54,9 +54,9 @@ def gae_packed(
         check.floating("bootstrap", bootstrap)
         check.shaped("bootstrap", bootstrap, [cu_seqlens.numel() - 1], "[B] of cu_seqlens [B+1]")
         check.same_device("bootstrap", bootstrap, "rewards", rewards)
-    padded.check_options(gamma, lam, holes)
-
     dtype = check.accumulator(rewards, values, bootstrap)
+    padded.check_options(gamma, lam, holes, dtype)
+
     return torch.ops.rlhf_fast.gae_packed(
         rewards.detach().to(dtype).contiguous(),
         values.detach().to(dtype).contiguous(),

@@ -49,7 +49,7 @@ def group_advantages(
             f"group_size {group_size} must divide the number of scores, {scores.numel()}"
         )
     check.choice("method", method, METHODS)
-    check.number("eps", eps, low=0.0)
+    check.number("eps", eps, low=0.0, dtype=check.accumulator(scores))
 
     groups = scores.detach().to(check.accumulator(scores)).reshape(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)

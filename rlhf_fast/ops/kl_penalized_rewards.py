@@ -32,7 +32,7 @@ def kl_penalized_rewards(
         scores: [B], one a sequence, any finite unit.
         logp, ref_logp: [B, T] in nats.
         mask: [B, T] bool, True = response token.
-        beta: ≥ 0, score units per nat.
+        beta: ≥ 0, score units per nat; 0 is no penalty, also of an infinite KL.
         estimator: k1, k2, k3 or abs, as in ``token_kl``.
 
     Returns:
@@ -49,9 +49,9 @@ def kl_penalized_rewards(
     check.floating("scores", scores)
     check.shaped("scores", scores, [logp.shape[0]], "[B]")
     check.same_device("scores", scores, "logp", logp)
-    check.number("beta", beta, low=0.0)
     check.choice("estimator", estimator, token_kl.ESTIMATORS)
     dtype = check.accumulator(scores, logp, ref_logp)
+    check.number("beta", beta, low=0.0, dtype=dtype)
     return torch.ops.rlhf_fast.kl_penalized_rewards(
         scores.detach().to(dtype).contiguous(),
         check.flat(logp.detach(), dtype),
@@ -73,7 +73,9 @@ def reference(
 ) -> Tensor:
     dtype = check.accumulator(scores, logp, ref_logp)
     with torch.no_grad():
-        rewards = -beta * token_kl.estimate(logp.to(dtype) - ref_logp.to(dtype), estimator)
+        rewards = torch.zeros_like(logp, dtype=dtype)
+        if beta:  # 0·∞ is 0 here
+            rewards = -beta * token_kl.estimate(logp.to(dtype) - ref_logp.to(dtype), estimator)
         rewards = rewards.masked_fill(~mask, 0.0)
         positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         last = positions.masked_fill(~mask, -1).amax(1) if mask.shape[1] else mask.new_zeros(0)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, register, save_for_backward
 
 EPSILON = 1e-8
 
@@ -113,13 +113,13 @@ def masked_whiten_reference(
 
 def _all_reduced(moments: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(count, mean, sum of squared deviations) of all ranks together, Chan et al. 1979."""
-    count, mean, deviation = moments.unbind()
+    count, mean, deviation = moments.double().unbind()
     sums = torch.stack([count, count * mean])
     dist.all_reduce(sums, group=group)
     global_mean = sums[1] / sums[0].clamp(min=1)
     deviation = deviation + count * (mean - global_mean) ** 2
     dist.all_reduce(deviation, group=group)
-    return torch.stack([sums[0], global_mean, deviation])
+    return torch.stack([sums[0], global_mean, deviation]).to(moments.dtype)
 
 
 def _mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mean_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    save_for_backward(ctx, inputs[1])
 
 
 def _mean_autograd(ctx: Any, grad: Tensor) -> Any:
     (mask,) = ctx.saved_tensors
-    return mask * (grad / mask.sum().clamp(min=1)), None
+    return torch.where(mask, grad / mask.sum().clamp(min=1), 0.0), None
 
 
 def _moments(values: Tensor, mask: Tensor) -> Tensor:
@@ -218,6 +218,7 @@ MEAN = define_kernel(
     triton="masked:masked_mean",
     backward=_mean_autograd,
     setup_context=_mean_context,
+    linear=True,
 )
 MOMENTS = define_kernel(
     "masked_moments(Tensor values, Tensor mask) -> Tensor",

@@ -31,7 +31,8 @@ def pairwise_loss(
 ) -> tuple[Tensor, PairwiseStats]:
     """Reward-model loss: mean −log σ(chosen − rejected − margin) (+ a centring term).
 
-    ln 2 at a tie, → 0 when the order is right, ≈ the gap when it is wrong; finite at any gap.
+    ln 2 at a tie, → 0 when the order is right, ≈ the gap when it is wrong; finite at any finite
+    gap, 0 where the right answer is infinitely better and inf where the wrong one is.
     InstructGPT, arXiv:2203.02155, eq. 1; margin: Llama 2, arXiv:2307.09288, eq. 2; centring
     center_coef · mean (chosen + rejected)²: Eisenstein et al., arXiv:2312.09244, eq. 2.
 
@@ -50,8 +51,8 @@ def pairwise_loss(
     check.like("rejected", rejected, "chosen", chosen)
     if margin is not None:
         check.like("margin", margin, "chosen", chosen)
-    check.number("center_coef", center_coef, low=0.0)
     dtype = check.accumulator(chosen, rejected, margin)
+    check.number("center_coef", center_coef, low=0.0, dtype=dtype)
     loss, stats, _, _ = torch.ops.rlhf_fast.pairwise_loss(
         chosen.to(dtype).reshape(-1).contiguous(),
         rejected.to(dtype).reshape(-1).contiguous(),
@@ -73,7 +74,9 @@ def reference(
     n = max(chosen.numel(), 1)
     gap = chosen - rejected
     shifted = gap if margin is None else gap - margin.to(dtype)
-    loss = (-F.logsigmoid(shifted)).sum() / n + center_coef * ((chosen + rejected) ** 2).sum() / n
+    loss = (-F.logsigmoid(shifted)).sum() / n
+    if center_coef:  # 0·∞ is 0 here
+        loss = loss + center_coef * ((chosen + rejected) ** 2).sum() / n
     columns = ((gap > 0).to(dtype), gap, chosen, rejected)
     return loss, PairwiseStats(*(x.detach().sum() / n for x in columns))
 
@@ -86,7 +89,7 @@ def _forward(
     n = max(chosen.numel(), 1)
     gap = chosen - rejected
     order = -torch.sigmoid(-(gap if margin is None else gap - margin)) / n
-    center = 2 * center_coef * (chosen + rejected) / n
+    center = 2 * center_coef * (chosen + rejected) / n if center_coef else torch.zeros_like(gap)
     return loss, torch.stack(stats), order + center, center - order
 
 

@@ -17,22 +17,29 @@ LOSSES = ("ppo", "cispo", "reinforce")
 
 
 class PolicyStats(NamedTuple):
-    """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts."""
+    """Means over the counting tokens of this call; detached 0-dim tensors, 0 if none counts.
+
+    Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens.
+    """
 
     surrogate: Tensor  # aggregated: the loss without entropy and KL terms
     entropy: Tensor  # nats
     ref_kl: Tensor  # nats, by kl_estimator
     clipfrac: Tensor  # share of tokens the clip acted on: ppo: it cut their gradient off; cispo: it
-    # changed their weight; reinforce: 0
+    # changed their weight, on either side and whatever the sign of A, as in verl (TRL and Liger
+    # count only those above, where A > 0); reinforce: 0
     dual_clipfrac: Tensor  # share of tokens that dual_clip cut off
-    ratio_mean: Tensor  # of ρ, the sequence's at each of its tokens for ratio="sequence"
+    ratio_mean: Tensor  # of ρ (of a log-ratio within ±20), the sequence's at each of its tokens for
+    # ratio="sequence"
     ratio_var: Tensor
     ratio_max: Tensor
-    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats, always by token: mean of −log ρ_t, ...
+    old_kl_k1: Tensor  # KL(old ‖ new) estimates, nats, always by token, of log-ratios as they are
+    # (inf where a log-prob is −inf): mean of −log ρ_t, ...
     old_kl_k2: Tensor  # ... of (log ρ_t)² / 2 (TRL's approxkl), ...
-    old_kl_k3: Tensor  # ... and of ρ_t − 1 − log ρ_t
+    old_kl_k3: Tensor  # ... and of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of ±20
     clipfrac_low: Tensor  # the part of clipfrac below 1 − clip_low, ...
     clipfrac_high: Tensor  # ... and above 1 + clip_high
+    tokens: Tensor  # how many the means are over
 
 
 def policy_loss(
@@ -116,13 +123,14 @@ def policy_loss(
     for name, x in tensors.items():
         check.like(name, x, "logp", logp)
     check.boolean_mask(mask, "logp", logp)
+    dtype = check.accumulator(logp, *tensors.values())
     check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
-    )
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss,
+        dtype,
+    )  # fmt: skip
     if entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {entropy_coef} needs entropy, which is None")
 
-    dtype = check.accumulator(logp, *tensors.values())
     total, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
         check.flat(logp, dtype),
         check.flat(old_logp.detach(), dtype),
@@ -153,8 +161,9 @@ def check_options(
     kl_coef: float,
     kl_estimator: str,
     ref_logp: Tensor | None,
-    ratio: str = "token",
-    loss: str = "ppo",
+    ratio: str,
+    loss: str,
+    dtype: torch.dtype,
 ) -> None:
     """The checks that policy_loss and linear_policy_loss share."""
     check.choice("ratio", ratio, RATIOS)
@@ -163,16 +172,16 @@ def check_options(
         raise ValueError(
             "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
         )
-    check.number("clip_low", clip_low, low=0.0)
+    check.number("clip_low", clip_low, low=0.0, dtype=dtype)
     if clip_low > 1:
         raise ValueError(f"clip_low must be at most 1, got {clip_low}")
-    check.number("clip_high", clip_high, low=-clip_low if loss == "cispo" else 0.0)
+    check.number("clip_high", clip_high, low=-clip_low if loss == "cispo" else 0.0, dtype=dtype)
     if dual_clip is not None:
-        check.number("dual_clip", dual_clip, above=1.0)
+        check.number("dual_clip", dual_clip, above=1.0, dtype=dtype)
         if loss != "ppo":
             raise ValueError(f"dual_clip {dual_clip} needs loss='ppo', got loss={loss!r}")
-    check.number("entropy_coef", entropy_coef)
-    check.number("kl_coef", kl_coef)
+    check.number("entropy_coef", entropy_coef, dtype=dtype)
+    check.number("kl_coef", kl_coef, dtype=dtype)
     check.choice("kl_estimator", kl_estimator, token_kl.ESTIMATORS)
     if kl_coef and ref_logp is None:
         raise ValueError(f"kl_coef {kl_coef} needs ref_logp, which is None")
@@ -212,7 +221,6 @@ def reference(
     token_log_ratio = kept(logp) - kept(old_logp)
     log_ratio = row_means(token_log_ratio, mask) if ratio == "sequence" else token_log_ratio
     log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    token_log_ratio = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rho, A = log_ratio.exp(), kept(advantages)
     bounded = rho.clamp(1 - clip_low, 1 + clip_high)
     clips = dual = torch.zeros_like(mask)
@@ -225,11 +233,11 @@ def reference(
             surrogate = torch.where(dual, -A * dual_clip, surrogate)
     elif loss == "cispo":
         clips = bounded != rho
-        surrogate = -bounded.detach() * A * kept(logp)
+        surrogate = aggregate.times(-bounded.detach() * A, kept(logp))
     else:
-        surrogate = -A * kept(logp)
+        surrogate = aggregate.times(-A, kept(logp))
     if weights is not None:
-        surrogate = surrogate * kept(weights)
+        surrogate = aggregate.times(kept(weights), surrogate)
     zero = torch.zeros_like(rho)
     entropy = zero if entropy is None else kept(entropy)
     kl = zero if ref_logp is None else token_kl.estimate(kept(logp) - kept(ref_logp), kl_estimator)
@@ -240,15 +248,28 @@ def reference(
         clipfrac=mean(clips.to(dtype)),
         dual_clipfrac=mean(dual.to(dtype)),
         ratio_mean=mean(rho),
-        ratio_var=mean((rho - mean(rho)) ** 2),
+        ratio_var=aggregate.masked_variance(mask, rho).detach(),
         ratio_max=kept(rho).amax().detach() if mask.numel() else zero.new_zeros(()),
         old_kl_k1=mean(-token_log_ratio),
         old_kl_k2=mean(0.5 * token_log_ratio**2),
-        old_kl_k3=mean(token_log_ratio.exp() - 1 - token_log_ratio),
+        old_kl_k3=mean(_k3(token_log_ratio)),
         clipfrac_low=mean((clips & (rho < 1 - clip_low)).to(dtype)),
         clipfrac_high=mean((clips & (rho > 1 + clip_high)).to(dtype)),
+        tokens=mask.sum().to(dtype),
     )
-    return total(surrogate - entropy_coef * entropy + kl_coef * kl), stats
+    loss = surrogate
+    if entropy_coef:  # 0·∞ is 0 here
+        loss = loss - entropy_coef * entropy
+    if kl_coef:
+        loss = loss + kl_coef * kl
+    return total(loss), stats
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """ρ − 1 − log ρ, beyond log-ratios of ±20 as its tangent there, which no ratio overflows."""
+    near = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    rise = torch.expm1(near)
+    return (rise - near) + aggregate.times(rise, log_ratio - near)
 
 
 def row_means(x: Tensor, mask: Tensor) -> Tensor:
@@ -276,7 +297,7 @@ def _forward(
     ratio: str,
     loss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [13], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
+    """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
     total, stats = reference(
         logp, old_logp, advantages, mask, clip_low=clip_low, clip_high=clip_high,
         dual_clip=dual_clip, ratio=ratio, loss=loss, aggregation=aggregation,
@@ -299,12 +320,12 @@ def _forward(
     elif loss == "cispo":
         d_logp = -advantages * bounded
     if weights is not None:
-        d_logp = d_logp * weights
+        d_logp = aggregate.times(weights, d_logp)
     if ratio == "sequence" and loss == "ppo":  # each logp moves the ratio of the whole row
         d_logp = row_means(d_logp, mask)
     if ref_logp is not None and kl_coef:
         d_logp = d_logp + kl_coef * token_kl.slope(logp - ref_logp, kl_estimator)
-    d_logp = (c * d_logp).masked_fill(~mask, 0.0)
+    d_logp = aggregate.times(c, d_logp).masked_fill(~mask, 0.0)
     if entropy is None:
         return total, torch.stack(stats), d_logp, logp.new_empty(0)
     d_entropy = (-entropy_coef * c).expand_as(logp).masked_fill(~mask, 0.0)

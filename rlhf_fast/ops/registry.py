@@ -17,20 +17,30 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 LIBRARY = torch.library.Library("rlhf_fast", "DEF")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-extension_error = "not built"
-try:  # the compiled extension registers its CPU (and CUDA) kernels when it is loaded
-    extension = importlib.import_module("rlhf_fast._C")
-except ModuleNotFoundError:
-    extension = None
-except ImportError as error:  # built against another torch, say: everything still runs, slower
-    extension, extension_error = None, f"failed to load: {error}"
+
+
+def compiled(module: str) -> tuple[ModuleType | None, str]:
+    """A compiled extension, which registers its kernels when it is loaded; or why there is none."""
+    try:
+        return importlib.import_module(f"rlhf_fast.{module}"), ""
+    except ModuleNotFoundError:
+        return None, "not built"
+    except ImportError as error:  # built against another torch, say: everything still runs, slower
+        return None, f"failed to load: {error}"
+
+
+extensions = {"C++": compiled("_C"), "CUDA": compiled("_cuda")}
+extension = extensions["C++"][0]
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,11 @@ def define_kernel(
     engine: bool = False,
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    linear: bool = False,
 ) -> Kernel:
     """Define ``torch.ops.rlhf_fast.<name>`` with its fallback, fake, autograd and Triton kernel.
+
+    linear: the backward is made of torch's own functions and may be differentiated again.
 
     ``Library.define`` costs about 5 us a call where the ``custom_op`` decorator costs 15-21.
     """
@@ -127,17 +140,23 @@ def define_kernel(
         LIBRARY.impl(name, _on_first_call(kernel), "XPU")
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
     if backward is not None:
-        LIBRARY.impl(name, differentiable(name, setup_context, backward), "Autograd")
+        LIBRARY.impl(name, differentiable(name, setup_context, backward, linear), "Autograd")
     KERNELS[name] = kernel
     return kernel
 
 
 def differentiable(
-    name: str, setup_context: Callable[..., Any], backward: Callable[..., Any]
+    name: str,
+    setup_context: Callable[..., Any],
+    backward: Callable[..., Any],
+    linear: bool = False,
 ) -> Callable[..., Any]:
     """What runs where a gradient may be asked for, as torch.library.register_autograd does it, less
     its care for defaults and keyword arguments, which no kernel has: policy_loss and its backward
     take 133 us on a few tokens in place of 216.
+
+    Reverse mode, once: whoever asks for a tangent, for torch.func's grad or for a gradient of the
+    gradient is told so by the op's name, and never gets a zero.
     """
     kernel = getattr(torch.ops.rlhf_fast, name).default
 
@@ -150,16 +169,66 @@ def differentiable(
         setup_context(ctx, args, output)
         return output
 
+    backward = backward if linear else first_derivative_only(name)(backward)
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        wanted = torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in args
-        )
-        return (function.apply if wanted else below)(*args)
+        return (function.apply if gradient_wanted(name, args) else below)(*args)
 
     return call
+
+
+def gradient_wanted(name: str, args: tuple[Any, ...]) -> bool:
+    """Whether a backward may follow; an error where another derivative than that is asked for."""
+    if forward_ad._current_level >= 0 and any(map(has_tangent, args)):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, "
+            "torch.autograd.forward_ad); use reverse mode, torch.autograd.grad"
+        )
+    wanted = torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in args
+    )
+    if wanted and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            f"{name} cannot be differentiated inside torch.func (grad, vjp, jacrev, hessian); "
+            "use torch.autograd.grad outside of it"
+        )
+    return wanted
+
+
+def first_derivative_only(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a backward refuse create_graph=True: the gradients that kernels write have none."""
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{name} has no second derivative: its backward cannot run with "
+                    "create_graph=True"
+                )
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
+def has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """ctx.save_for_backward that takes what came out of inference_mode too (a rollout's labels, a
+    reference's hidden states): autograd refuses those, so a copy is kept."""
+    ctx.save_for_backward(
+        *(x.clone() if x is not None and x.is_inference() else x for x in tensors)
+    )
+
+
+def graph_is_kept() -> bool:
+    """Inside a backward: whether there may be another one (retain_graph=True)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _on_first_call(kernel: Kernel) -> Callable[..., Any]:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, register, save_for_backward
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 MAX_EXPONENT = 20.0
+LOWEST_EXPONENT = -1000.0  # e^x − 1 is −1 there
 
 
 def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
@@ -25,7 +26,9 @@ def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
         k3 = e^(−d) − 1 + d unbiased, ≥ 0, less variance
         abs = |d|
 
-    k3 holds its exponent at 20, so one unlikely token cannot make it infinite.
+    Beyond d = −20 k3 goes on as its tangent there: it rises with the gap and its gradient points
+    back to the reference, yet one unlikely token cannot overflow it. Where one of the log-probs is
+    −inf, k2, k3 and abs are inf and k1 is ±inf.
 
     Args:
         logp, ref_logp: [...], nats, of the policy and of the reference.
@@ -53,7 +56,10 @@ def estimate(d: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return 0.5 * d * d
     if estimator == "k3":
-        return torch.expm1((-d).clamp(max=MAX_EXPONENT)) + d
+        x = (-d).clamp(LOWEST_EXPONENT, MAX_EXPONENT)
+        rise = torch.expm1(x)
+        beyond = torch.where(rise == 0, 0.0, rise.detach() * (-d - x))
+        return (rise - x) + beyond
     return d.abs()
 
 
@@ -64,7 +70,7 @@ def slope(d: Tensor, estimator: str) -> Tensor:
     if estimator == "k2":
         return d
     if estimator == "k3":
-        return torch.where(-d > MAX_EXPONENT, 1.0, -torch.expm1((-d).clamp(max=MAX_EXPONENT)))
+        return -torch.expm1((-d).clamp(LOWEST_EXPONENT, MAX_EXPONENT))
     return d.sign()
 
 
@@ -78,12 +84,12 @@ def _forward(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
 
 
 def _backward(grad: Tensor, logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
-    return grad * slope(logp - ref_logp, estimator)
+    return torch.where(grad == 0, 0.0, grad * slope(logp - ref_logp, estimator))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     logp, ref_logp, ctx.estimator = inputs
-    ctx.save_for_backward(logp, ref_logp)
+    save_for_backward(ctx, logp, ref_logp)
 
 
 def _autograd(ctx: Any, grad: Tensor) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import check
-from .registry import Op, Sample, define_kernel, register
+from .registry import Op, Sample, define_kernel, graph_is_kept, register, save_for_backward
 
 
 def token_logprobs(
@@ -43,8 +43,10 @@ def token_logprobs(
         softcap: > 0, Gemma's bound on the logits; None for none.
         entropy: return the entropy too, with its gradient.
         inplace_backward: let the backward overwrite ``logits`` with its gradient: no second
-            [..., V] tensor. Nothing else may read ``logits`` after that. Inside torch.compile
-            this is left to the compiler's own buffer reuse.
+            [..., V] tensor. Nothing else may read ``logits`` after that, and autograd refuses
+            who tries. Logits that are a leaf (or a view of one), that share memory among rows, or
+            whose graph is kept (retain_graph) are left as they are. Inside torch.compile this is
+            left to the compiler's own buffer reuse.
 
     Returns:
         logp [...] in nats, or (logp, entropy); float32 (float64 for float64 logits).
@@ -56,8 +58,9 @@ def token_logprobs(
     check.floating("logits", logits)
     check.at_least_1d("logits", logits)
     check.labels(labels, "logits", logits, logits.shape[-1])
-    divisor, per_token = _temperature(temperature, labels, check.accumulator(logits))
-    _softcap(softcap)
+    dtype = check.accumulator(logits)
+    divisor, per_token = _temperature(temperature, labels, dtype)
+    _softcap(softcap, dtype)
     check.flag("entropy", entropy)
     check.flag("inplace_backward", inplace_backward)
 
@@ -69,7 +72,7 @@ def token_logprobs(
         None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous(),
         softcap,
         entropy,
-        inplace_backward and not torch.compiler.is_compiling(),
+        inplace_backward and _may_overwrite(logits),
     )
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
@@ -125,11 +128,13 @@ def _forward(
     """(logp [B, T], entropy [B, T] or empty, norm [2, B, T]).
 
     norm is the row's (max, log Σ e^(z − max)), not their sum logsumexp: at logits of 1e4 one
-    float32 would hold that to only 1e-3 nats, and p in the backward no better.
+    float32 would hold that to only 1e-3 nats, and p in the backward no better. Where all are −inf
+    its second is −inf.
     """
+    check.temperature_range(per_token, labels, check.accumulator(logits))
     z, _ = _scaled(logits, temperature, per_token, softcap)
     kept = labels != check.IGNORE_INDEX
-    largest = z.amax(-1, keepdim=True)
+    largest = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)  # -inf - top is -inf
     z = z - largest
     log_sum = z.exp().sum(-1, keepdim=True).log()
     log_p = z.sub_(log_sum)
@@ -154,28 +159,10 @@ def _backward(
     softcap: float | None,
     out: Tensor,
 ) -> None:
-    """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy))."""
-    g = softmax_gradient(
-        grad_logp, grad_entropy, logits, norm, entropy, temperature, per_token, softcap
-    )
-    _, dz = _scaled(logits, temperature, per_token, softcap)
-    index = labels.clamp(min=0).unsqueeze(-1)
-    g.scatter_add_(-1, index, grad_logp.unsqueeze(-1) * dz.gather(-1, index))
-    g.masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
-    out.copy_(g)
+    """out <- dz/dlogits · (g_logp (1[v = label] − p) − g_entropy · p (log p + entropy)).
 
-
-def softmax_gradient(
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
-    logits: Tensor,
-    norm: Tensor,
-    entropy: Tensor | None,
-    temperature: float,
-    per_token: Tensor | None,
-    softcap: float | None,
-) -> Tensor:
-    """The gradient of logits that are nobody's label: −dz/dlogits · p (g_logp + g_entropy(...))."""
+    A label of check.ELSEWHERE is that of no token here.
+    """
     z, dz = _scaled(logits, temperature, per_token, softcap)
     log_p = z - norm[0].unsqueeze(-1) - norm[1].unsqueeze(-1)
     p = log_p.exp()
@@ -183,7 +170,14 @@ def softmax_gradient(
     if grad_entropy is not None:
         tilt = log_p.masked_fill(log_p == -torch.inf, 0.0) + entropy.unsqueeze(-1)
         g -= grad_entropy.unsqueeze(-1) * p * tilt
-    return g.mul_(dz)
+    add_at_label(g, labels, grad_logp)
+    g.mul_(dz).masked_fill_((labels == check.IGNORE_INDEX).unsqueeze(-1), 0.0)
+    out.copy_(g)
+
+
+def add_at_label(g: Tensor, labels: Tensor, grad_logp: Tensor) -> None:
+    here = grad_logp.masked_fill(labels < 0, 0.0).unsqueeze(-1)
+    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), here)
 
 
 def _forward_fake(logits, labels, temperature, per_token, softcap, entropy, inplace_backward):
@@ -197,7 +191,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
-    ctx.save_for_backward(logits, labels, per_token, norm, entropy if ctx.entropy else None)
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, logits, labels, per_token, norm, entropy if ctx.entropy else None)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
@@ -207,7 +202,11 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
     logits, labels, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
-    out = logits if ctx.inplace else torch.empty_like(logits)
+    inplace = ctx.inplace and not graph_is_kept()
+    if inplace:
+        out = logits.detach()
+    else:  # contiguous, since rows of the logits may overlap in memory
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     torch.ops.rlhf_fast.token_logprobs_backward(
         grad_logp.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),
@@ -218,8 +217,10 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
         ctx.temperature,
         per_token,
         ctx.softcap,
-        out.detach(),
+        out,
     )
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
     return out, *nothing
 
 
@@ -228,24 +229,32 @@ def _temperature(
 ) -> tuple[float, Tensor | None]:
     """(float, None) or (1.0, [...] tensor)."""
     if not isinstance(temperature, Tensor):
-        check.number("temperature", temperature, above=0.0)
+        check.number("temperature", temperature, above=0.0, dtype=dtype)
         return float(temperature), None
     check.tensor("labels", labels)
     check.like("temperature", temperature, "labels", labels)
-    if check.values_can_be_read(temperature):
-        right = (temperature > 0) & (temperature < torch.inf)
-        wrong = ~right & (labels != check.IGNORE_INDEX)
-        if bool(wrong.any()):
-            where = wrong.nonzero()[0].tolist()
-            raise ValueError(
-                f"temperature{where} is {float(temperature[tuple(where)])}, not finite and above 0"
-            )
+    check.temperature_range(temperature, labels, dtype)
     return 1.0, temperature.detach().to(dtype)
 
 
-def _softcap(softcap: float | None) -> None:
+def _softcap(softcap: float | None, dtype: torch.dtype) -> None:
     if softcap is not None:
-        check.number("softcap", softcap, above=0.0)
+        check.number("softcap", softcap, above=0.0, dtype=dtype)
+
+
+def _may_overwrite(logits: Tensor) -> bool:
+    """Whether a gradient can take the place of the logits."""
+    if torch.compiler.is_compiling():
+        return False
+    whole = logits._base if logits._is_view() else logits
+    if whole.is_leaf and whole.requires_grad:
+        return False
+    extent = 1  # elements between the first and the last of the dimensions so far
+    for stride, size in sorted(zip(logits.stride(), logits.shape, strict=True)):
+        if size > 1 and stride < extent:
+            return False  # two elements in one place
+        extent += (size - 1) * stride
+    return True
 
 
 def _rows(logits: Tensor) -> Tensor:

@@ -13,14 +13,19 @@ from .registry import Op, Sample, define_kernel, register
 
 
 class ValueStats(NamedTuple):
-    """Over the counting tokens of this call; detached 0-dim tensors, 0 if none counts."""
+    """Over the counting tokens of this call; detached 0-dim tensors, 0 if none counts.
+
+    Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens.
+    """
 
     clipfrac: Tensor  # share of tokens whose gradient the clip cut off
     value_mean: Tensor
     return_mean: Tensor
     return_var: Tensor  # population variance
     error: Tensor  # mean squared error, unclipped
-    explained_var: Tensor  # 1 − Var(return − value) / Var(return); 0 where Var(return) is 0
+    explained_var: Tensor  # 1 − Var(return − value) / Var(return); 0 where the returns are equal to
+    # their rounding: √Var(return) ≤ 4 eps |mean| of the dtype
+    tokens: Tensor  # how many counted
 
 
 def value_loss(
@@ -63,12 +68,13 @@ def value_loss(
     check.like("returns", returns, "values", values)
     check.boolean_mask(mask, "values", values)
     if clip is not None:
-        check.number("clip", clip, low=0.0)
         if old_values is None:
             raise ValueError(f"clip {clip} needs old_values, which is None")
     if old_values is not None:
         check.like("old_values", old_values, "values", values)
     dtype = check.accumulator(values, old_values, returns)
+    if clip is not None:
+        check.number("clip", clip, low=0.0, dtype=dtype)
     loss, stats, _ = torch.ops.rlhf_fast.value_loss(
         check.flat(values, dtype),
         None if clip is None else check.flat(old_values.detach(), dtype),
@@ -109,8 +115,8 @@ def reference(
     loss = aggregate.reference(
         0.5 * torch.where(larger, clipped, squared), mask, aggregation, normalizer
     )
-    residual_var = mean((R - V - mean(R - V)) ** 2)
-    return_var = mean((R - mean(R)) ** 2)
+    return_var = aggregate.masked_variance(mask, R).detach()
+    residual_var = aggregate.masked_variance(mask, R - V).detach()
     stats = ValueStats(
         clipfrac=mean(larger.to(dtype)),
         value_mean=mean(V),
@@ -119,8 +125,11 @@ def reference(
         error=mean(squared),
         # a variance of nothing but rounding explains nothing
         explained_var=torch.where(
-            return_var > 1e-12 * mean(R * R), 1 - residual_var / return_var, 0.0
+            return_var > (4 * torch.finfo(dtype).eps * mean(R)) ** 2,
+            1 - residual_var / return_var,
+            0.0,
         ),
+        tokens=mask.sum().to(dtype),
     )
     return loss, stats
 
@@ -134,7 +143,7 @@ def _forward(
     clip: float,
     aggregation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, stats [6], dloss/dvalues [B, T]); old_values None means no clipping."""
+    """(loss, stats [7], dloss/dvalues [B, T]); old_values None means no clipping."""
     loss, stats = reference(
         values, old_values, returns, mask, clip=None if old_values is None else clip,
         aggregation=aggregation, normalizer=normalizer,
@@ -145,7 +154,7 @@ def _forward(
         clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
         d_values = torch.where((clipped - returns) ** 2 > error**2, 0.0, error)
     c = aggregate.coefficients(mask, aggregation, normalizer, values.dtype).unsqueeze(-1)
-    return loss, torch.stack(stats), (c * d_values).masked_fill(~mask, 0.0)
+    return loss, torch.stack(stats), aggregate.times(c, d_values).masked_fill(~mask, 0.0)
 
 
 def _fake(values, *_):

@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
-from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig, parse
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
+from rlhf_fast.trainer.installed import load
+from rlhf_fast.trainer.run.terminal import give_up_what_is_gone, steady_terminal
+
+
+def parsed(config: str, argv: Sequence[str], *, prog: str) -> Any:
+    options = load("rlhf_fast.trainer.config")
+    return options.parse(getattr(options, config), argv, prog=prog)
 
 
 def reward(argv: Sequence[str]) -> None:
     """train a reward model from pairs of a better and a worse text"""
-    config = parse(RewardConfig, argv, prog="rlhf-fast reward")
-    from rlhf_fast.trainer.reward import train
-
-    train(config)
+    config = parsed("RewardConfig", argv, prog="rlhf-fast reward")
+    load("rlhf_fast.trainer.reward").train(config)
 
 
 def ppo(argv: Sequence[str]) -> None:
     """train a language model with PPO against a reward model or function"""
-    config = parse(PPOConfig, argv, prog="rlhf-fast ppo")
-    from rlhf_fast.trainer.ppo import train
-
-    train(config)
+    config = parsed("PPOConfig", argv, prog="rlhf-fast ppo")
+    load("rlhf_fast.trainer.ppo").train(config)
 
 
 def generate(argv: Sequence[str]) -> None:
     """answer a prompt with a trained model"""
-    config = parse(GenerateConfig, argv, prog="rlhf-fast generate")
-    from rlhf_fast.trainer.generate import generate
-
-    for answer in generate(config):
+    config = parsed("GenerateConfig", argv, prog="rlhf-fast generate")
+    for answer in load("rlhf_fast.trainer.generate").generate(config):
         print(answer)
 
 
@@ -39,11 +42,10 @@ def plot(argv: Sequence[str]) -> None:
     """draw the plot of a PPO run from its metrics"""
     if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
         argv = ["--run", *argv]
-    config = parse(PlotConfig, argv, prog="rlhf-fast plot")
-    from pathlib import Path
-
-    from rlhf_fast.trainer.run.console import plot
-    from rlhf_fast.trainer.run.folder import read_metrics, replacing
+    config = parsed("PlotConfig", argv, prog="rlhf-fast plot")
+    plots = load("rlhf_fast.trainer.run.plot")
+    from rlhf_fast.trainer.run.files import replacing
+    from rlhf_fast.trainer.run.metrics import read_metrics
 
     folder = Path(config.run).expanduser()
     target = Path(config.output).expanduser() if config.output else folder / "plot.png"
@@ -52,9 +54,14 @@ def plot(argv: Sequence[str]) -> None:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
     if target.is_dir():
         raise InputError(f"output={target} is a folder: expected a file to write")
+    if os.path.lexists(target) and not plots.is_plot(target):
+        raise InputError(
+            f"output={target} is there already and was not drawn by this command: it is not "
+            "written over; give another --output"
+        )
     try:
-        with replacing(target) as partial:
-            plot(metrics, partial)
+        with replacing(target, target.with_name(f".{target.name}.{os.getpid()}")) as partial:
+            plots.plot(metrics, partial)
     except OSError as error:
         raise InputError(f"output={target} cannot be written: {error.strerror}") from None
     print(target)
@@ -85,7 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0
-    name, *rest = argv
+    with steady_terminal():
+        code = call(*argv)
+    give_up_what_is_gone()
+    return code
+
+
+def call(name: str, *rest: str) -> int:
+    """One command; its exit code."""
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, n=1)
@@ -94,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"rlhf-fast {name}: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+    except KeyboardInterrupt as error:  # a training says what can be gone on from
+        print(f"rlhf-fast {name}: {error}" if error.args else "interrupted", file=sys.stderr)
         return 130
+    except Ended as error:
+        return error.code
     return 0
 
 

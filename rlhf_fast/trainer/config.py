@@ -13,6 +13,7 @@ from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -21,6 +22,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from rlhf_fast.ops.aggregate import AGGREGATIONS
+from rlhf_fast.ops.check import LARGEST, SMALLEST
 from rlhf_fast.ops.policy_loss import LOSSES, RATIOS
 
 from .errors import InputError
@@ -29,6 +31,10 @@ from .errors import InputError
 def option(default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
     metadata = {"help": help, "choices": choices} if choices else {"help": help}
     return field(default=default, metadata=metadata)
+
+
+# Names in one text, separated by commas; in a file they may also be a list.
+COMMAS = {"report_to", "lora_target_modules"}
 
 
 @dataclass(kw_only=True)
@@ -63,8 +69,18 @@ class RunConfig:
         help="updates with a loss or gradient that is not finite are skipped; after this many in "
         "a row the run stops and keeps the batch in bad_batch.pt",
     )
+    save_dtype: str | None = option(
+        None,
+        choices=("float32", "bfloat16", "float16"),
+        help="dtype in which the trained model is saved [unset: that of the model it began as]; "
+        "training itself is in float32",
+    )
+    trust_remote_code: bool = option(
+        False, help="run Python code that a model's or tokenizer's folder brings along"
+    )
     report_to: str | None = option(
-        None, help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …"
+        None,
+        help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …",
     )
 
     # What makes a run this run: changed, its checkpoints would not fit, its place in the data would
@@ -76,6 +92,7 @@ class RunConfig:
     length: ClassVar[str] = "steps"  # the option that says when a run is finished
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
@@ -142,6 +159,8 @@ class RewardConfig(RunConfig):
             raise InputError(
                 f"eval_split={self.eval_split} is split: the pairs that are trained on"
             )
+        if self.eval_data == self.data and self.eval_split in (None, self.split):
+            raise InputError(f"eval_data={self.eval_data} is data: the pairs that are trained on")
 
 
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
@@ -179,6 +198,17 @@ class PPOConfig(RunConfig):
         None, help="takes the place of the score of an answer that ran into max_new_tokens"
     )
     score_clip: float | None = option(None, help="scores are clipped to ± this")
+    reward_timeout: float | None = option(
+        None,
+        help="seconds that a function of reward or judge may take for a batch of answers, else the "
+        "run ends with a checkpoint [unset: it is waited for, and named once a minute has passed]",
+    )
+
+    keep_special_tokens: bool = option(
+        False,
+        help="rewards read an answer with its special tokens (<think>, tool calls), which are left "
+        "out otherwise; what ends it and padding stay out",
+    )
 
     # Models
     value_model: str | None = option(
@@ -191,7 +221,8 @@ class PPOConfig(RunConfig):
     )
     lora_alpha: float = option(16.0, help="LoRA's scale is lora_alpha / lora_r")
     lora_target_modules: str | None = option(
-        None, help="modules with adapters, separated by commas [unset: all linear layers]"
+        None,
+        help="modules with adapters, separated by commas [unset: all linear layers]",
     )
     attn_implementation: str | None = option(
         None,
@@ -328,7 +359,8 @@ class PPOConfig(RunConfig):
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
         "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
-        "reward", "reward_weights", "judge", "max_new_tokens", "temperature", "top_k", "top_p",
+        "reward", "reward_weights", "judge", "keep_special_tokens",
+        "max_new_tokens", "temperature", "top_k", "top_p",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -343,6 +375,7 @@ class PPOConfig(RunConfig):
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "clip", "clip_high", "value_clip", "score_clip", "target_kl", "tis_cap")
+        above_zero(self, "reward_timeout")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
         above_one(self, "dual_clip")
@@ -354,10 +387,21 @@ class PPOConfig(RunConfig):
                 )
         self.check_reward()
         self.refuse_contradictions()
-        if self.missing_eos_penalty is None:
-            self.missing_eos_penalty = 1.0 if self.missing_eos_score is None else 0.0
-        if self.whiten_advantages is None:
-            self.whiten_advantages = self.estimator not in GROUPED
+
+    # Left unset these follow from others. They stay unset in the config, so that one made from it
+    # (--config of a run's config.yaml, dataclasses.replace) with other options has its own.
+
+    @property
+    def eos_penalty(self) -> float:
+        if self.missing_eos_penalty is not None:
+            return self.missing_eos_penalty
+        return 1.0 if self.missing_eos_score is None else 0.0
+
+    @property
+    def whitens_advantages(self) -> bool:
+        if self.whiten_advantages is not None:
+            return self.whiten_advantages
+        return self.estimator not in GROUPED
 
     def refuse_contradictions(self) -> None:
         grouped = self.estimator in GROUPED
@@ -456,10 +500,17 @@ class GenerateConfig:
     temperature: float = option(1.0, help="divides the logits; 0 always takes the likeliest token")
     top_k: int = option(0, help="sample among the k likeliest tokens only; 0: among all")
     top_p: float = option(1.0, help="sample among the likeliest tokens that together have this p")
+    keep_special_tokens: bool = option(
+        False, help="write the special tokens of an answer, too (<think>, tool calls)"
+    )
+    trust_remote_code: bool = option(
+        False, help="run Python code that the model's or tokenizer's folder brings along"
+    )
     seed: int = option(0, help="seed of the sampling")
     device: str = option("auto", help="cpu, cuda, cuda:1, …; auto takes a GPU where there is one")
 
     def __post_init__(self) -> None:
+        paths_as_text(self)
         not_empty(self)
         seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
@@ -505,6 +556,15 @@ def seed_in_range(config: Any) -> None:
     at_most(config, 2**32 - 1, "seed")
 
 
+def paths_as_text(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, PathLike):
+            setattr(config, f.name, str(value))
+        elif isinstance(value, list | tuple) and any(isinstance(x, PathLike) for x in value):
+            setattr(config, f.name, [str(x) if isinstance(x, PathLike) else x for x in value])
+
+
 def not_empty(config: Any) -> None:
     for f in fields(config):
         value = getattr(config, f.name)
@@ -522,8 +582,15 @@ def one_of(config: Any) -> None:
 def check(config: Any, holds: Any, expected: str, names: Iterable[str]) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and holds(value)):
+        if value is None:
+            continue
+        if not (math.isfinite(value) and holds(value)):
             raise InputError(f"{name}={value}: expected a finite number, {expected}")
+        if value and not SMALLEST <= abs(value) <= LARGEST:
+            raise InputError(
+                f"{name}={value}: expected a number that float32 can compute with, "
+                f"{SMALLEST:g} to {LARGEST:g}"
+            )
 
 
 # ------------------------------------------------------------------------------------ parsing
@@ -567,7 +634,9 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     parser.add_argument("--config", help="YAML file of these flags, without the dashes")
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
-            action.type = lambda word: word == "auto" or string_to_bool(word)
+            action.type = lambda word: word == "auto" or yes_or_no(word)
+        elif action.type is string_to_bool:
+            action.type = yes_or_no
 
     argv = list(argv)
     if not {"-h", "--help"} & set(argv):
@@ -591,40 +660,64 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     return config_class(**values)
 
 
+def yes_or_no(word: str) -> bool:
+    return string_to_bool({"on": "true", "off": "false"}.get(word.lower(), word))
+
+
 def yaml_flags(path: Path, config_class: type) -> list[str]:
     """A YAML mapping as a list of flags, so that argparse checks both alike.
 
-    (YAML reads `1e-5` as a string and argparse as the number that was meant.)
+    A value is the text that is written, as a flag's is, and the option says what it means: YAML 1.1
+    makes False of `no`, 7 of `007`, a date of `2026-11-28` and a string of `1e-5`. Of its words
+    only `null`, `~` and nothing are not text, where they are not quoted: they leave the default.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise InputError(f"config={path}: expected lines of `key: value`")
+        written = Counter(str(key.value) for key, _ in node.value)
+        loader.flatten_mapping(node)  # `<<: *other`, whose keys come first
     except OSError as error:
         raise InputError(f"config={path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"config={path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"config={path}: expected lines of `key: value`")
-    keys = Counter(key.value for key, _ in node.value)
-    for key, times in keys.items():
-        if times > 1:  # YAML itself would take the last
-            raise InputError(f"config={path}: {key} is there {times} times")
-    types = {f.name: str(f.type) for f in fields(config_class)}
+    known = {f.name: f for f in fields(config_class)}
+    values: dict[str, yaml.Node] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value not in known:
+            word = key.value if isinstance(key, yaml.ScalarNode) else "that is not a word"
+            raise InputError(f"config={path}: unknown key {word}{nearest(word, config_class)}")
+        if written[key.value] > 1:  # YAML itself would take the last
+            raise InputError(f"config={path}: {key.value} is there {written[key.value]} times")
+        values[key.value] = value
     flags = []
-    for key, value in values.items():
-        if key not in types:
-            raise InputError(f"config={path}: unknown key {key}{nearest(str(key), config_class)}")
-        if isinstance(value, list) and types[key].startswith("list"):
-            flags += [f"--{key}", *map(str, value)]
-            continue
-        if isinstance(value, dict | list):
-            kind = type(value).__name__
-            raise InputError(f"config={path}: {key} is a {kind}, expected one value")
-        if value is not None:  # `key:` with nothing after it keeps the default
-            flags.append(f"--{key}={value}")
+    for name, value in values.items():
+        where = f"config={path}: {name}"
+        several = str(known[name].type).startswith("list")
+        if isinstance(value, yaml.SequenceNode) and (several or name in COMMAS):
+            words = [scalar(item, f"{where} has an item that") for item in value.value]
+            if None in words:
+                raise InputError(f"{where} has an item that is empty, expected text")
+            if any(word.startswith("--") for word in words):
+                raise InputError(f"{where} has an item that begins with --, as flags do")
+            flags += [f"--{name}", *words] if several else [f"--{name}={','.join(words)}"]
+        elif (word := scalar(value, where)) is not None:
+            flags.append(f"--{name}={word}")
     return flags
+
+
+def scalar(node: yaml.Node, where: str) -> str | None:
+    """The text as it is written; None for null."""
+    if not isinstance(node, yaml.ScalarNode):
+        kind = "list" if isinstance(node, yaml.SequenceNode) else "dict"
+        raise InputError(f"{where} is a {kind}, expected one value")
+    kind = node.tag.removeprefix("tag:yaml.org,2002:")
+    if kind not in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
+        raise InputError(f"{where} has the tag {node.tag}, expected one value without a tag")
+    return None if kind == "null" else node.value
 
 
 def nearest(word: str, config_class: type, dashes: str = "") -> str:

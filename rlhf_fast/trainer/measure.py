@@ -12,13 +12,15 @@ from rlhf_fast import linear_token_logprobs
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import Prompt, pad
 from rlhf_fast.trainer.distributed.workers import Workers
-from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
+from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.rewards.scorers import Scorer
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
     RolloutEngine,
     Sampling,
     answer_hidden,
+    decode,
     roll_out,
     widen,
 )
@@ -56,6 +58,16 @@ def sample_answers(
     ids, mask, draws = (x[share].to(policy.model.device) for x in (ids, mask, draws))
     with policy.whole(), policy.precision():
         return roll_out(policy, ids, mask, sampling, draws, engine)
+
+
+def read_answers(
+    policy: Policy, rollout: Rollout, batch: list[Prompt], config: PPOConfig
+) -> list[str]:
+    """The answers as rewards read them; batch: the prompts of the rollout's rows."""
+    return decode(
+        policy.tokenizer, rollout.labels, rollout.mask, batch,
+        special_tokens=config.keep_special_tokens, stop_ids=policy.stop_ids,
+    )  # fmt: skip
 
 
 def score(scorer: Scorer, batch: list[Prompt], texts: list[str]) -> Tensor:

@@ -32,7 +32,8 @@ from rlhf_fast import (
 )
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.trainer.config import CRITIC_FREE, GROUPED, PPOConfig
-from rlhf_fast.trainer.data.rows import Prompt, batch_indices, load_rows
+from rlhf_fast.trainer.data.read import Rows, load_rows
+from rlhf_fast.trainer.data.rows import Prompt, batch_indices
 from rlhf_fast.trainer.data.rows import prompts as load_prompts
 from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
@@ -42,35 +43,48 @@ from rlhf_fast.trainer.measure import (
     gather,
     measure,
     predict_values,
+    read_answers,
     sample_answers,
     score_all,
     slices,
 )
-from rlhf_fast.trainer.models.policy import LoRA, Policy, load_policy, logit_divisor, softcap
-from rlhf_fast.trainer.rewards.scorers import Scorer, load_function, load_scorer
+from rlhf_fast.trainer.metrics import OF_POLICY, SPREAD, Means, times, with_variance
+from rlhf_fast.trainer.models.loading import context_length
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import Policy, load_policy
+from rlhf_fast.trainer.quiet import quiet
+from rlhf_fast.trainer.rewards.functions import load_function
+from rlhf_fast.trainer.rewards.scorers import Scorer, load_scorer
+from rlhf_fast.trainer.rollout.memory import Way, way_of_decoding
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
     RolloutEngine,
     answer_hidden,
-    decode,
     decodes_exactly,
+    sample,
 )
+from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import (
     Stopwatch,
     answers_table,
     console,
-    plot,
     profile,
     progress_bar,
     samples_table,
     summary_line,
 )
+from rlhf_fast.trainer.run.contents import check_contents
 from rlhf_fast.trainer.run.diagnostics import warnings
 from rlhf_fast.trainer.run.folder import Run, read_metrics
+from rlhf_fast.trainer.run.metrics import finite
+from rlhf_fast.trainer.run.plot import plot
 from rlhf_fast.trainer.schedule import Control, Schedule
 from rlhf_fast.trainer.update import Stepper
 
 
+@interrupts.guarded()
+@quiet()
 def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     """Returns (and saves as summary.json) score, judge and KL before and after training."""
     workers = Workers(config)
@@ -82,8 +96,18 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    reward = load_scorer(config.reward, config.reward_weights, field="reward", device=device)
-    judge = load_scorer(config.judge, field="judge", device=device) if config.judge else None
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
+    load = partial(
+        load_scorer,
+        device=device,
+        trust=config.trust_remote_code,
+        timeout=config.reward_timeout,
+        ran={},
+    )
+    reward = load(config.reward, config.reward_weights, field="reward")
+    judge = load(config.judge, field="judge") if config.judge else None
     engine = load_engine(config) if engine is None else engine
     policy = load_policy(
         config.model,
@@ -95,10 +119,20 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         attn_implementation=config.attn_implementation,
         bf16=config.bf16,
         packing=config.packing,
+        save_dtype=config.save_dtype,
+        trust=config.trust_remote_code,
     )
     policy.exact_decoding = decodes_exactly(policy)
+    if workers.is_main and engine is None and way_of_decoding(policy.model, sample) is Way.NONE:
+        console.print(
+            f"{type(policy.model).__name__} has no cache that decoding can use: each token takes a "
+            "pass over all before it, which is slow for long answers"
+        )
     workers.shard(policy)
-    held_out, prompts = split_prompts(config, policy)
+    held_out, prompts = split_prompts(config, policy, rows)
+    for scorer in (reward, judge):
+        if scorer is not None:
+            scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
     weights, critic = policy.trained(), policy.critic()
     optimizer = torch.optim.AdamW(
         [
@@ -116,9 +150,13 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     )
     control = Control(config)
     run.check_end(config.steps)
+    names = ("model", "value_model", "reward", "judge", "rollout_engine")
+    contents = {"data": rows} | {name: getattr(config, name) for name in names}
+    workers.main_only(partial(check_contents, run, contents))
     run.begin()
     # Answering held-out prompts first also shows whether reward and judge work at all.
-    before = run.load("before.json") if run.exists else None
+    columns = ("prompt", "answer", "score", "kl")
+    before = run.load("before.json", columns) if run.exists else None
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
@@ -140,6 +178,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
             scheduler.after(step * updates)
+            learnt = partial(run.keep, step, weights, stepper.optimizer, control=control)
+            interrupts.step_begins(learnt, alone=workers.size == 1)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
             groups = config.batch_size // config.samples_per_prompt
@@ -150,11 +190,11 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             clock.lap("rollout")
 
             # 2. Score the answers.
-            texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+            texts = read_answers(policy, rollout, batch[mine], config)
             try:
                 scored = workers.attempt(score_all, reward, judge, batch[mine], texts)
             except BaseException:  # a reward function's error must not cost what was learnt
-                run.save_checkpoint(step, weights, stepper.optimizer, control=control)
+                interrupts.keep_what_was_learnt()
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
             columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
@@ -171,6 +211,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             advantages, returns = estimate(scores, old, mask, control.beta, config)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
+            interrupts.update_begins()
             stats = learn(
                 policy, rollout, old, advantages, returns, config, stepper, scheduler, control,
                 workers, generator,
@@ -187,8 +228,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 "objective/kl": kl.mean().item(),
                 "objective/kl_coef": control.beta,
                 "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
-                "objective/non_score_reward": -control.beta * kl.mean().item(),
-                "objective/rlhf_reward": scores.mean().item() - control.beta * kl.mean().item(),
+                "objective/non_score_reward": -times(control.beta, kl.mean().item()),
+                "objective/rlhf_reward": scores.mean().item()
+                - times(control.beta, kl.mean().item()),
                 **stats,
                 "val/num_eos_tokens": int(rollout.ended.sum()),
                 "val/answer_tokens": mask.sum().item() / len(batch),
@@ -209,7 +251,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 workers.main_only(partial(run.stop_with_the_batch, step + 1, dump))
             control.adapt(row["objective/kl"])
             run.log(row)
-            history.append(row)
+            history.append(finite(row))
             if workers.is_main:
                 workers.log(row)
                 bar.show(summary_line(row))
@@ -220,15 +262,19 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     asked = [prompt.prompt for prompt in batch[mine]]
                     console.print(samples_table(asked, texts, raw_scores[mine].tolist()))
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            ending = workers.largest(interrupts.asked())
+            if ending or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
                 run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
+            if ending:
+                interrupts.stop(ending)
+
+    interrupts.steps_are_over()
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
     run.write("model", lambda folder: policy.save(folder, whole))
     if policy.value_body is not None:
-        save_critic = partial(policy.value_body.save_pretrained, state_dict=whole["value_model"])
-        run.write("value_model", save_critic)
+        run.write("value_model", lambda folder: policy.save_critic(folder, whole))
     if config.lora_r is not None:
         save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
         run.write("adapter", save_adapter)
@@ -236,7 +282,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
-        "skipped_updates": sum(row["skipped_updates"] for row in history),
+        "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
         "seconds": round(time.perf_counter() - began, 1),
     }
     run.save("summary.json", summary)
@@ -256,7 +302,7 @@ def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     if config.missing_eos_score is not None:
         return scores.where(ended, config.missing_eos_score)
-    return scores - config.missing_eos_penalty * (~ended).float()
+    return scores - config.eos_penalty * (~ended).float()
 
 
 def estimate(
@@ -268,7 +314,7 @@ def estimate(
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
         advantages = group_advantages(
-            scores - beta * kl, config.samples_per_prompt, method=config.estimator
+            scores - times(beta, kl), config.samples_per_prompt, method=config.estimator
         )
         advantages = advantages[:, None].expand(mask.shape)
     else:
@@ -283,17 +329,9 @@ def estimate(
         else:  # reinforce: the rewards to go, which are GAE at λ = 1 without values
             zeros = torch.zeros_like(rewards)
             advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
-    if config.whiten_advantages:
+    if config.whitens_advantages:
         advantages = masked_whiten(advantages, mask)
     return advantages, returns
-
-
-# Sums over a minibatch's parts, of all processes: each has all of them, whatever its share.
-AVERAGED = (
-    "loss", "loss/policy_avg", "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg",
-    "val/ratio", "val/ratio_var",
-)  # fmt: skip
-OF_VALUES = ("loss/value_avg", "val/clipfrac_avg")
 
 
 def learn(
@@ -309,16 +347,22 @@ def learn(
     workers: Workers,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """The passes over one batch; their statistics, averaged over the updates made."""
+    """The passes over one batch; their statistics, over all tokens of the updates made."""
     device, mask = policy.model.device, rollout.mask
     correction = None
     if config.tis_cap is not None:
         correction = (old.logp - rollout.logp).exp().clamp(max=config.tis_cap)
-    stats: dict[str, list[Tensor]] = defaultdict(list)
-    skipped = 0
+    losses = ["loss", "loss/policy_avg"]
+    statistics = [*OF_POLICY, SPREAD]
+    if policy.value_head is not None:
+        losses.append("loss/value_avg")
+        statistics.append("val/clipfrac_avg")
+    step = Means([*losses, *statistics, "grad_norm"], device)
+    updates = skipped = 0
     for minibatch in minibatches(len(mask), config, generator):
         tokens, normalizer = counts(mask[minibatch], config)
-        sums = dict.fromkeys(AVERAGED if policy.value_head is None else AVERAGED + OF_VALUES, 0.0)
+        known = Means(statistics, device)
+        sums = dict.fromkeys(losses, torch.zeros((), device=device))  # of the parts' losses
         mine = parts(minibatch[workers.rank :: workers.size], config.micro_batch_size)
         for part, counted in workers.in_step(mine, idle=minibatch[:1]):
             m = mask[part] & counted
@@ -334,53 +378,61 @@ def learn(
                 stepper.backward(policy_part)
             with policy.precision():
                 values = predict_values(policy, hidden, rollout, part)
-            share = m.sum() / tokens
-            loss = to_learn = policy_part
+            to_learn = None if apart else policy_part
+            sums["loss"] = sums["loss"] + policy_part.detach()
+            sums["loss/policy_avg"] = sums["loss/policy_avg"] + policy_part.detach()
             if values is not None:
                 value_part, value_stats = value_loss(
                     values, old.values[part], returns[part], m,
                     clip=config.value_clip, normalizer=tokens,
                 )  # fmt: skip
-                loss = policy_part + config.value_coef * value_part
-                to_learn = config.value_coef * value_part if apart else loss
-                sums["loss/value_avg"] += value_part.detach()
-                sums["val/clipfrac_avg"] += value_stats.clipfrac * share
-            stepper.backward(to_learn)
-
-            sums["loss"] += loss.detach()
-            sums["loss/policy_avg"] += policy_part.detach()
-            sums["policy/approxkl_avg"] += policy_stats.old_kl_k2 * share
-            sums["policy/clipfrac_avg"] += policy_stats.clipfrac * share
-            sums["policy/entropy_avg"] += policy_stats.entropy * share
-            # The ratio's distance from 1: of all parts together a variance, too, in few digits.
-            distance = policy_stats.ratio_mean - 1
-            sums["val/ratio"] += distance * share
-            sums["val/ratio_var"] += (policy_stats.ratio_var + distance**2) * share
-        totals = torch.stack([torch.as_tensor(x, device=device) for x in sums.values()])
-        workers.sum([totals])
+                sums["loss/value_avg"] = sums["loss/value_avg"] + value_part.detach()
+                known.add({"val/clipfrac_avg": value_stats.clipfrac}, value_stats.tokens)
+                if config.value_coef:
+                    weighted = config.value_coef * value_part
+                    sums["loss"] = sums["loss"] + weighted.detach()
+                    to_learn = weighted if apart else policy_part + weighted
+            if to_learn is not None:
+                stepper.backward(to_learn)
+            known.add(
+                {
+                    "policy/approxkl_avg": policy_stats.old_kl_k2,
+                    "policy/clipfrac_avg": policy_stats.clipfrac,
+                    "policy/entropy_avg": policy_stats.entropy,
+                    "val/ratio": policy_stats.ratio_mean,
+                    SPREAD: policy_stats.ratio_var + (policy_stats.ratio_mean - 1) ** 2,
+                },
+                policy_stats.tokens,  # rows of no advantage may have left
+            )
+        totals = torch.stack(list(sums.values()))
+        workers.sum([totals, known.sums])
         sums = dict(zip(sums, totals, strict=True))
-        sums["val/ratio_var"] -= sums["val/ratio"] ** 2
-        sums["val/ratio"] += 1
 
-        too_far = config.target_kl is not None and sums["policy/approxkl_avg"] > config.target_kl
-        if too_far:
+        target = config.target_kl
+        if target is not None and known["policy/approxkl_avg"] > target:
             stepper.drop()
             break
         norm, made = stepper.step(sums["loss"])
         if made:
-            for name, value in sums.items():
-                stats[name].append(value)
-            stats["grad_norm"].append(norm)
+            updates += 1
+            step.add(sums | {"grad_norm": norm}, 1)
+            step.merge(known)
         else:
             skipped += 1
         scheduler.step()
         if not control.made(made):
             break
-    return {
-        **{name: torch.stack(values).mean().item() for name, values in stats.items()},
-        "policy/updates": len(stats["grad_norm"]),
-        "skipped_updates": skipped,
-    }
+    stats = with_variance(step.known())
+    if updates and "val/ratio" not in stats:  # no token had an advantage: nothing was looked at
+        stats |= unmoved(old, mask)
+    return {**stats, "policy/updates": updates, "skipped_updates": skipped}
+
+
+def unmoved(old: Measured, mask: Tensor) -> dict[str, float]:
+    """A step's statistics of the policy that it began with."""
+    entropy = masked_mean(old.entropy, mask).item()
+    zeros = dict.fromkeys(("policy/approxkl_avg", "policy/clipfrac_avg", SPREAD), 0.0)
+    return zeros | {"policy/entropy_avg": entropy, "val/ratio": 1.0}
 
 
 def policy_term(
@@ -438,12 +490,7 @@ def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
 def load_engine(config: PPOConfig) -> RolloutEngine | None:
     if config.rollout_engine is None:
         return None
-    module, _, name = config.rollout_engine.rpartition(":")
-    if not module:
-        raise InputError(
-            f"rollout_engine={config.rollout_engine}: expected module:function or file.py:function"
-        )
-    engine = load_function(module, name, config.rollout_engine, "rollout_engine")
+    engine = load_function(config.rollout_engine, "rollout_engine")
     try:
         inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
     except TypeError as error:
@@ -461,11 +508,10 @@ def lora_options(config: PPOConfig) -> LoRA | None:
     return LoRA(config.lora_r, config.lora_alpha, [m for m in modules if m] or None, config.seed)
 
 
-def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list[Prompt]]:
+def split_prompts(
+    config: PPOConfig, policy: Policy, rows: Rows
+) -> tuple[list[Prompt], list[Prompt]]:
     """(prompts answered before and after, prompts to train on)."""
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
     prompts = load_prompts(
         rows, policy.tokenizer, source=config.data, max_tokens=config.max_prompt_tokens
     )
@@ -474,15 +520,37 @@ def split_prompts(config: PPOConfig, policy: Policy) -> tuple[list[Prompt], list
             f"data={config.data} has {len(prompts)} prompts: too few to keep "
             f"eval_prompts={config.eval_prompts} of them from training"
         )
-    room = getattr(policy.model.config, "max_position_embeddings", None)
+    models = {f"model={config.model}": policy.model}
+    if policy.value_body is not None:
+        models[f"value_model={config.value_model}"] = policy.value_body
     longest = max(len(prompt.ids) for prompt in prompts)
-    if room is not None and longest + config.max_new_tokens > room:
-        raise InputError(
-            f"model={config.model} reads at most {room} tokens, but the longest prompt has "
-            f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
-            f"max_prompt_tokens={config.max_prompt_tokens}"
+    for name, model in models.items():
+        room = context_length(model)
+        if room is not None and longest + config.max_new_tokens > room:
+            raise InputError(
+                f"{name} reads at most {room} tokens, but the longest prompt has "
+                f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
+                f"max_prompt_tokens={config.max_prompt_tokens}"
+            )
+    return hold_out(prompts, config.eval_prompts)
+
+
+def hold_out(prompts: list[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(the first `count` different prompts, the rows of all others)."""
+    first: dict[tuple[int, ...], Prompt] = {}
+    for prompt in prompts:
+        first.setdefault(tuple(prompt.ids), prompt)
+    if len(first) <= count:
+        console.print(
+            f"the {len(prompts)} prompts are duplicates of only {len(first)} different ones: the "
+            f"eval_prompts={count} answered before and after are trained on, too"
         )
-    return prompts[: config.eval_prompts], prompts[config.eval_prompts :]
+        return prompts[:count], prompts[count:]
+    held_out = dict(list(first.items())[:count])
+    rest = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]
+    if twice := len(prompts) - count - len(rest):
+        console.print(f"{twice} rows with the same prompt as one of eval_prompts are left out")
+    return list(held_out.values()), rest
 
 
 def evaluate(
@@ -505,7 +573,7 @@ def evaluate(
     for rows in slices(len(prompts), config.batch_size):
         batch = prompts[rows]
         rollout = sample_answers(policy, batch, config, generator)
-        texts = decode(policy.tokenizer, rollout.labels, rollout.mask)
+        texts = read_answers(policy, rollout, batch, config)
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
         result["answer"] += texts
@@ -548,7 +616,6 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:
-    """1 − Var(returns − values)/Var(returns): 1 is a perfect critic, 0 one that knows nothing."""
-    returns, values = returns[mask], values[mask]
-    spread = returns.var(correction=0)
-    return (1 - (returns - values).var(correction=0) / spread.clamp(min=1e-8)).item()
+    """1 − Var(returns − values)/Var(returns): 1 is a perfect critic, 0 one that knows nothing, or
+    returns that are all the same (see ValueStats)."""
+    return value_loss(values, None, returns, mask, clip=None)[1].explained_var.item()

@@ -12,12 +12,14 @@ Several processes share every batch (see workers.py); read the loop as if there 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,25 +28,31 @@ from transformers import PreTrainedModel
 from rlhf_fast import pairwise_loss
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.trainer.config import RewardConfig
-from rlhf_fast.trainer.data.rows import Pair, batch_indices, load_rows, pad, preference_pairs
+from rlhf_fast.trainer.data.read import Rows, load_rows
+from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    load_tokenizer,
-    new_reward_model,
-    score_texts,
-    score_tokens,
-)
+from rlhf_fast.trainer.metrics import Means
+from rlhf_fast.trainer.models.loading import context_length, source_dtype
+from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
+from rlhf_fast.trainer.models.saving import rounded, save_model
+from rlhf_fast.trainer.models.tokenizer import choose_pad, load_tokenizer
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
+from rlhf_fast.trainer.quiet import quiet
+from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import console, progress_bar
+from rlhf_fast.trainer.run.contents import check_contents
 from rlhf_fast.trainer.run.folder import Run
 from rlhf_fast.trainer.schedule import Schedule, Updates
 from rlhf_fast.trainer.update import Stepper
 
 Score = Callable[[list[list[int]]], Tensor]  # token rows -> raw scores [B], with gradient
+AVERAGED = ("loss", "accuracy", "margin", "mean_reward")
 WINDOW = 8  # batches drawn at once and sorted by length: little padding, still a random order
 
 
+@interrupts.guarded()
+@quiet()
 def train(config: RewardConfig) -> dict:
     """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
     workers = Workers(config)
@@ -56,28 +64,32 @@ def train(config: RewardConfig) -> dict:
 
     began = time.perf_counter()
     device = workers.device
-    tokenizer = load_tokenizer(config.model, field="model")
-    pairs, held_out = load_pairs(config, tokenizer)
+    trust = config.trust_remote_code
+    tokenizer = load_tokenizer(config.model, field="model", trust=trust)
+    rows, eval_rows = read_pairs(config)
+    pairs, held_out = load_pairs(config, tokenizer, (rows, eval_rows))
+    texts = [text for pair in pairs + held_out for text in (pair.chosen, pair.rejected)]
+    choose_pad(tokenizer, used=set().union(*texts))
     model = new_reward_model(
         config.model,
         tokenizer,
         trainable_layers=config.trainable_layers,
         seed=config.seed,
         device=device,
+        trust=trust,
     )
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         weights.values(), lr=config.learning_rate, eps=1e-5, weight_decay=0.0, fused=True
     )
-    room = getattr(model.config, "max_position_embeddings", None)
-    longest = max(len(text) for pair in pairs + held_out for text in (pair.chosen, pair.rejected))
+    room, longest = context_length(model), max(map(len, texts))
     if room is not None and longest > room:
         raise InputError(
             f"model={config.model} reads at most {room} tokens, but the longest text has "
             f"{longest}: lower max_tokens={config.max_tokens}"
         )
     lengths = [len(pair.chosen) + len(pair.rejected) for pair in pairs]
-    steps = max(1, config.epochs * len(pairs) // config.batch_size)
+    steps = config.epochs * steps_of_a_pass(len(pairs), config.batch_size)
     micro = config.micro_batch_size or config.batch_size
     if config.warmup_steps >= steps:
         raise InputError(
@@ -88,6 +100,8 @@ def train(config: RewardConfig) -> dict:
     updates = Updates(config)
     stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
     run.check_end(steps)
+    contents = {"data": rows, "eval_data": eval_rows, "model": config.model}
+    workers.main_only(partial(check_contents, run, contents))
     run.begin()
     first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
     workers.start_trackers(run.folder.name, asdict(config))
@@ -100,26 +114,27 @@ def train(config: RewardConfig) -> dict:
     with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
         for step in range(first, steps):
             schedule.after(step)
+            learnt = partial(run.keep, step, weights, optimizer, updates=updates)
+            interrupts.step_begins(learnt, alone=workers.size == 1)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
 
-            sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=device))
+            means = Means(("loss", "accuracy", "margin", "mean_reward"), device)
             mine = batch[workers.share(len(batch))]
             for at in range(0, len(mine), micro):
                 part = mine[at : at + micro]
                 loss, stats = batch_loss(score, part, center_coef=config.center_coef)
-                share = len(part) / len(batch)
-                stepper.backward(loss * share)
-                sums["loss"] += loss.detach() * share
-                sums["accuracy"] += stats.accuracy * share
-                sums["margin"] += stats.gap * share
-                sums["mean_reward"] += (stats.chosen + stats.rejected) / 2 * share
-            workers.sum(sums.values())
-            norm, made = stepper.step(sums["loss"])
+                stepper.backward(loss * (len(part) / len(batch)))
+                of_part = {"loss": loss, "accuracy": stats.accuracy, "margin": stats.gap}
+                of_part["mean_reward"] = (stats.chosen + stats.rejected) / 2
+                means.add(of_part, len(part))
+            workers.sum([means.sums])
+            interrupts.update_begins()
+            norm, made = stepper.step(means["loss"])
 
             row = {
                 "step": step + 1,
-                **{name: total.item() for name, total in sums.items()},
+                **means.known(),
                 "grad_norm": norm.item(),
                 "lr": optimizer.param_groups[0]["lr"],
                 "skipped_updates": int(not made),
@@ -132,13 +147,20 @@ def train(config: RewardConfig) -> dict:
             if workers.is_main:
                 workers.log(row)
                 bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
-            if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            ending = workers.largest(interrupts.asked())
+            if ending or (step + 1) % config.save_every == 0 or step + 1 == steps:
                 run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
+            if ending:
+                interrupts.stop(ending)
 
+    interrupts.steps_are_over()
+    dtype = source_dtype(config.model, field="model", trust=trust)
+    if config.save_dtype:
+        dtype = getattr(torch, config.save_dtype)
+    model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
+    # What is measured, here and below, is the model as it is saved.
     result = workers.main_only(partial(normalise, model, held_out, config))
-    run.write(
-        "model", lambda folder: (model.save_pretrained(folder), tokenizer.save_pretrained(folder))
-    )
+    run.write("model", partial(save, model, tokenizer, dtype))
     summary = result | {"seconds": round(time.perf_counter() - began, 1)}
     run.save("summary.json", summary)
     workers.end()
@@ -148,6 +170,11 @@ def train(config: RewardConfig) -> dict:
             f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
         )
     return summary
+
+
+def save(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
+    save_model(model, folder, model.state_dict(keep_vars=True), dtype)
+    tokenizer.save_pretrained(folder)
 
 
 def normalise(
@@ -199,32 +226,85 @@ def batch_loss(
     return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)
 
 
-def load_pairs(config: RewardConfig, tokenizer) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to train on, pairs held out)."""
-
-    def load(source: str, split: str, subset: str | None, max_rows: int | None) -> list[Pair]:
-        rows = load_rows(source, split=split, subset=subset, max_rows=max_rows)
-        return preference_pairs(rows, tokenizer, source=source, max_tokens=config.max_tokens)
-
-    pairs = load(config.data, config.split, config.subset, config.max_rows)
+def read_pairs(config: RewardConfig) -> tuple[Rows, Rows | None]:
+    """(rows of data, rows of the held-out pairs where they come from elsewhere)."""
+    rows = load_rows(
+        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
+    )
     if config.eval_data is not None:
-        return pairs, load(config.eval_data, config.eval_split or config.split, None, None)
+        return rows, load_rows(config.eval_data, split=config.eval_split or config.split)
     if config.eval_split is not None:
-        return pairs, load(config.data, config.eval_split, config.subset, None)
-    held_out = config.eval_pairs or min(200, max(1, len(pairs) // 10))
-    if held_out >= len(pairs):
+        return rows, load_rows(config.data, split=config.eval_split, subset=config.subset)
+    return rows, None
+
+
+def load_pairs(
+    config: RewardConfig, tokenizer, read: tuple[Rows, Rows | None] | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out); read: what read_pairs gave, if it was called."""
+    rows, eval_rows = read or read_pairs(config)
+    limit = config.max_tokens
+    pairs = preference_pairs(rows, tokenizer, source=config.data, max_tokens=limit)
+    if eval_rows is not None:
+        source = config.eval_data or config.data
+        held_out = preference_pairs(eval_rows, tokenizer, source=source, max_tokens=limit)
+        known = {(tuple(pair.chosen), tuple(pair.rejected)) for pair in pairs}
+        both = sum((tuple(pair.chosen), tuple(pair.rejected)) in known for pair in held_out)
+        if both:
+            console.print(
+                f"{both} of the {len(held_out)} held-out pairs are duplicates of pairs that are "
+                "trained on: the held-out accuracy is too high by what is remembered of them"
+            )
+        return pairs, held_out
+    count = config.eval_pairs or min(200, max(1, len(pairs) // 10))
+    if count >= len(pairs):
         raise InputError(
-            f"data={config.data} has {len(pairs)} pairs: too few to hold out {held_out} of them"
+            f"data={config.data} has {len(pairs)} pairs: too few to hold out {count} of them"
         )
     random.Random(config.seed).shuffle(pairs)
-    return pairs[held_out:], pairs[:held_out]
+    return hold_out(pairs, count)
+
+
+def hold_out(pairs: list[Pair], count: int) -> tuple[list[Pair], list[Pair]]:
+    """(pairs to train on, pairs held out): no prompt is in both.
+
+    Prompts are held out with all their pairs, those that `count` has room for first.
+    """
+    groups: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        groups[pair.asked].append(pair)
+    held_out: list[Pair] = []
+    for exactly in (True, False):
+        for asked in list(groups):
+            room = count - len(held_out)
+            if len(groups) > 1 and room > 0 and (len(groups[asked]) <= room or not exactly):
+                held_out += groups.pop(asked)
+    if len(held_out) < count:
+        console.print(
+            f"too many of the {len(pairs)} pairs have the same prompt to keep the held-out ones "
+            "apart: prompts of theirs are trained on"
+        )
+        return pairs[count:], pairs[:count]
+    return [pair for pair in pairs if pair.asked in groups], held_out
+
+
+def steps_of_a_pass(pairs: int, batch_size: int) -> int:
+    return math.ceil(pairs / batch_size)
 
 
 def similar_lengths(lengths: list[int], batch_size: int, step: int, seed: int) -> list[int]:
-    """Rows of the step-th batch, alike in length; a function of (seed, step) alone."""
-    window, slot = divmod(step, WINDOW)
-    rows = batch_indices(len(lengths), batch_size * WINDOW, window, seed)
-    rows.sort(key=lambda i: lengths[i])
-    slots = list(range(WINDOW))
-    random.Random(seed * 1_000_003 + window).shuffle(slots)
-    return rows[slots[slot] * batch_size :][:batch_size]
+    """Rows of the step-th batch, alike in length; a function of (seed, step) alone.
+
+    A pass over the rows is so many batches, as equal in size as can be: every row is in one.
+    """
+    count = steps_of_a_pass(len(lengths), batch_size)
+    epoch, slot = divmod(step, count)
+    order = batch_order(len(lengths), epoch, seed)
+    edges = [len(order) * i // count for i in range(count + 1)]
+    window = slot // WINDOW * WINDOW
+    slots = list(range(window, min(window + WINDOW, count)))
+    first, last = edges[slots[0]], edges[slots[-1] + 1]
+    rows = sorted(order[first:last], key=lambda i: lengths[i])
+    random.Random(seed * 1_000_003 + epoch * count + window).shuffle(slots)
+    mine = slots[slot - window]
+    return rows[edges[mine] - first : edges[mine + 1] - first]

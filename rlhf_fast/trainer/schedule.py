@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
@@ -26,6 +27,8 @@ class Updates:
         return {"skipped_in_a_row": self.skipped_in_a_row}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if not isinstance(state["skipped_in_a_row"], int):
+            raise TypeError(f"skipped_in_a_row={state['skipped_in_a_row']}")
         self.skipped_in_a_row = state["skipped_in_a_row"]
 
 
@@ -41,10 +44,12 @@ class Control(Updates):
     def adapt(self, kl: float) -> None:
         """β ← β·(1 + clip(kl/target − 1, ±0.2)·n/horizon), Ziegler et al. 2019 (arXiv:1909.08593).
 
-        kl: mean KL of a *sequence*, in nats. Its mean over tokens would leave β at its floor.
+        kl: mean KL of a *sequence*, in nats. Its mean over tokens would leave β at its floor. One
+        that is not finite leaves β as it is.
         """
         target = self.config.adaptive_kl_target
-        if target is not None:
+        # min and max would let NaN pass, and β would stay NaN: such a batch says nothing of it.
+        if target is not None and math.isfinite(kl):
             error = min(max(kl / target - 1, -0.2), 0.2)
             self.beta *= 1 + error * self.config.batch_size / self.config.kl_horizon
 
@@ -53,6 +58,8 @@ class Control(Updates):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
+        if not (math.isfinite(state["beta"]) and state["beta"] >= 0):
+            raise ValueError(f"beta={state['beta']}")
         if state.get("given_beta", self.config.beta) == self.config.beta:  # else it was changed
             self.beta = state["beta"]
 

@@ -42,6 +42,45 @@ def test_an_absent_framework_is_one_clear_error(framework, advice):
     assert last == f"ImportError: rlhf_fast.integrations.{framework} {advice} {cause}"
 
 
+OTHER = """
+import sys, types
+for name, has in {modules!r}.items():
+    sys.modules[name] = module = types.ModuleType(name)
+    module.__path__, module.__version__ = [], "0.0.1"
+    for thing in has:
+        setattr(module, thing, type(thing, (), {{}}))
+import rlhf_fast.integrations.{framework}
+"""
+
+
+@pytest.mark.parametrize(
+    "framework, modules, absent",
+    [
+        # TRL before 1.10 has no chunked head, OpenRLHF's HEAD no KL_IS_WEIGHT_CLIP
+        ("trl", {"trl.trainer.utils": ["selective_log_softmax"]}, "_ChunkedLogProbFunction"),
+        ("trl", {}, "trl.trainer.utils.selective_log_softmax"),
+        (
+            "openrlhf",
+            {"openrlhf.models.loss": ["PolicyLoss", "ValueLoss"], "openrlhf.models.utils": []},
+            "KL_IS_WEIGHT_CLIP",
+        ),
+        ("openrlhf", {"openrlhf.models.loss": []}, "openrlhf.models.loss.PolicyLoss"),
+        ("verl", {"verl.trainer.ppo.core_algos": []}, "register_policy_loss"),
+    ],
+)
+def test_another_version_is_one_clear_line(framework, modules, absent):
+    parents = {
+        ".".join(name.split(".")[:i]): []
+        for name in [framework, *modules]
+        for i in range(1, name.count(".") + 2)
+    }
+    code = OTHER.format(framework=framework, modules=parents | modules)
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = child.stderr.strip().splitlines()[-1]
+    assert last.startswith("rlhf_fast.integrations.patching.UnknownSignature: ")
+    assert absent in last and "is not there" in last and "nothing was replaced" in last
+
+
 def run_example(name: str, *modules: str) -> list[str]:
     """What the script prints. Of verl and OpenRLHF the named modules are loaded first, with
     stand-ins for the dependencies that CI does not have."""

@@ -249,6 +249,17 @@ def test_logprobs_from_logits(shape, inplace):
     assert_close(our_grad, their_grad, rtol=1e-4, atol=1e-6)
 
 
+def test_logprobs_of_packed_rows():
+    """verl's fast path takes labels of any shape beside [N, V]; its engine has [1, N]."""
+    g = torch.Generator().manual_seed(5)
+    logits, labels = torch.randn(9, 33, generator=g), torch.randint(33, (1, 9), generator=g)
+    right = torch.log_softmax(logits, -1).gather(-1, labels.T).squeeze(-1)
+    assert_close(fast.logprobs_from_logits(logits, labels), right)
+    assert_close(fast.logprobs_from_logits(logits[None], labels[0]), right[None])
+    with pytest.raises(ValueError, match="labels must have the leading shape of logits"):
+        fast.logprobs_from_logits(logits, labels[:, 1:])
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_linear_cross_entropy(temperature):
     """verl's kernel needs a GPU; FusedLinearForPPO, its other backend, runs here."""

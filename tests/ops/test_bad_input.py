@@ -200,18 +200,6 @@ CASES = [
 ]
 
 
-DOWN, UP = torch.zeros(2, 4), torch.zeros(5, 2)
-CASES += [
-    ("linear_token_logprobs", (hidden, weight, labels), {"lora": lora}, kind, message)
-    for lora, kind, message in [
-        ((DOWN, UP), TypeError, r"lora must be \(A \[r, H\], B \[V, r\], scale\)"),
-        ((DOWN.t(), UP, 1.0), ValueError, r"lora's A must be \[r, H\] = \[4, 4\]"),
-        ((DOWN, UP[:4], 1.0), ValueError, r"lora's B must be \[V, r\] = \[5, 2\]"),
-        ((DOWN, UP.half(), 1.0), TypeError, "lora's B must have the dtype of hidden"),
-        ((DOWN, UP, float("nan")), ValueError, "lora's scale must be finite"),
-        ((DOWN.long(), UP, 1.0), TypeError, "lora's A must be float32"),
-    ]
-]
 CASES += [  # the same options, the same errors
     ("linear_policy_loss", (hidden, weight, labels, x, x, mask), options, kind, message)
     for name, _, options, kind, message in CASES
@@ -227,6 +215,22 @@ FULL = {  # arguments that are right
 }
 LINEAR = tuple(FULL)[1:]
 ones, nan = torch.ones(2, 3), float("nan")
+DOWN, UP = torch.zeros(2, 4), torch.zeros(5, 2)
+ADAPTERS = [(name, "lora") for name in LINEAR] + [("linear_token_kl", "ref_lora")]
+CASES += [
+    (name, FULL[name], {lora: given}, kind, message.replace("lora", lora))
+    for name, lora in ADAPTERS
+    for given, kind, message in [
+        ((DOWN, UP), TypeError, r"^lora must be \(A \[r, H\], B \[V, r\], scale\)"),
+        (DOWN, TypeError, r"^lora must be \(A \[r, H\], B \[V, r\], scale\)"),
+        ((DOWN.t(), UP, 1.0), ValueError, r"^lora's A must be \[r, H\] = \[4, 4\]"),
+        ((DOWN, UP[:4], 1.0), ValueError, r"^lora's B must be \[V, r\] = \[5, 2\]"),
+        ((DOWN, UP.half(), 1.0), TypeError, "^lora's B must have the dtype of"),
+        ((DOWN, UP, nan), ValueError, "^lora's scale must be finite"),
+        ((DOWN.long(), UP, 1.0), TypeError, "^lora's A must be float32"),
+        ((DOWN.to("meta"), UP, 1.0), ValueError, "^lora's A must be on the device of"),
+    ]
+]
 CASES += [
     (name, FULL[name], options, kind, message)
     for names, options, kind, message in [
@@ -380,7 +384,7 @@ CASES += [
         "group must be a ProcessGroup of this rank, got str",
     )
     for name, args in [
-        ("linear_token_logprobs", FULL["linear_token_logprobs"]),
+        *((name, FULL[name]) for name in LINEAR),
         ("masked_mean", (x, mask)),
         ("masked_whiten", (x, mask)),
     ]
@@ -412,7 +416,7 @@ def test_a_bad_label_inside_a_compiled_graph_is_caught_by_the_kernel() -> None:
 
 
 def test_chunk_budget_is_checked() -> None:
-    with pytest.raises(ValueError, match="n_bytes must be above 0"), rf.chunk_budget(0):
+    with pytest.raises(ValueError, match="n_bytes must be at least 1"), rf.chunk_budget(0.5):
         pass
 
 

@@ -172,23 +172,21 @@ def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
     ref = {name: x.pop(name) for name in ("ref_hidden", "ref_weight")}
     if op == "linear_token_kl":
         x |= ref | {"ref_bias": torch.randn(V, generator=generator)}
-    elif op == "linear_policy_loss":
+    if op == "linear_policy_loss":
         shape = ("hidden", (4, -1, H)), ("labels", (4, -1))
         x |= {name: x[name].detach().view(size) for name, size in shape}
         x["hidden"].requires_grad_()
         constants = {"old_logp": x["labels"] / -100, "advantages": x["labels"] / V - 0.5}
         x |= constants | {"mask": x["labels"] > 100}
-    else:
-        x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
-                     torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
+    x["lora"] = (torch.randn(3, H, generator=generator).requires_grad_(),
+                 torch.randn(V, 3, generator=generator).requires_grad_(), 0.5)  # fmt: skip
 
     def results(cast) -> list[torch.Tensor]:
         head = {"hidden", "weight", "bias", "lora", *ref, "ref_bias"} & x.keys()
         made = x | {k: tuple(map(cast, x[k])) if k == "lora" else cast(x[k]) for k in head}
         out = getattr(rf, op)(**made)
         out = out[0] + out[2] if op == "linear_token_kl" else out[0] if "mask" in x else out
-        leaves = [y for k in ("hidden", "weight", "bias") for y in (x[k],)]
-        leaves += x["lora"][:2] if "lora" in x else ()
+        leaves = [x["hidden"], x["weight"], x["bias"], *x["lora"][:2]]
         return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -399,19 +397,17 @@ def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) ->
     hidden, weight, labels = inputs(requires_grad=False)
     shapes = (V,), (3, H), (V, 3)
     parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
-    results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        x, w, bias, down, up = (y.bfloat16().to(dtype) for y in parts)
-        with AsOnAGPU():
-            results.append(rf.linear_token_logprobs(x, w, labels, bias=bias))
-            low = (
-                (x @ down.t()).bfloat16().to(dtype)
-            )  # rounded on a GPU too, before the last product
-            head = linear.Head(x, w, bias, low, up)
-            (chunk,) = linear.chunks(head, labels >= 0)
-            results.append(chunk.logits.clone())
-    for narrow, wide in zip(results[:2], results[2:], strict=True):
-        torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+    x, w, bias, down, up = (y.bfloat16() for y in parts)
+    low = x @ down.t()  # rounded on a GPU too, before the last product
+    with AsOnAGPU():
+        narrow = rf.linear_token_logprobs(x, w, labels, bias=bias)
+        (chunk,) = linear.chunks(linear.Head(x, w, bias, down, up), labels >= 0)
+        made = chunk.logits.clone()
+    x, w, bias, low, up = (y.float() for y in (x, w, bias, low, up))
+    wide = rf.linear_token_logprobs(x, w, labels, bias=bias)
+    torch.testing.assert_close(narrow, wide, rtol=1e-5, atol=1e-5)
+    logits = x @ w.t() + bias + low @ up.t()
+    torch.testing.assert_close(made, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_row_that_is_over_the_budget_is_still_a_row() -> None:

@@ -54,8 +54,8 @@ def test_an_adapter_on_a_frozen_head_costs_no_weight_gradient(inside) -> None:
     logp = rf.linear_token_logprobs(hidden.requires_grad_(), weight, labels, lora=lora)
     with counter, inside:
         logp.sum().backward()
-    down, hidden_and_down = 2 * N * H * R, 2
-    assert counter.get_total_flops() == GEMM + 2 * LOW + hidden_and_down * down
+    down, low_again_hidden_and_down = 2 * N * H * R, 3
+    assert counter.get_total_flops() == GEMM + 2 * LOW + low_again_hidden_and_down * down
 
 
 class NoSync(TorchDispatchMode):
@@ -119,16 +119,19 @@ def test_compact_off_reads_nothing_back(inside, ratio: str, read: int) -> None:
     assert not graphed[2][~arguments["mask"]].any()
 
 
-def test_a_deterministic_row_does_not_see_its_neighbours() -> None:
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_deterministic_row_does_not_see_its_neighbours(adapted: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(700, 64, generator=generator)
     weight = torch.randn(3000, 64, generator=generator) / 8
     labels = torch.randint(3000, (700,), generator=generator)
+    adapter = (torch.randn(*size, generator=generator) / 8 for size in ((48, 64), (3000, 48)))
+    lora = (*adapter, 0.5) if adapted else None
 
     def rows(some: slice, deterministic: bool) -> list[torch.Tensor]:
         x = hidden[some].clone().requires_grad_()
         logp, entropy = rf.linear_token_logprobs(
-            x, weight, labels[some], entropy=True, deterministic=deterministic
+            x, weight, labels[some], entropy=True, lora=lora, deterministic=deterministic
         )
         return [logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), x)]
 

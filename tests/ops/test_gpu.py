@@ -28,7 +28,8 @@ def on_cuda(sample: Sample, dtype: torch.dtype) -> dict:
     arguments = {}
     for name, x in sample.arguments.items():
         x = each_tensor(lambda t: t.cuda().to(dtype) if t.is_floating_point() else t.cuda(), x)
-        arguments[name] = x.detach().requires_grad_() if name in sample.grads else x
+        leaf = name in sample.grads
+        arguments[name] = each_tensor(lambda t: t.detach().requires_grad_(), x) if leaf else x
     return arguments
 
 
@@ -51,7 +52,8 @@ def results(function, arguments: dict, grads: tuple[str, ...]) -> list[Tensor]:
     scored = [x for x in outputs if x.requires_grad]
     weights = [torch.cos(torch.arange(x.numel(), device=x.device).to(x.dtype)).view(x.shape)
                for x in scored]  # fmt: skip
-    inputs = [arguments[name] for name in grads]
+    named = [arguments[name] for name in grads]
+    inputs = [t for x in named for t in (x[:2] if isinstance(x, tuple) else (x,))]  # A and B
     found = torch.autograd.grad(scored, inputs, weights, allow_unused=True) if scored else []
     return [x.detach() for x in outputs] + [x for x in found if x is not None]
 

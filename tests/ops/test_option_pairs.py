@@ -28,6 +28,7 @@ SCALES = {
     "bias": (None, "given"),
     "compact": (True, False),
     "deterministic": (False, True),
+    "lora": (None, "given"),
 }
 LOSSES = {
     "loss": ("ppo", "cispo", "reinforce"),
@@ -44,12 +45,13 @@ LOSSES = {
     "kl_estimator": ESTIMATORS,
 }
 OPTIONS = {
-    "linear_token_logprobs": {**SCALES, "entropy": (False, True), "lora": (None, "given")},
+    "linear_token_logprobs": {**SCALES, "entropy": (False, True)},
     "linear_token_kl": {
         **SCALES,
         "direction": ("reverse", "forward"),
         "ref_weight": (None, "given"),
         "ref_bias": (None, "given"),
+        "ref_lora": (None, "given"),
     },
     "linear_policy_loss": {**LOSSES, **SCALES},
     "policy_loss": {**LOSSES, "entropy": (None, "given")},
@@ -95,6 +97,7 @@ def inputs(op: str, chosen: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor
     given = {
         "temperature": 0.5 + draw(B, T).abs(), "bias": draw(V, grad=True), "ref_bias": draw(V),
         "lora": (draw(R, H, grad=True), draw(V, R, grad=True), 0.7), "ref_weight": draw(V, H),
+        "ref_lora": (draw(R, H), draw(V, R), 0.4),
         "weights": draw(B, T).abs(), "ref_logp": logp + 0.3 * draw(B, T),
         "normalizer": torch.tensor(3.5), "entropy": draw(B, T, grad=True),
     }  # fmt: skip
@@ -121,12 +124,16 @@ def results(function, x: dict[str, Any], leaves: list[Tensor]) -> list[Tensor]:
     """Outputs, and the gradients through each of them alone and through all together."""
     outputs = tensors(function(**x))
     ways = [(y * y).sum() for y in outputs if y.requires_grad]
-    grads = [
-        grad
+    grads = [  # zeros where none comes through: a coefficient of 0 leaves its term out
+        torch.zeros_like(leaf) if grad is None else grad
         for way in (*ways, sum(ways))
-        for grad in torch.autograd.grad(way, leaves, retain_graph=True, allow_unused=True)
+        for leaf, grad in zip(
+            leaves,
+            torch.autograd.grad(way, leaves, retain_graph=True, allow_unused=True),
+            strict=True,
+        )
     ]
-    return outputs + [grad for grad in grads if grad is not None]
+    return outputs + grads
 
 
 @pytest.mark.parametrize("op", OPTIONS)

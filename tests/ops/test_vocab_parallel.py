@@ -7,43 +7,48 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from ranks import draw, part_of_the_vocabulary, sharded_head, weighted
+from ranks import LINEAR, draw, parts_of_the_vocabulary, sharded_head
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import vocab_parallel
+from rlhf_fast.ops import check
+from rlhf_fast.ops.registry import KERNELS
 
 
-@pytest.mark.parametrize("splits", [[14, 15], [1, 28], [27, 2]], ids=str)
-def test_ranks_with_parts_give_the_numbers_of_the_whole(splits: list[int], tmp_path: Path) -> None:
-    """[27, 2]: the last rank's part is nothing but -inf logits."""
-    mp.spawn(part_of_the_vocabulary, args=(str(tmp_path), splits), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    x = draw()
-    down, up, _ = x["lora"]
-    logp, entropy = rf.linear_token_logprobs(**x)
-    leaves = (x["hidden"], down, x["weight"], x["bias"], up)
-    want = torch.autograd.grad(weighted(logp, entropy), leaves)
-    for rank in (first, second):
-        for got, whole in zip(rank[:5], (logp, entropy, logp, *want[:2]), strict=True):
-            torch.testing.assert_close(got, whole.detach(), rtol=1e-9, atol=1e-10)
-    for i in range(3):
-        parts = torch.cat([first[5 + i], second[5 + i]])
-        torch.testing.assert_close(parts, want[2 + i], rtol=1e-9, atol=1e-10)
+@pytest.mark.parametrize("op", LINEAR)
+def test_ranks_with_parts_give_the_numbers_of_the_whole(op: str, tmp_path: Path) -> None:
+    """A part of nothing but -inf logits among them, and NaN wherever a row is ignored."""
+    mp.spawn(parts_of_the_vocabulary, args=(str(tmp_path), op), nprocs=2)
 
 
-def test_the_gradient_of_a_part_may_be_written_elsewhere_than_over_its_logits() -> None:
+@pytest.mark.parametrize("of", ["C++", "PyTorch"])
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("name", ["token_logprobs_backward", "logits_kl_backward"])
+def test_a_label_elsewhere_is_no_token_here(name: str, side_by_side: bool, of: str) -> None:
+    """The gradient of a part of the vocabulary is that part of the whole's, over the logits too."""
     generator = torch.Generator().manual_seed(0)
-    logits, labels = torch.randn(1, 5, 29, generator=generator), torch.tensor([[3, 0, -100, 0, 28]])
-    elsewhere = torch.tensor([[False, True, False, False, False]])
-    _, entropy, norm = torch.ops.rlhf_fast.token_logprobs(
-        logits, labels, 1.0, None, None, True, False
-    )
-    arguments = (*torch.rand(2, 1, 5), logits, labels, norm, entropy, 1.0, None, None)
-    apart, before = torch.full_like(logits, torch.nan), logits.clone()
-    vocab_parallel.gradient(arguments, elsewhere, apart)
-    assert torch.equal(logits, before)
-    vocab_parallel.gradient(arguments, elsewhere, logits)
-    assert torch.equal(logits, apart)
+    whole, ref = torch.randn(2, 1, 5, 29, generator=generator)
+    labels, kept = torch.tensor([[3, 28, -100, 0, 19]]), 20
+    g, ones, norm = *torch.rand(2, 1, 5, generator=generator), torch.rand(2, 1, 5)
+
+    def gradient(kernel, part: slice, labels: torch.Tensor, over: bool) -> torch.Tensor:
+        logits, other = (x[..., part] for x in (whole, ref))
+        if side_by_side:
+            logits, other = (x.mT.contiguous().mT for x in (logits, other))
+        else:
+            logits, other = logits.contiguous(), other.contiguous()
+        out = logits if over else torch.full_like(logits, torch.nan)
+        if name == "token_logprobs_backward":
+            kernel(g, g, logits, labels, norm, ones, 0.7, None, 3.0, out)
+        else:
+            kernel(g, g, logits, other, labels, norm, norm, ones, 0.7, None, 3.0, True, out)
+        return out
+
+    kernel = KERNELS[name].fallback if of == "PyTorch" else getattr(torch.ops.rlhf_fast, name)
+    want = gradient(KERNELS[name].fallback, slice(None), labels, False)[..., :kept]
+    own = labels.masked_fill(labels >= kept, check.ELSEWHERE)
+    for over in (False, True):
+        got = gradient(kernel, slice(0, kept), own, over)
+        torch.testing.assert_close(got, want)
 
 
 def test_sharded_weights_get_the_averaged_gradient(tmp_path: Path) -> None:
@@ -52,9 +57,10 @@ def test_sharded_weights_get_the_averaged_gradient(tmp_path: Path) -> None:
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x = draw()
     logp = rf.linear_token_logprobs(
-        x["hidden"], x["weight"], x["labels"], bias=x["bias"], temperature=x["temperature"]
-    )
-    leaves = (x["hidden"], x["weight"], x["bias"])
+        x["hidden"], x["weight"], x["labels"], bias=x["bias"], temperature=x["temperature"],
+        lora=x["lora"],
+    )  # fmt: skip
+    leaves = (x["hidden"], x["weight"], x["bias"], *x["lora"][:2])
     d_hidden, *shared = torch.autograd.grad(-logp.sum(), leaves)
     for rank, got in enumerate(ranks):
         torch.testing.assert_close(got[0], logp.detach()[rank::2])

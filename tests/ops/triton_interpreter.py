@@ -7,6 +7,7 @@ real; so tests/ops/test_triton.py runs this file in a process of its own. By han
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -23,6 +24,8 @@ tl = pytest.importorskip("triton.language")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+from rlhf_fast.kernels import partials  # noqa: E402
+
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's 0/0 under a mask
 
 
@@ -77,20 +80,31 @@ class EveryKernelCall(TorchDispatchMode):
         exact = replay(kernel.fallback, args, written, torch.float64)
         dtype = torch.float32 if any_float64(args) else None
         drawn = draws(lambda: replay(kernel.fallback, args, written, dtype))
-        for i, (got, want, *rounded) in enumerate(zip(result, exact, *drawn, strict=True)):
-            what = f"{kernel.name}, output {i}"
-            assert got.dtype == (torch.float64 if dtype else rounded[0].dtype), what
-            assert got.shape == want.shape, what
+        for i, outputs in enumerate(zip(result, exact, *drawn, strict=True)):
+            what, got = f"{kernel.name}, output {i}", outputs[0]
+            assert got.dtype == (torch.float64 if dtype else outputs[2].dtype), what
+            assert got.shape == outputs[1].shape, what
             if kernel.name == "token_logprobs" and i == 2:  # the norm of an ignored row is not used
-                got, want, *rounded = (x[:, args[1] != -100] for x in (got, want, *rounded))
-            finite = want.isfinite()
-            got, beyond = got.double(), got[~finite].double()
-            assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in the wrong places"
-            assert torch.equal(beyond.nan_to_num(), want[~finite].nan_to_num()), what
-            worst = float((got - want)[finite].abs().max()) if finite.any() else 0.0
-            allowed = bound(want, rounded, result[i].dtype)
-            assert worst <= allowed, f"{what}: off by {worst:.3g}, allowed are {allowed:.3g}"
+                outputs = [x[:, args[1] != -100] for x in outputs]
+            if kernel.name in STATISTICS and i == 1:  # each for itself
+                for j, one in enumerate(zip(*outputs, strict=True)):
+                    compare(f"{kernel.name}, statistic {j}", *one)
+            else:
+                compare(what, *outputs)
         self.checked.add(kernel.name)
+
+
+STATISTICS = ("policy_loss", "value_loss")  # output 1 is a vector of them
+
+
+def compare(what: str, got: Tensor, want: Tensor, *drawn: Tensor) -> None:
+    dtype, finite = got.dtype, want.isfinite()
+    got, beyond = got.double(), got[~finite].double()
+    assert torch.equal(got.isnan(), want.isnan()), f"{what}: NaN in the wrong places"
+    assert torch.equal(beyond.nan_to_num(), want[~finite].nan_to_num()), what
+    worst = float((got - want)[finite].abs().max()) if finite.any() else 0.0
+    allowed = bound(want, list(drawn), dtype)
+    assert worst <= allowed, f"{what}: off by {worst:.3g}, allowed are {allowed:.3g}"
 
 
 def any_float64(args: tuple) -> bool:
@@ -103,10 +117,15 @@ def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
             return tuple(map(cast, x))
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
 
+    def leaf(x: object) -> object:
+        if isinstance(x, tuple):
+            return tuple(map(leaf, x))
+        if not isinstance(x, Tensor):
+            return x
+        return x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
     arguments = {name: cast(x) for name, x in sample.arguments.items()}
-    for name in sample.grads:
-        arguments[name] = arguments[name].detach().clone(memory_format=torch.preserve_format)
-        arguments[name].requires_grad_()
+    arguments |= {name: leaf(arguments[name]) for name in sample.grads}
     with EveryKernelCall() as mode:
         result = op.function(**{k: x for k, x in arguments.items()})
         if sample.grads:
@@ -176,6 +195,112 @@ def test_softcap_and_temperature_in_every_block(name: str) -> None:
     sample = OPS[name].workload(shape, generator, "cpu", torch.float32)
     options = {"softcap": 1.5, "temperature": torch.tensor([0.6, 1.4])}
     run(Sample("", sample.arguments | options, sample.grads), OPS[name], torch.float32)
+
+
+@triton.jit
+def of_all_programs_kernel(sums, programs, mean, out):
+    tl.store(out, partials.largest(sums, programs, 0))
+    tl.store(out + 1, partials.picked(partials.totals(sums, programs, 3, 4), 0, 4))
+    tl.store(out + 2, partials.all_squares(sums, programs, 1, 0, 2, tl.load(mean)))
+
+
+@pytest.mark.parametrize("program", [0, 255, 256, 511, 600])
+def test_what_is_put_together_of_all_programs(program: int) -> None:
+    """The last launch looks at 256 programs at a time; an extremum may be in any of them."""
+    sums = torch.stack([torch.zeros(601), torch.ones(601), torch.full((601,), 0.5)])
+    sums[0, program] = 7.0
+    out, mean = torch.full((3,), torch.nan), sums[0].mean()
+    of_all_programs_kernel[(1,)](sums, 601, mean, out)
+    squares = 601 * 0.5 + ((sums[0] - mean) ** 2).sum().item()
+    assert out.tolist() == pytest.approx([7.0, 7.0, squares])
+
+
+@pytest.mark.parametrize("level, spread", [(1e4, 0.1), (0.1, 0.0), (-7e4, 0.0)])
+def test_a_variance_keeps_its_digits(level: float, spread: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    returns = level + spread * torch.randn(3, 2100, generator=g)
+    values = returns + (spread or 1.0) / 2 * torch.randn(3, 2100, generator=g)
+    mask = torch.rand(3, 2100, generator=g) > 0.2
+    launcher = KERNELS["value_loss"].launcher
+    stats = launcher(values, None, returns, mask, None, 0.0, "token-mean")[1]
+    R, E = returns.double()[mask], (returns.double() - values.double())[mask]
+    explained = (1 - E.var(correction=0) / R.var(correction=0)).item() if spread else 0.0
+    assert stats[5].item() == pytest.approx(explained, abs=1e-2)
+    assert stats[3].item() == pytest.approx(R.var(correction=0).item(), rel=1e-2, abs=1e-3)
+    assert stats[6] == mask.sum()
+
+
+INF = math.inf
+
+
+@pytest.mark.parametrize("name", ["reinforce", "weight", "entropy", "normalizer"])
+def test_a_coefficient_of_0_beside_an_infinity(name: str) -> None:
+    A, ones = torch.tensor([[0.0, 1.0]]), torch.ones(1, 2)
+    loss = "ppo" if name in ("entropy", "normalizer") else "reinforce"
+    of_zero = name == "normalizer"
+    total, _, d_logp, _ = KERNELS["policy_loss"].launcher(
+        torch.tensor([[-INF, -1.0]]), -ones, A, torch.ones(1, 2, dtype=torch.bool),
+        A if name == "weight" else None, torch.tensor([[INF, 1.0]]) if name == "entropy" else None,
+        -ones if of_zero else None, torch.tensor(0.0) if of_zero else None, 0.2, 0.2, None, 0.0,
+        1.0 if of_zero else 0.0, "k2", "token-mean", "token", loss,
+    )  # fmt: skip
+    assert total.isfinite() and d_logp.isfinite().all()
+    assert not of_zero or (total == 0 and not d_logp.any())
+
+
+def test_no_penalty_and_no_centring_of_an_infinity() -> None:
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    impossible = torch.tensor([[-1.0, -INF, -2.0]])
+    for estimator in ("k1", "k2", "k3", "abs"):
+        rewards = KERNELS["kl_penalized_rewards"].launcher(
+            torch.ones(1), -torch.ones(1, 3), impossible, mask, 0.0, estimator
+        )
+        assert rewards.tolist() == [[0.0, 0.0, 1.0]]
+    loss, _, *grads = KERNELS["pairwise_loss"].launcher(
+        torch.tensor([INF, 1.0]), torch.zeros(2), None, 0.0
+    )
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1.0)) / 2)
+    assert all(g.isfinite().all() for g in grads)
+    values = torch.tensor([[0.5, 0.25, INF]])
+    advantages, _ = KERNELS["gae"].launcher(
+        torch.tensor([[1.0, 2.0, 0.0]]), values, None, None, torch.tensor([INF]), 0.0, 0.9, True
+    )
+    assert advantages.tolist() == [[0.5, 1.75, -INF]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_k3_rises_with_the_gap_and_points_back(dtype: torch.dtype) -> None:
+    d = torch.tensor([0.0, -1.0, -19.0, -20.0, -25.0, -1e3, -1e9, -INF], dtype=dtype)
+    zero, one = torch.zeros_like(d), torch.ones_like(d)
+    kl = KERNELS["token_kl"].launcher(d, zero, "k3")
+    slope = KERNELS["token_kl_backward"].launcher(one, d, zero, "k3")
+    assert kl[0] == 0 and (kl.diff() > 0).all() and (slope <= 0).all()
+    assert torch.equal(KERNELS["token_kl"].launcher(-d, zero, "k3").isnan(), d.isnan())
+
+
+@pytest.mark.parametrize("name", ["masked_mean", "policy_loss", "value_loss", "gae"])
+def test_any_byte_but_0_is_true(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = OPS[name].workload({"B": 3, "T": 50}, generator, "cpu", torch.float32).arguments
+    sevens = (x["mask"].to(torch.uint8) * 6).view(torch.bool)
+
+    def called(mask: Tensor) -> list[Tensor]:
+        found = []
+
+        class Mode(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                if func.namespace != "rlhf_fast":
+                    return func(*args, **(kwargs or {}))
+                result = KERNELS[func._schema.name.split("::")[1]].launcher(*args)
+                found.extend([result] if isinstance(result, Tensor) else result)
+                return result
+
+        with Mode():
+            OPS[name].function(**{**x, "mask": mask})
+        return found
+
+    for clean, odd in zip(called(x["mask"]), called(sevens), strict=True):
+        assert torch.equal(clean, odd)
 
 
 @pytest.mark.parametrize("holes", ["skip", "zero"])

@@ -1,4 +1,6 @@
+import dataclasses
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
@@ -38,7 +40,17 @@ def test_yaml_gives_values_and_flags_win(tmp_path):
         ("steps: 1\nbeta: 0.1\nsteps: 2", "steps is there 2 times"),
         ("config: other.yaml", "unknown key config"),
         ("steps: 1.5", "--steps: invalid int value: '1.5'"),
-        ("steps: yes", "--steps: invalid int value: 'True'"),
+        ("steps: yes", "--steps: invalid int value: 'yes'"),
+        ("steps: 0x10", "--steps: invalid int value: '0x10'"),
+        ("beta: .inf", "--beta: invalid float value: '.inf'"),
+        ("reward: [a, [b]]", "reward has an item that is a list, expected one value"),
+        ("reward: [a, ~]", "reward has an item that is empty"),
+        ("reward: [a, --overwrite]", "reward has an item that begins with --"),
+        ("judge: {a: 1}", "judge is a dict, expected one value"),
+        ("judge: !!python/name:os.system x", "judge has the tag .*os.system, expected one"),
+        ("{a: 1}: 2", "unknown key that is not a word"),
+        ("no: 1", "unknown key no"),
+        ("--- {steps: 1}\n--- {steps: 2}", "is not YAML: expected a single document"),
         ("caf\xe9: 1", "is not UTF-8 text: "),
     ],
 )
@@ -48,6 +60,62 @@ def test_bad_yaml(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as error:
         parse_ppo("--config", str(file))
     assert "\n" not in str(error.value) and "mean config" not in str(error.value)
+
+
+WORDS = ["no", "off", "Yes", "true", "007", "0x10", "0o17", "1_000", "1.10", "1e-5", "12:30:45",
+         "2026-11-28", "2026_11_28", "=", "nan", ".inf", "-x", "'null'", '"~"', "a: b"]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("name", ["output_dir", "judge", "subset", "reward", "report_to"])
+def test_yaml_gives_text_as_it_is_written(tmp_path, word, name):
+    """Whatever YAML takes it for: Booleans, numbers of four bases, dates, hours."""
+    file = tmp_path / "c.yaml"
+    word = word.replace("a: b", "'a: b'")
+    file.write_text(f"{name}: {word}\n")
+    given = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    flags = [x for key, value in given.items() if key != name for x in (f"--{key}", value)]
+    config = parse(PPOConfig, [*flags, "--config", str(file)], prog="x")
+    want = word.strip("'\"")
+    assert getattr(config, name) == ([want] if name == "reward" else want)
+
+
+@pytest.mark.parametrize("word", ["", "null", "~", "Null"])
+def test_yaml_null_leaves_an_option_unset(tmp_path, word):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"judge: {word}\nsteps: {word}\nbf16: {word}\n")
+    config = parse_ppo("--config", str(file))
+    assert (config.judge, config.steps, config.bf16) == (None, 1000, False)
+
+
+@pytest.mark.parametrize("word", ["yes", "on", "True", "ON", "y", "1", "no", "off", "False", "0"])
+def test_yaml_switches(tmp_path, word):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"bf16: {word}\nresume: {word}\npacking: {word}\n")
+    config = parse_ppo("--config", str(file))
+    switched = word in ("yes", "on", "True", "ON", "y", "1")
+    assert [config.bf16, config.resume, config.packing] == [switched] * 3
+
+
+def test_yaml_lists_and_merges(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("report_to: [tensorboard, wandb]\nlora_target_modules: [q, v]\nlora_r: 4\n")
+    config = parse_ppo("--config", str(file))
+    assert (config.report_to, config.lora_target_modules) == ("tensorboard,wandb", "q,v")
+    file.write_text("<<: {steps: 3, seed: 1}\nsteps: 2\n")
+    config = parse_ppo("--config", str(file))
+    assert (config.steps, config.seed) == (2, 1)
+
+
+def test_paths_are_taken_as_their_text():
+    config = PPOConfig(
+        model=Path("m"), data=Path("d"), output_dir=Path("o"), reward=[Path("r"), "s"],
+        judge=Path("j"),
+    )  # fmt: skip
+    assert (config.model, config.data, config.output_dir) == ("m", "d", "o")
+    assert (config.reward, config.judge) == (["r", "s"], "j")
+    assert PPOConfig(model="m", data="d", output_dir="o", reward=Path("r")).reward == ["r"]
+    assert RewardConfig(model="m", data=Path("d"), output_dir="o").data == "d"
 
 
 def test_missing_yaml():
@@ -137,13 +205,22 @@ def test_bad_values(options, message):
 
 
 def test_defaults_that_depend_on_others():
-    assert parse_ppo().missing_eos_penalty == 1.0
-    assert parse_ppo("--missing_eos_score", "-1").missing_eos_penalty == 0.0
-    assert parse_ppo().whiten_advantages is True
+    assert parse_ppo().eos_penalty == 1.0
+    assert parse_ppo("--missing_eos_score", "-1").eos_penalty == 0.0
+    assert parse_ppo().whitens_advantages is True
     groups = ["--samples_per_prompt", "4", "--estimator", "rloo"]
-    assert parse_ppo(*groups).whiten_advantages is False
-    assert parse_ppo(*groups, "--whiten_advantages", "true").whiten_advantages is True
-    config = parse_ppo(*groups)
+    assert parse_ppo(*groups).whitens_advantages is False
+    assert parse_ppo(*groups, "--whiten_advantages", "true").whitens_advantages is True
+
+
+def test_what_is_unset_stays_unset():
+    """A config made from another, by replace or by its config.yaml, has defaults of its own."""
+    given = {"model": "m", "data": "d", "reward": ["r"], "output_dir": "o"}
+    config = PPOConfig(**given)
+    assert {f.name for f in fields(config) if getattr(config, f.name) != f.default} == set(given)
+    grouped = dataclasses.replace(config, estimator="grpo", samples_per_prompt=4)
+    assert grouped.whitens_advantages is False
+    assert dataclasses.replace(config, missing_eos_score=-1.0).eos_penalty == 0.0
     assert PPOConfig(**vars(config)) == config  # what config.yaml keeps can be read again
 
 
@@ -163,7 +240,7 @@ def test_resume(flags, resume):
         "minibatches": 1, "gamma": 1.0, "lam": 0.95, "clip": 0.2, "clip_high": None,
         "dual_clip": None, "value_clip": 0.2, "value_coef": 0.1, "beta": 0.05,
         "adaptive_kl_target": None, "kl_horizon": 10_000, "whiten_rewards": False,
-        "whiten_advantages": True, "missing_eos_penalty": 1.0, "missing_eos_score": None,
+        "whitens_advantages": True, "eos_penalty": 1.0, "missing_eos_score": None,
         "score_clip": None, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "tis_cap": None,
         "max_grad_norm": 1.0, "ratio": "token", "policy_loss": "ppo",
     }.items(),

@@ -48,3 +48,20 @@ def test_the_given_beta_counts_where_it_was_changed():
         again = control(beta=beta)
         again.load_state_dict(state)
         assert again.beta == expected
+
+
+@pytest.mark.parametrize("kl", [float("nan"), float("inf"), -float("inf")])
+def test_a_kl_that_is_not_finite_leaves_beta_as_it_is(kl):
+    """min and max let NaN pass, and a β that is NaN once is so for good, in checkpoints, too."""
+    steered = control(beta=0.1, adaptive_kl_target=6.0)
+    steered.adapt(kl)
+    assert steered.beta == 0.1
+    steered.adapt(100.0)
+    assert 0.1 < steered.beta < 1
+
+
+@pytest.mark.parametrize("beta", [float("nan"), float("inf"), -1.0, None])
+def test_a_saved_beta_that_cannot_be_one(beta):
+    state = control().state_dict() | {"beta": beta}
+    with pytest.raises((TypeError, ValueError)):
+        control().load_state_dict(state)

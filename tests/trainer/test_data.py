@@ -3,14 +3,16 @@ import math
 import random
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from trl.data_utils import apply_chat_template
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
+from rlhf_fast.trainer.data.read import load_rows
 from rlhf_fast.trainer.data.rows import (
     batch_indices,
     extract_prompt,
-    load_rows,
     pad,
     preference_pairs,
     prompts,
@@ -19,6 +21,13 @@ from rlhf_fast.trainer.data.rows import (
 from rlhf_fast.trainer.errors import InputError
 
 PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
+
+
+# What split means, whatever is read.
+SPLITS = {
+    "train[1:]": PAIRS[1:], "train[:50%]": PAIRS[:1], "train[-1:]": PAIRS[1:],
+    "train[1:]+train[:1]": PAIRS[::-1],
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -64,15 +73,16 @@ def test_sources(kind, tmp_path, write_jsonl):
         made.save_to_disk(path)
     else:
         datasets.DatasetDict({"train": made, "other": made.select([0])}).save_to_disk(path)
-    assert load_rows(str(path)).to_list() == PAIRS
+    assert list(load_rows(str(path))) == PAIRS
     assert len(load_rows(str(path), max_rows=1)) == 1
     if kind == "dict folder":
         assert len(load_rows(str(path), split="other")) == 1
-    if kind != "folder":  # one saved Dataset has no splits
-        with pytest.raises(InputError, match="nosplit.*'?train"):
-            load_rows(str(path), split="nosplit")
-    if "folder" not in kind:
-        assert load_rows(str(path), split="train[1:]").to_list() == PAIRS[1:]
+    with pytest.raises(InputError, match="no split 'nosplit'; its splits are 'train'"):
+        load_rows(str(path), split="nosplit")
+    for split, want in SPLITS.items():
+        assert list(load_rows(str(path), split=split)) == want
+    with pytest.raises(InputError, match=r"split=train\[1: expected|Unrecognized instruction"):
+        load_rows(str(path), split="train[1:2:3]")
 
 
 def test_hub_name(monkeypatch):
@@ -161,9 +171,9 @@ def test_bad_pair_is_named(pairs_of, bad, message):
 
 
 def test_pair_of_text_and_messages(pairs_of):
-    row = {"prompt": "film", "chosen": [{"role": "assistant", "content": "good"}]}
+    row = {"prompt": [message("user", "film")], "chosen": "good", "rejected": "bad"}
     with pytest.raises(InputError, match="row 0: prompt and chosen must both be"):
-        pairs_of([row | {"rejected": row["chosen"]}])
+        pairs_of([row])
     spoken = [{"role": "assistant", "content": ["good"]}]
     with pytest.raises(InputError, match=r"row 0: chosen has a message with content \['good'\]"):
         pairs_of([{"chosen": spoken, "rejected": spoken}])
@@ -277,12 +287,90 @@ def test_batches_cover_every_row_once_an_epoch(size, batch):
     assert batch_indices(size, batch, 5, seed=1) != batch_indices(size, batch, 5, seed=2)
 
 
-@pytest.mark.parametrize("name", ["prompt", "chosen"])
-def test_text_that_is_not_utf8(tmp_path, tiny_tokenizer, name):
-    file = tmp_path / "latin.jsonl"
-    row = '{"prompt": "the film", "chosen": "a", "rejected": "b"}'.replace("film", "caf\xe9")
-    file.write_bytes((row + "\n").encode("latin-1") * 3)
-    rows = load_rows(str(file))
-    read = prompts if name == "prompt" else preference_pairs
-    with pytest.raises(InputError, match="data=here is not UTF-8 text: .*byte 0xe9"):
-        read(rows, tiny_tokenizer, source="here", max_tokens=64)
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])
+def test_text_that_is_not_utf8(tmp_path, tiny_tokenizer, kind):
+    file = tmp_path / f"latin.{kind}"
+    if kind in ("jsonl", "csv"):
+        text = {"jsonl": '{"prompt": "caf\xe9"}\n', "csv": "prompt\ncaf\xe9\n"}[kind]
+        file.write_bytes(text.encode("latin-1"))
+    else:
+        broken = pa.table({"prompt": pa.array([b"caf\xe9"], pa.binary()).view(pa.string())})
+        if kind == "parquet":
+            pq.write_table(broken, file)
+        else:
+            datasets.Dataset(broken).save_to_disk(file)
+    with pytest.raises(InputError, match="is not UTF-8 text: .*byte 0xe9"):
+        prompts(load_rows(str(file)), tiny_tokenizer, source="here", max_tokens=64)
+
+
+def test_pairs_with_equal_sides_are_left_out(pairs_of, prompts_of, capsys):
+    tie = {"chosen": "the film", "rejected": "the film"}
+    assert len(pairs_of([*PAIRS, tie])) == len(PAIRS)
+    assert "1 of 3 rows have the same text" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(InputError, match="no pair of different texts"):
+        pairs_of([tie])
+    spoken = {name: [message("user", "film")] for name in ("chosen", "rejected")}
+    assert len(pairs_of([*PAIRS, spoken][::2])) == 1
+    # what of a tie is the prompt cannot be known
+    assert len(prompts_of([{"chosen": "the film", "rejected": "the plot"}, tie])) == 1
+
+
+EARLIER = [message("user", "plot"), message("assistant", "is")]
+ASKED, GOOD, BAD = (
+    message("user", "film"),
+    message("assistant", "good"),
+    message("assistant", "bad"),
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "begin"),
+    [
+        ("film", [ASKED]),  # UltraFeedback
+        ("film", []),
+        ([ASKED], [ASKED]),
+        ([ASKED], []),
+        (None, [ASKED]),
+        ("film", [*EARLIER, ASKED]),
+        ([*EARLIER, ASKED], [*EARLIER, ASKED]),
+    ],
+)
+def test_conversations_beside_a_prompt(pairs_of, prompts_of, tiny_tokenizer, prompt, begin):
+    """The sides may be whole conversations or answers, the prompt text, messages or not there."""
+    row = {"prompt": prompt, "chosen": [*begin, GOOD], "rejected": [*begin, BAD], "score": 8.0}
+    row = {name: value for name, value in row.items() if value is not None}
+    (pair,) = pairs_of([row])
+    spoken = "user plot assistant is " * (len(begin) == 3) + "user film assistant"
+    assert tiny_tokenizer.decode(pair.chosen) == f"{spoken} good"
+    assert tiny_tokenizer.decode(pair.rejected) == f"{spoken} bad"
+    (asked,) = prompts_of([row])
+    assert tiny_tokenizer.decode(asked.ids) == spoken
+    assert asked.columns["score"] == 8.0
+
+
+def test_pairs_of_one_prompt_are_known(pairs_of):
+    """However the prompt is given: they are held out together."""
+    for first, second in (
+        ({"prompt": "film "}, {"prompt": "film "}),
+        ({"prompt": [ASKED]}, {"prompt": [ASKED]}),
+    ):
+        text = isinstance(first["prompt"], str)
+        sides = [("good", "bad"), ("a", "the")]
+        rows = [
+            row | {"chosen": a if text else [message("assistant", a)],
+                   "rejected": b if text else [message("assistant", b)]}
+            for row, (a, b) in zip((first, second), sides, strict=True)
+        ]  # fmt: skip
+        a, b = pairs_of(rows)
+        assert a.asked == b.asked
+    a, b = pairs_of([{"chosen": [ASKED, GOOD], "rejected": [ASKED, x]} for x in (BAD, ASKED)])
+    assert a.asked == b.asked
+    a, b, c = pairs_of([*PAIRS, {"chosen": "bad", "rejected": "good"}])
+    assert a.asked != b.asked == c.asked  # turned round it is the same pair
+
+
+@pytest.mark.parametrize(("margin", "want"), [("0.5", 0.5), ("", 0.0), ("1e-2", 0.01)])
+def test_margin_of_a_csv(tmp_path, tiny_tokenizer, margin, want):
+    (tmp_path / "d.csv").write_text(f"chosen,rejected,margin\ngood,bad,{margin}\n")
+    rows = load_rows(str(tmp_path / "d.csv"))
+    assert preference_pairs(rows, tiny_tokenizer, source="d", max_tokens=9)[0].margin == want

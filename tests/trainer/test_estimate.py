@@ -7,7 +7,7 @@ from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.measure import Measured, measure
 from rlhf_fast.trainer.models.policy import load_policy
-from rlhf_fast.trainer.ppo import counts, estimate, minibatches, parts, shaped
+from rlhf_fast.trainer.ppo import counts, estimate, explained_variance, minibatches, parts, shaped
 from rlhf_fast.trainer.rollout.sample import Sampling, roll_out
 
 MASK = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
@@ -132,6 +132,39 @@ def test_parts_of_a_minibatch():
 def test_what_a_loss_is_divided_by(aggregation, divisor):
     tokens, normalizer = counts(MASK, config(aggregation=aggregation, max_new_tokens=7))
     assert (tokens.item(), normalizer.item()) == (9, divisor)
+
+
+def test_token_sum_where_every_answer_ended_early():
+    """Dr. GRPO divides by answers × max_new_tokens, whatever the longest answer of a batch is."""
+    assert MASK.shape[1] < 50
+    tokens, normalizer = counts(MASK, config(aggregation="token-sum", max_new_tokens=50))
+    assert (tokens.item(), normalizer.item()) == (9, 4 * 50)
+
+
+def test_explained_variance_is_of_variances():
+    """A critic that is off by a constant explains all; equal returns have nothing to explain."""
+    returns = torch.tensor([[1.0, 2.0, 9.0], [4.0, 7.0, -5.0]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    assert explained_variance(returns + 3.0, returns, mask) == pytest.approx(1.0, abs=1e-6)
+    far = returns + 1e5
+    half = far + torch.tensor([[1.0, -2.0, torch.nan], [0.5, 3.0, -1.0]])
+    R, E = far[mask].double(), (far - half)[mask].double()
+    right = 1 - E.var(correction=0) / R.var(correction=0)
+    assert explained_variance(half, far, mask) == pytest.approx(right.item(), abs=1e-3)
+    constant = torch.full((2, 3), 0.1)
+    assert explained_variance(returns, constant, mask) == 0.0
+
+
+def test_a_beta_of_0_beside_an_impossible_token():
+    logp = torch.full((4, 3), -1.0)
+    ref = logp.clone()
+    ref[0, 1] = -torch.inf
+    old = Measured(logp, -logp, ref, None)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    for estimator in ("grpo", "rloo", "reinforce"):
+        settings = config(estimator=estimator, beta=0.0, samples_per_prompt=2, batch_size=4)
+        advantages, _ = estimate(torch.tensor([0.0, 1.0, 2.0, 4.0]), old, mask, 0.0, settings)
+        assert advantages.isfinite().all()
 
 
 def test_a_critic_of_its_own_reads_the_tokens(tiny_policy_folder):

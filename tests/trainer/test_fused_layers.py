@@ -5,7 +5,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from rlhf_fast.ops.decoding.decoder_layer import reference
-from rlhf_fast.trainer.models.policy import LoRA, load_policy
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import fused_layers as module
 from rlhf_fast.trainer.rollout import sample as rollout_module
 from rlhf_fast.trainer.rollout.fused_layers import FusedLayers, fused_layers
@@ -162,6 +163,7 @@ def test_what_is_fused_samples_what_the_modules_do(kind, options, monkeypatch):
     """Rows that end early leave, and 150 rows are too many until some have."""
     model = tiny(kind, **options)
     assert is_fused(model)
+    rollout_module.way_of_decoding(model, sample)  # tried beforehand
     calls = []
     step = FusedLayers.__call__
     monkeypatch.setattr(

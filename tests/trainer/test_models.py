@@ -14,21 +14,19 @@ from transformers import (
 )
 
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    LoRA,
-    check_vocabulary,
-    choose_pad,
-    has_flash_attention,
-    load_critic,
-    load_policy,
+from rlhf_fast.trainer.models.attention import has_flash_attention
+from rlhf_fast.trainer.models.critic import load_critic
+from rlhf_fast.trainer.models.loading import pick_device
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import load_policy
+from rlhf_fast.trainer.models.reward_model import (
     load_reward_model,
-    load_tokenizer,
     new_reward_model,
-    pick_device,
     score_texts,
     score_tokens,
-    trunk_recorder,
 )
+from rlhf_fast.trainer.models.tokenizer import check_vocabulary, choose_pad, load_tokenizer
+from rlhf_fast.trainer.models.trunk import trunk_recorder
 
 CPU = torch.device("cpu")
 
@@ -282,7 +280,8 @@ def test_flash_attention_that_is_not_there(tiny_policy_folder, monkeypatch):
         load(CPU)
     for there in (True, False):
         monkeypatch.setattr(
-            "rlhf_fast.trainer.models.policy.is_flash_attn_2_available", lambda there=there: there
+            "rlhf_fast.trainer.models.attention.is_flash_attn_2_available",
+            lambda there=there: there,
         )
         assert has_flash_attention(torch.device("cuda")) is there
         assert not has_flash_attention(CPU)

@@ -12,15 +12,19 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 from rlhf_fast.trainer import reward
 from rlhf_fast.trainer.config import RewardConfig
-from rlhf_fast.trainer.data.rows import batch_indices, preference_pairs
+from rlhf_fast.trainer.data.rows import Pair, preference_pairs
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import (
-    load_reward_model,
-    load_tokenizer,
-    new_reward_model,
-    score_texts,
+from rlhf_fast.trainer.models.reward_model import load_reward_model, new_reward_model, score_texts
+from rlhf_fast.trainer.models.tokenizer import load_tokenizer
+from rlhf_fast.trainer.reward import (
+    batch_loss,
+    hold_out,
+    load_pairs,
+    score_rows,
+    similar_lengths,
+    steps_of_a_pass,
+    train,
 )
-from rlhf_fast.trainer.reward import batch_loss, load_pairs, score_rows, similar_lengths, train
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
 
@@ -382,11 +386,60 @@ def test_trackers(configured):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(config), rel=1e-6)
 
 
-@pytest.mark.parametrize("size", [100, 64, 10])
-def test_batches_alike_in_length_cover_what_random_ones_do(size):
+@pytest.mark.parametrize(("size", "batch_size"), [(100, 4), (64, 8), (10, 4), (90, 16), (3, 8)])
+def test_a_pass_has_every_pair_once(size, batch_size):
     lengths = [(7 * i) % 31 for i in range(size)]
-    batches = [similar_lengths(lengths, 4, step, seed=2) for step in range(8)]
-    drawn = sorted(i for batch in batches for i in batch)
-    assert drawn == sorted(batch_indices(size, 32, 0, seed=2))
+    steps = steps_of_a_pass(size, batch_size)
+    passes = [
+        [
+            similar_lengths(lengths, batch_size, epoch * steps + step, seed=2)
+            for step in range(steps)
+        ]
+        for epoch in range(3)
+    ]
+    for batches in passes:
+        assert sorted(i for batch in batches for i in batch) == list(range(size))
+        sizes = {len(batch) for batch in batches}
+        assert max(sizes) <= batch_size and max(sizes) - min(sizes) <= 1
+    assert size < 4 or passes[0] != passes[1]  # shuffled anew
+
+
+def test_batches_are_alike_in_length():
+    lengths = [(7 * i) % 31 for i in range(96)]
+    batches = [similar_lengths(lengths, 4, step, seed=2) for step in range(24)]
     spread = [max(lengths[i] for i in b) - min(lengths[i] for i in b) for b in batches]
-    assert max(spread) < 15 and not math.isclose(sum(spread), 0)
+    assert sum(spread) / len(spread) < 6  # of random batches 19
+    assert batches != sorted(batches, key=lambda b: lengths[b[0]])  # not from short to long
+
+
+def of_prompts(counts):
+    pairs = [Pair([i], [j], 0.0, asked=str(i)) for i, n in enumerate(counts) for j in range(n)]
+    random.Random(0).shuffle(pairs)
+    return pairs
+
+
+@pytest.mark.parametrize("counts", [[4] * 10, [1] * 8 + [5], [3, 3, 3], [1, 20]])
+def test_held_out_pairs_answer_prompts_of_their_own(counts, capsys):
+    pairs = of_prompts(counts)
+    learnt, held_out = hold_out(pairs, 4)
+    assert {p.asked for p in learnt}.isdisjoint(p.asked for p in held_out)
+    assert len(learnt) + len(held_out) == len(pairs) and len(held_out) >= 4
+    assert not capsys.readouterr().out
+
+
+def test_pairs_of_one_prompt_cannot_be_kept_apart(capsys):
+    learnt, held_out = hold_out(of_prompts([12]), 4)
+    assert (len(learnt), len(held_out)) == (8, 4)
+    assert "have the same prompt" in " ".join(capsys.readouterr().out.split())
+
+
+def test_held_out_pairs_that_are_trained_on_are_said(configured, capsys):
+    config = configured(split="train[:40]", eval_split="train[30:60]")
+    load_pairs(config, load_tokenizer(config.model, field="model"))
+    assert "10 of the 30 held-out pairs are duplicates" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_epoch_is_a_pass(configured):
+    config = configured(max_rows=27, eval_pairs=5, batch_size=4, epochs=2)
+    train(config)
+    assert len(losses(config)) == 2 * 6  # 22 pairs, of which 20 were seen

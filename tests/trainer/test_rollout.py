@@ -1,4 +1,6 @@
+import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from transformers import (
 
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.measure import measure
-from rlhf_fast.trainer.models.policy import load_policy, logit_divisor
+from rlhf_fast.trainer.models.logits import logit_divisor
+from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import sample as rollout_module
+from rlhf_fast.trainer.rollout.memory import cache_argument
 from rlhf_fast.trainer.rollout.sample import (
     Completions,
     Sampling,
@@ -132,10 +136,11 @@ def test_what_does_not_decode_exactly(policy, monkeypatch):
     policy.bf16 = False
     forward = type(policy.model.base_model).forward
 
+    @functools.wraps(forward)  # the arguments it takes are asked for
     def other(self, input_ids=None, **kwargs):
         out = forward(self, input_ids, **kwargs)
         if kwargs.get("use_cache"):
-            out.last_hidden_state = out.last_hidden_state * 1.001
+            out.last_hidden_state = out.last_hidden_state * 1.0005  # too little for memory.py
         return out
 
     monkeypatch.setattr(type(policy.model.base_model), "forward", other)
@@ -244,6 +249,7 @@ def test_an_answer_does_not_depend_on_its_neighbours(policy):
 
 
 def test_finished_rows_leave_the_batch(policy):
+    rollout_module.way_of_decoding(policy.model, rollout_module.sample)  # tried beforehand
     rows = []
     layer = next(m for n, m in policy.model.named_modules() if n.endswith(".0.mlp"))
     handle = layer.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
@@ -293,3 +299,19 @@ def test_wider_rollouts_are_the_same_answers(policy):
     torch.testing.assert_close(
         a[rollout.mask], b[:, : a.size(1)][rollout.mask], atol=1e-5, rtol=1e-5
     )
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it():
+    """Renamed in transformers 5.24; a model's own code may be older."""
+
+    class Old(torch.nn.Module):
+        def forward(self, ids, past_key_values=None): ...
+
+    class New(torch.nn.Module):
+        def forward(self, ids, cache=None): ...
+
+    class Without(torch.nn.Module):
+        def forward(self, ids): ...
+
+    for body, name in ((Old, "past_key_values"), (New, "cache"), (Without, None)):
+        assert cache_argument(SimpleNamespace(base_model=body())) == name

@@ -14,6 +14,7 @@ import torch
 
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.run import files
 from rlhf_fast.trainer.run import folder as run_module
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
@@ -104,7 +105,9 @@ def test_killed_before_every_single_operation_on_the_disk(make, monkeypatch, ove
 
         with monkeypatch.context() as patch:
             for name in ("flush", "remove", "save_tensors"):
-                patch.setattr(run_module, name, counted(getattr(run_module, name)))
+                operation = counted(getattr(files, name))
+                patch.setattr(files, name, operation)
+                patch.setattr(run_module, name, operation)
             patch.setattr(os, "replace", counted(os.replace))
             try:
                 advance(config)
@@ -130,18 +133,20 @@ def test_a_folder_is_never_missing_without_a_copy(make, monkeypatch):
     run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("old")))
     real = os.replace
 
-    def killed_after_first(source, target):
+    def killed_after_its_first(source, target):
         real(source, target)
-        raise Killed
+        if source == run.folder / "model":
+            raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(os, "replace", killed_after_first)
+        patch.setattr(os, "replace", killed_after_its_first)
         run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("new")))
     assert (run.folder / ".model.old" / "w").read_text() == "old"
     assert (run.folder / ".model.partial" / "w").read_text() == "new"
     run.write("model", lambda folder: (folder.mkdir(), (folder / "w").write_text("newer")))
     assert (run.folder / "model" / "w").read_text() == "newer"
-    assert not [p for p in run.folder.iterdir() if p.name.startswith(".")]
+    left = sorted(p.name for p in run.folder.iterdir() if p.name.startswith("."))
+    assert left == [".rlhf_fast.json", ".rlhf_fast.lock"]
 
 
 def no_room(*_):
@@ -194,6 +199,68 @@ def test_full_disk_while_a_model_is_saved(make, tiny_config):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (run.folder / "model").exists() and not (run.folder / ".model.partial").exists()
+
+
+def test_full_disk_while_a_tokenizer_is_saved(make, tiny_tokenizer):
+    """tokenizers raises a bare Exception; what is no error of a disk keeps its own."""
+    run = Run(make())
+    run.begin()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(InputError, match=r"model cannot be written: File too large .os error"):
+            run.write(
+                "model",
+                lambda path: (
+                    path.mkdir(),
+                    tiny_tokenizer._tokenizer.save(f"{path}/tokenizer.json"),
+                ),
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (run.folder / "model").exists() and not (run.folder / ".model.partial").exists()
+    with pytest.raises(ZeroDivisionError):
+        run.write("model", lambda path: 1 / 0)
+
+
+def killed_at(moment: int, remove):
+    """`remove` until so many things have been removed."""
+    left = moment
+
+    def killed(path):
+        nonlocal left
+        if path.exists():
+            if left == 0:
+                raise Killed
+            left -= 1
+        remove(path)
+
+    return killed
+
+
+def test_killed_while_it_overwrites(make, monkeypatch):
+    """What is left is the whole old run or none: never its weights without its end."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+    moments = 0
+    for moment in range(99):
+        config = make(f"run{moment}")
+        advance(config)
+        (Path(config.output_dir) / "checkpoints" / ".step_9.pt.partial").write_text("a kill's")
+        overwriting = Run(make(f"run{moment}", resume=False, overwrite=True))
+        try:
+            with monkeypatch.context() as patch:
+                for module in (files, run_module):
+                    patch.setattr(module, "remove", killed_at(moment, module.remove))
+                overwriting.begin()
+            break
+        except Killed:
+            moments += 1
+        left = Run(config)
+        assert left.summary == ({"w": 10.0} if left.exists else None)
+        advance(config)
+        check_finished(config)
+        assert left.exists or not list(left.folder.rglob("*.partial"))
+    assert moments > 5
 
 
 def test_resume_is_a_switch_and_takes_auto(make):
@@ -271,9 +338,9 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (cut, "step_4.pt cannot be read: .*zip archive.*without the file --resume goes on from"),
-        (lambda path: path.write_bytes(b""), "step_4.pt cannot be read: "),
-        (lambda path: torch.save([1], path), "step_4.pt is not a checkpoint of what is trained"),
+        (cut, "step_4.pt cannot be read: .*zip file.*without the file --resume goes on from"),
+        (lambda path: path.write_bytes(b""), "step_4.pt cannot be read: it is empty"),
+        (lambda path: torch.save([1], path), "step_4.pt is not a checkpoint of a run"),
         (lambda path: torch.save({"step": 4}, path), "step_4.pt is not a checkpoint of what"),
     ],
     ids=["cut", "empty", "a list", "incomplete"],
@@ -311,7 +378,7 @@ def test_a_file_of_the_users_own_among_the_checkpoints(make):
         ("config.yaml", "- a", "config.yaml cannot be read"),
         ("config.yaml", "a: [\n", "config.yaml cannot be read: while parsing"),
         ("summary.json", "{", "summary.json cannot be read: .*without the file --resume makes it"),
-        ("metrics.jsonl", "{}\nxyz\n", "metrics.jsonl, line 2 cannot be read: Expecting value"),
+        ("metrics.jsonl", "xyz\n{}\n", "metrics.jsonl, line 1 cannot be read: Expecting value"),
     ],
 )
 def test_a_file_that_cannot_be_read(make, name, text, message):

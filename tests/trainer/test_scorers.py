@@ -1,6 +1,10 @@
 """What scores an answer: functions, models with tokenizers of their own, sums of them."""
 
+import asyncio
+import copy
 import math
+import signal
+import time
 
 import pytest
 import torch
@@ -11,9 +15,11 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedTokenizerFast,
+    RobertaConfig,
 )
 
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.rewards import functions
 from rlhf_fast.trainer.rewards.scorers import load_scorer
 
 CPU = torch.device("cpu")
@@ -22,7 +28,7 @@ ANSWERS = ["is good", "was very bad"]
 MESSAGES = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
 
 FUNCTIONS = """
-import numpy
+import asyncio, signal, time, numpy
 import torch
 
 def length(prompts, completions, **columns):
@@ -79,6 +85,51 @@ def nothing(prompts, completions, **columns):
     return [1.0, None]
 
 async def promised(prompts, completions, **columns):
+    await asyncio.sleep(0.001)
+    return [1.0, 2.0]
+
+async def fails_late(prompts, completions, **columns):
+    await asyncio.sleep(0.001)
+    raise OSError("gone")
+
+def pairs(prompts, completions, **columns):
+    return [torch.tensor([1.0, 2.0]) for _ in prompts]
+
+def column(prompts, completions, **columns):
+    return torch.ones(2, 1)
+
+def single(prompts, completions, **columns):
+    return [torch.tensor(1.0), torch.tensor([2.0], dtype=torch.bfloat16)]
+
+def leaves(prompts, completions, **columns):
+    raise SystemExit(0)
+
+def meddles(prompts, completions, *, tags, table, **columns):
+    for p, c, t, d in zip(prompts, completions, tags, table):
+        t.append("seen")
+        d["deep"]["list"].clear()
+        if isinstance(p, list):
+            p.extend(c)
+            p[0]["content"] = c[0]["role"] = "mine"
+    columns["new"], tags[0] = 1, None
+    table.sort(key=str)
+    return [0.0, 0.0]
+
+def sleeps(prompts, completions, **columns):
+    try:
+        time.sleep(30)
+    except Exception:
+        pass
+    return [1.0, 2.0]
+
+async def waits(prompts, completions, **columns):
+    await asyncio.sleep(30)
+
+def alarmed(prompts, completions, **columns):  # as math_verify does
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(1)
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
     return [1.0, 2.0]
 """
 
@@ -168,12 +219,14 @@ def test_arrays_are_lists_of_numbers(scored, name):
         ("huge", "returned 10000.* for row 0, expected a finite number"),
         ("lazy", "lazy returned <generator object .*, expected a list of 2 numbers"),
         ("nothing", "returned None for row 1, expected a finite number; prompt 'a plot', answer"),
-        ("promised", "returned <coroutine object .*, expected a list of 2 numbers"),
+        ("pairs", r"pairs returned tensor\(\[1., 2.\]\) for row 0, expected a finite number"),
+        ("column", r"column returned \[1.0\] for row 0, expected a finite number"),
+        ("leaves", "leaves raised SystemExit: 0 .*mine.py, line "),
+        ("fails_late", "fails_late raised OSError: gone"),
         ("deeper", r"mine.py:deeper raised ValueError: .*'x' \(.*mine.py, line 21\)"),
         ("no_columns", "no_columns cannot be called with prompts, completions, label: .*'label'"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:coroutine")
 def test_errors_of_functions_are_named(scored, name, message):
     with pytest.raises(InputError, match=message):
         scored(name, label=[1, 2])
@@ -266,11 +319,32 @@ def test_label_of_several_that_do_not_exclude_each_other(save, tiny_tokenizer):
     assert score.item() == pytest.approx(math.log(p / (1 - p)), abs=1e-4)
 
 
-def test_text_longer_than_the_reward_model_reads(save, tiny_tokenizer):
-    folder, _ = save(llama(len(tiny_tokenizer), max_position_embeddings=4))
+def test_text_longer_than_the_reward_model_reads(save, tiny_tokenizer, capsys):
+    """Refused before the run where it can be known; later its end is scored, and that is said."""
+    folder, model = save(llama(len(tiny_tokenizer), max_position_embeddings=6))
     scorer = load_scorer(folder, field="reward", device=CPU)
-    with pytest.raises(InputError, match="reads at most 4 tokens, but prompt and answer have 6"):
-        scorer(["the film "], ["is very very good"], {})
+    scorer.check_lengths(["the film", "a"], 4)
+    with pytest.raises(InputError, match="reads at most 6 tokens, but the longest prompt has 2 of"):
+        scorer.check_lengths(["a", "the film"], 5)
+    with pytest.raises(InputError, match="the longest prompt has 3 of its tokens and max_new_tok"):
+        scorer.check_lengths([[{"role": "user", "content": "film"}]], 4)  # as its template has it
+    for _ in range(2):
+        long = scorer(["the plot was the film "], ["is very very good"], {})
+    cut = model(tiny_tokenizer("the film is very very good", return_tensors="pt")["input_ids"])
+    assert long.item() == pytest.approx(cut.logits.item(), abs=1e-5)
+    assert " ".join(capsys.readouterr().out.split()).count("it scores the end of such texts") == 1
+
+
+def test_what_begins_and_ends_a_text_is_kept_of_a_long_one(save, tiny_tokenizer):
+    sizes = {
+        "vocab_size": len(tiny_tokenizer), "hidden_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "intermediate_size": 16, "num_labels": 1, "pad_token_id": 0,
+    }  # fmt: skip
+    folder, _ = save(RobertaConfig(**sizes, max_position_embeddings=8))
+    (part,) = load_scorer(folder, field="reward", device=CPU).parts
+    assert part.limit == 7  # of 8 positions: they are counted from the pad on
+    assert part.fitted([1, *range(3, 12)]) == [1, *range(6, 12)]
+    part([("a " * 20)], ["good"], {})  # an index beyond the table would be an error
 
 
 def test_models_and_functions_in_one_sum(scored, save, tiny_tokenizer, tmp_path):
@@ -283,3 +357,49 @@ def test_models_and_functions_in_one_sum(scored, save, tiny_tokenizer, tmp_path)
         (alone - torch.tensor([3.5, 6])).tolist()
     )
     assert list(both.components) == [tmp_path.name, "length"]  # <output_dir>/model, and a function
+
+
+DATA = {"tags": [["a"], ["b"]], "table": [{"deep": {"list": [1, 2]}}, {"deep": {"list": [3]}}]}
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, MESSAGES])
+def test_nothing_a_function_does_reaches_the_data(scored, prompts):
+    """Nor the next function: lists, what is in them, and their order."""
+    prompts, columns = copy.deepcopy(prompts), copy.deepcopy(DATA)
+    before = copy.deepcopy((prompts, ANSWERS, columns))
+    scored("meddles", prompts=prompts, **columns)
+    assert (prompts, ANSWERS, columns) == before
+
+
+def test_async_functions_are_awaited(scored):
+    assert scored("promised") == [1.0, 2.0]
+
+    async def in_a_notebook():  # whose loop runs already
+        return scored("promised", "length")
+
+    assert asyncio.run(in_a_notebook()) == [1.0 + 7, 2.0 + 12]
+
+
+def test_scores_of_one_number_each(scored):
+    assert scored("single") == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["sleeps", "waits"])
+def test_a_function_that_hangs(scored, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(functions, "PATIENCE", 0.2)
+    scored("length")
+    slow = load_scorer(f"{tmp_path / 'mine.py'}:{name}", field="judge", device=CPU, timeout=1)
+    began = time.perf_counter()
+    with pytest.raises(InputError, match=f"judge=.*:{name} took longer than reward_timeout=1 sec"):
+        slow(PROMPTS, ANSWERS, {})
+    assert time.perf_counter() - began < 10
+    said = "".join(capsys.readouterr().out.split())
+    assert f"{name}hasnotreturnedfor0.2s" in said and "for0.4s" in said
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_function_with_an_alarm_of_its_own(scored, tmp_path):
+    scored("length")
+    scorer = load_scorer(f"{tmp_path / 'mine.py'}:alarmed", field="reward", device=CPU, timeout=9)
+    assert scorer(PROMPTS, ANSWERS, {}).tolist() == [1.0, 2.0]

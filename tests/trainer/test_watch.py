@@ -67,3 +67,13 @@ def test_a_critic_that_learns_nothing_for_long():
 def test_words_name_numbers_and_a_remedy():
     (text,) = warnings(rows(**{"objective/kl": 123.4})).values()
     assert "123.4 nats" in text and "beta" in text
+
+
+def test_a_first_step_that_was_not_finite_blinds_no_check():
+    """metrics.jsonl has null there, as the rows in memory have."""
+    seen = rows(**{"policy/entropy_avg": 0.14})
+    seen[0]["policy/entropy_avg"] = None
+    assert list(warnings(seen)) == ["entropy_collapses"]
+    seen = rows(**{"objective/kl": 40.0})
+    seen[-8]["objective/kl"] = None
+    assert list(warnings(seen)) == ["kl_explodes"]

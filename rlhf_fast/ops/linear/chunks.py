@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import pad
 
 from .. import check
+
+if TYPE_CHECKING:
+    from .vocab_parallel import Part
 
 # Without a budget. CPU (H=576, V=49152, one pass with gradients, in bare products' time): at N=512
 # one chunk 1.02, two 1.08, four 1.16; at N=4096 chunks of 496 rows 1.02, 384 1.03, 256 1.08.
@@ -27,35 +31,58 @@ GPU_BYTES = 2**30
 DETERMINISTIC_ROWS = 128
 
 Lora = tuple[Tensor, Tensor, float]  # A [r, H], B [V, r], scale
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? down, Tensor? up"  # in kernels' schemas
 
-_budget: int | None = None
+_budget: ContextVar[int | None] = ContextVar("chunk_budget", default=None)  # each thread's own
 _memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
 
 
 @contextlib.contextmanager
 def chunk_budget(n_bytes: int) -> Iterator[None]:
-    """``n_bytes``, above 0: what one chunk of logits may take inside this context.
+    """``n_bytes``, at least 1: what one chunk of logits may take inside this context, in this
+    thread, and in the backward of what is called here.
 
     Small chunks save memory; each chunk reads and writes the [V, H] weight gradient once, which is
     what they cost. Results do not change beyond rounding. Without a budget a chunk is at most 512
     rows on CPU and 1 GiB on a GPU, where the gradient of float32 logits of 16-bit operands takes
     half as much again. The memory is kept, on CPU for the next call; on a GPU from a forward pass
-    to its backward, which begins with the chunk that lies there.
+    to its backward, which begins with the chunk that lies there. ``release_memory`` gives it back.
     """
-    global _budget
-    check.number("n_bytes", n_bytes, above=0)
-    before, _budget = _budget, int(n_bytes)
+    check.number("n_bytes", n_bytes, low=1)
+    token = _budget.set(int(n_bytes))
     try:
         yield
     finally:
-        _budget = before
+        _budget.reset(token)
+
+
+def budget() -> int | None:
+    """This thread's budget; None: there is none."""
+    return _budget.get()
+
+
+def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
+    """For a backward: its forward's budget, or this thread's where that is smaller. Autograd runs
+    the backward of a GPU's ops in a thread of its own, which has none."""
+    given = [n for n in (of_forward, budget()) if n is not None]
+    return chunk_budget(min(given)) if given else contextlib.nullcontext()
+
+
+def release_memory() -> None:
+    """Give back the memory that the linear ops keep between calls: the last call's chunk of logits.
+
+    A backward that would have begun with that chunk makes its logits again. On CPU the memory goes
+    back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).
+    """
+    _memory.clear()
 
 
 def most_rows(vocab: int, element_size: int, device_type: str) -> int:
     """Rows of logits that a chunk may have."""
-    if _budget is None and device_type == "cpu":
+    limit = budget()
+    if limit is None and device_type == "cpu":
         return CPU_ROWS
-    return max(1, (_budget or GPU_BYTES) // max(1, vocab * element_size))
+    return max(1, (GPU_BYTES if limit is None else limit) // max(1, vocab * element_size))
 
 
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
@@ -78,12 +105,14 @@ def check_head(
     lora: Lora | None = None,
     prefix: str = "",
 ) -> Head:
-    """The checked head, flat, in autocast's dtype where autocast is on.
+    """The checked head, flat, in autocast's dtype where autocast is on (float64 it leaves alone).
 
     A sharded weight or bias (FSDP2's DTensor) is gathered; its gradient is averaged over the ranks
     on the way back, as FSDP2 averages the others. ``prefix`` goes before the names in errors.
     """
-    hidden_name, weight_name, bias_name = (f"{prefix}{x}" for x in ("hidden", "weight", "bias"))
+    hidden_name, weight_name, bias_name, down_name, up_name = (
+        f"{prefix}{x}" for x in ("hidden", "weight", "bias", "lora's A", "lora's B")
+    )
     check.floating(hidden_name, hidden)
     check.at_least_1d(hidden_name, hidden)
     if isinstance(hidden, DTensor):
@@ -101,35 +130,45 @@ def check_head(
         check.floating(bias_name, bias)
         check.shaped(bias_name, bias, [weight.shape[0]], "[V]")
         check.same_device(bias_name, bias, hidden_name, hidden)
-    down, up, scale = (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight)
+    down, up, scale = (
+        (None, None, 1.0) if lora is None else check_lora(lora, hidden, weight, prefix)
+    )
     weight, bias, down, up = (gathered(x) for x in (weight, bias, down, up))
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias, down, up = (None if x is None else x.to(dtype) for x in (bias, down, up))
-    for name, x in ((weight_name, weight), (bias_name, bias), ("lora's A", down), ("lora's B", up)):
+    hidden, weight, bias, down, up = (
+        None if x is None else x.to(product_dtype(x)) for x in (hidden, weight, bias, down, up)
+    )
+    for name, x in (
+        (weight_name, weight), (bias_name, bias), (down_name, down), (up_name, up)
+    ):  # fmt: skip
         if x is not None and x.dtype != hidden.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {hidden_name}, {hidden.dtype}; "
                 f"got {check.describe(x)}. Cast one of them, or use autocast"
             )
     rows = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
-    low = None if down is None else scale * (rows @ down.t())
-    return Head(rows, weight, bias, low, up)
+    return Head(rows, weight, bias, None if down is None else scale * down, up)
 
 
-def check_lora(lora: Lora, hidden: Tensor, weight: Tensor) -> Lora:
+def product_dtype(x: Tensor) -> torch.dtype:
+    """What a matrix product takes x in: autocast, where it is on, leaves float64 alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+def check_lora(lora: Lora, hidden: Tensor, weight: Tensor, prefix: str) -> Lora:
+    name = f"{prefix}lora"
     if not isinstance(lora, tuple) or len(lora) != 3:
-        raise TypeError(f"lora must be (A [r, H], B [V, r], scale), got {check.describe(lora)}")
+        raise TypeError(f"{name} must be (A [r, H], B [V, r], scale), got {check.describe(lora)}")
     down, up, scale = lora
-    for name, x in (("lora's A", down), ("lora's B", up)):
-        check.floating(name, x)
-        check.same_device(name, x, "hidden", hidden)
+    for part, x in (("A", down), ("B", up)):
+        check.floating(f"{name}'s {part}", x)
+        check.same_device(f"{name}'s {part}", x, f"{prefix}hidden", hidden)
     rank = down.shape[0] if down.dim() == 2 else 0
-    check.shaped("lora's A", down, [rank, hidden.shape[-1]], "[r, H]")
-    check.shaped("lora's B", up, [weight.shape[0], rank], "[V, r]")
-    check.number("lora's scale", scale)
+    check.shaped(f"{name}'s A", down, [rank, hidden.shape[-1]], "[r, H]")
+    check.shaped(f"{name}'s B", up, [weight.shape[0], rank], "[V, r]")
+    check.number(f"{name}'s scale", scale, dtype=check.accumulator(hidden))
     return lora
 
 
@@ -144,19 +183,35 @@ def gathered(x: Tensor | None) -> Tensor | None:
 
 
 class Head(NamedTuple):
-    """What the logits of N rows are made of: hidden @ weight.T + bias, and low @ up.T where an
-    adapter is on the head."""
+    """What the logits of N rows are made of: hidden @ weight.T + bias and, where an adapter is on
+    the head, (hidden @ down.T) @ up.T. All of a row's part in it comes from its row of hidden,
+    chunk by chunk: a row that leaves has none."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    low: Tensor | None = None  # [N, r]
+    bias: Tensor | None = None  # [V]
+    down: Tensor | None = None  # [r, H], the adapter's scale in it
     up: Tensor | None = None  # [V, r]
 
-    @property
-    def products(self) -> list[tuple[Tensor, Tensor]]:
-        main = (self.hidden, self.weight)
-        return [main] if self.low is None else [main, (self.low, self.up)]
+
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    temperature: float | Tensor,
+    kept: Tensor,
+) -> tuple[Tensor, float | Tensor]:
+    """For the references: (all the logits, temperature), of zeros and ones in rows not kept [...],
+    whose own may be NaN."""
+    hidden = hidden.masked_fill(~kept.unsqueeze(-1), 0.0)
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    if lora is not None:
+        down, up, scale = lora
+        logits = logits + scale * hidden @ down.t() @ up.t()
+    if isinstance(temperature, Tensor):
+        temperature = temperature.masked_fill(~kept, 1.0)
+    return logits, temperature
 
 
 def needs_gradient(head: Head) -> bool:
@@ -169,13 +224,13 @@ class Chunk(NamedTuple):
 
     rows: Tensor | slice
     logits: Tensor  # [n, V]
-    inputs: list[Tensor]  # hidden [n, H] and, with an adapter, low [n, r]
+    hidden: Tensor | None  # [n, H]
     padded: Tensor  # [m, V]: logits and, in a deterministic chunk, rows of no meaning up to m
 
 
 class Memory(NamedTuple):
     """What the chunks of a loop lay in, and what lies there still: the last chunk of a forward pass
-    (its inputs empty), which the backward of the same statistics need not make again."""
+    (without its hidden), which the backward of the same statistics need not make again."""
 
     whole: Tensor
     last: Chunk | None = None
@@ -190,6 +245,14 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
     if memory is None or memory.norm is None or memory.norm.data_ptr() != norm.data_ptr():
         return None
     return memory if _memory.pop(key, None) is memory else None
+
+
+def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:
+    """Drop what a call with this key and so many loops has no use for: other dtypes, more loops."""
+    device, dtype, _ = key
+    for other in list(_memory):
+        if other[0] == device and (other[1] != dtype or other[2] >= buffers):
+            _memory.pop(other, None)
 
 
 def kept_rows(keep: Tensor) -> Tensor | None:
@@ -214,6 +277,7 @@ def chunks(
     deterministic: bool = False,
     buffers: int = 1,
     slot: int = 0,
+    part: Part | None = None,
     leave_for: Tensor | None = None,
     memory: Memory | None = None,
 ) -> Iterator[Chunk]:
@@ -224,68 +288,71 @@ def chunks(
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
     buffers: how many loops like this one, over the same rows, share the memory budget; this one is
         number `slot` of them.
+    part: whose logits these are; the chunks are then of the same rows on all ranks of its group.
     leave_for: the row statistics of a forward pass: its last chunk is left for ``left_by``.
     memory: what ``left_by`` found. The chunk in it comes first, unless a third of its rows are not
         kept: 4NHV for all of them is then more than 6NHV for the others.
     """
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
-    key = (device, dtype, slot)
+    key, used = (device, dtype, slot), 0
+    _forget_others(key, buffers)
     if memory is None:
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None
     else:
         last = memory.last
+        used = last.padded.numel()
         kept = keep[last.rows]
         if not compact or 3 * int(kept.sum()) >= 2 * kept.numel():
-            yield last._replace(inputs=inputs_of(head, last.rows, kept))
+            yield last._replace(hidden=rows_of(head.hidden, last.rows, kept))
             if isinstance(last.rows, slice):
                 keep = keep[: last.rows.start]
             else:
                 keep = keep.index_fill(0, last.rows, False)
     index = kept_rows(keep) if compact else None
     total = keep.shape[0] if index is None else index.numel()
+    most = vocab if part is None else max(part.sizes)
     if deterministic:
-        size = min(DETERMINISTIC_ROWS, most_rows(vocab, buffers * dtype.itemsize, device.type))
+        size = min(DETERMINISTIC_ROWS, most_rows(most, buffers * dtype.itemsize, device.type))
     else:
-        size = chunk_rows(total, vocab, buffers * dtype.itemsize, device.type)
-    whole, buffer = chunk_buffer(memory and memory.whole, size, vocab, dtype, device)
-    last = None
+        size = chunk_rows(total, most, buffers * dtype.itemsize, device.type)
+    whole, memory, last = memory and memory.whole, None, None
+    if whole is not None and whole.numel() > 2 * max(size * vocab, used):
+        whole = None  # what is kept is bounded by the last need
+    whole, buffer = chunk_buffer(whole, size, vocab, dtype, device)
     for start in range(0, total, max(size, 1)):
         stop = min(start + size, total)
         rows = slice(start, stop) if index is None else index[start:stop]
-        inputs = inputs_of(head, rows, None if compact else keep[rows])
-        operands = inputs
-        if deterministic:
-            operands = [pad(x, (0, 0, 0, size - (stop - start))) for x in inputs]
-        padded = buffer[: operands[0].shape[0]]
-        make_logits(head, operands, padded)
-        last = Chunk(rows, padded[: stop - start], inputs, padded)
+        hidden = rows_of(head.hidden, rows, None if compact else keep[rows])
+        operand = pad(hidden, (0, 0, 0, size - (stop - start))) if deterministic else hidden
+        padded = buffer[: operand.shape[0]]
+        make_logits(head, operand, padded)
+        last = Chunk(rows, padded[: stop - start], hidden, padded)
         yield last
     if last is not None and leave_for is not None:
-        _memory[key] = Memory(whole, last._replace(inputs=[]), leave_for)
+        _memory[key] = Memory(whole, last._replace(hidden=None), leave_for)
     elif device.type == "cpu":
         _memory[key] = Memory(whole)
 
 
-def inputs_of(head: Head, rows: Tensor | slice, keep: Tensor | None) -> list[Tensor]:
-    """Some rows of what the products take, of zeros where not kept (None: all are)."""
-    inputs = [take(x, rows) for x, _ in head.products]
-    if keep is None:
-        return inputs
-    return [x.masked_fill(~keep.unsqueeze(-1), 0.0) for x in inputs]
+def rows_of(hidden: Tensor, rows: Tensor | slice, keep: Tensor | None) -> Tensor:
+    """Some rows of it, of zeros where not kept (None: all are)."""
+    some = take(hidden, rows)
+    return some if keep is None else some.masked_fill(~keep.unsqueeze(-1), 0.0)
 
 
-def make_logits(head: Head, inputs: list[Tensor], out: Tensor) -> None:
+def make_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
+    """The logits of some rows of hidden."""
     with as_they_are(out.device):
         if head.bias is not None and out.dtype == head.bias.dtype:
-            torch.addmm(head.bias, inputs[0], head.weight.t(), out=out)
+            torch.addmm(head.bias, hidden, head.weight.t(), out=out)
         else:
-            _accumulate(out, inputs[0], head.weight.t(), first=True)
+            _accumulate(out, hidden, head.weight.t(), first=True)
             if head.bias is not None:
                 out.add_(head.bias)
-        if head.low is not None:
-            _accumulate(out, inputs[1], head.up.t(), first=False)
+        if head.up is not None:
+            _accumulate(out, hidden @ head.down.t(), head.up.t(), first=False)
 
 
 def as_they_are(device: torch.device) -> torch.autocast:
@@ -318,7 +385,8 @@ def chunk_buffer(
     """
     width = vocab if device.type == "cpu" else aligned(vocab)
     if whole is None or whole.numel() < rows * width:
-        whole = torch.empty(rows * width, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or no later call could write to it
+            whole = torch.empty(rows * width, dtype=dtype, device=device)
     used = whole[: rows * width]
     if device.type == "cpu":
         return whole, used.view(vocab, rows).t()
@@ -338,28 +406,66 @@ class Needs(NamedTuple):
     hidden: bool
     weight: bool
     bias: bool
-    low: bool = False
-    up: bool = False
+    down: bool
+    up: bool
 
 
 class Gradients:
     """Gradients of what a Head is made of, summed over chunks. Each accumulates in float32 or
-    better and is cast to its tensor's dtype once, at the end."""
+    better and is cast once, at the end: to its tensor's dtype, or to ``dtype``.
 
-    def __init__(self, head: Head, needs: Needs) -> None:
-        self.head, self.needs = head, needs
+    float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to nothing,
+    those of a large loss scale to infinity. There each row's incoming gradient is brought near 1 by
+    a power of two (``fit``), which the products' results are multiplied by again in float32.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        needs: Needs,
+        part: Part | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.head, self.part = head, part
+        self.dtype = dtype or head.hidden.dtype
         self.accumulator = check.accumulator(head.hidden)
         self.first = True
-        self.inputs = [
-            torch.zeros_like(x) if needed else None
-            for (x, _), needed in zip(head.products, (needs.hidden, needs.low), strict=False)
-        ]
-        self.weights = [
-            torch.empty_like(w, dtype=self.accumulator) if needed else None
-            for (_, w), needed in zip(head.products, (needs.weight, needs.up), strict=False)
-        ]
+        self.row_units: Tensor | None = None  # [n], float32: what a chunk's dlogits are in units of
+        self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
+        self.hidden = torch.zeros_like(head.hidden, dtype=self.dtype) if needs.hidden else None
+        self.weight, self.down, self.up = (
+            torch.empty_like(x, dtype=self.accumulator) if needed else None
+            for x, needed in (
+                (head.weight, needs.weight), (head.down, needs.down), (head.up, needs.up)
+            )
+        )  # fmt: skip
         self.bias = torch.zeros_like(head.bias, dtype=self.accumulator) if needs.bias else None
         self.narrow: Tensor | None = None
+
+    def fit(
+        self, *gradients: Tensor | None, temperature: float | Tensor = 1.0
+    ) -> tuple[Tensor | None, ...]:
+        """The incoming gradients [1, n] of a chunk's rows in the units that its dlogits can have;
+        temperature: the logits' divisor, by which dlogits are larger or smaller."""
+        if self.head.hidden.dtype != torch.float16:
+            return gradients
+        sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
+        exponents = torch.frexp(sizes).exponent.clamp(-100, 100) - 4  # sizes become 8 to 16
+        self.row_units = torch.exp2(exponents.float()).view(-1)
+        return tuple(None if g is None else g / self.row_units for g in gradients)
+
+    def _common_unit(self) -> Tensor:
+        """The chunk's rows [n] relative to the unit of the sums, which is raised where it must be
+        (rows of which nothing is left beside the largest do not matter beside it either)."""
+        largest = self.row_units.max()
+        if self.unit is None:
+            self.unit = largest
+        else:
+            before, self.unit = self.unit, torch.maximum(self.unit, largest)
+            for total in (self.weight, self.bias, self.down, self.up):
+                if total is not None:
+                    total *= before / self.unit
+        return (self.row_units / self.unit).unsqueeze(-1).to(self.head.hidden.dtype)
 
     def dlogits(self, chunk: Chunk) -> Tensor:
         """[n, V] to write the gradient of a chunk's logits to, in the dtype that the products take:
@@ -376,33 +482,54 @@ class Gradients:
 
     def add(self, chunk: Chunk) -> None:
         """One chunk, whose gradient has been written to dlogits(chunk)."""
-        padded, dlogits = self._padded(chunk), self.dlogits(chunk)
-        plain = isinstance(chunk.rows, slice) and padded.shape == dlogits.shape
-        if self.bias is not None:
-            self.bias += dlogits.sum(0, dtype=self.accumulator)
-        products = zip(chunk.inputs, self.head.products, self.inputs, self.weights, strict=True)
+        head, padded, dlogits = self.head, self._padded(chunk), self.dlogits(chunk)
+        units = None if self.row_units is None else self._common_unit()
+        hidden = chunk.hidden if units is None else chunk.hidden * units
         with as_they_are(dlogits.device):
-            for x, (_, w), d_x, d_w in products:
-                if d_x is not None and plain:
-                    torch.mm(dlogits, w, out=d_x[chunk.rows])
-                elif d_x is not None:
-                    d_x[chunk.rows] = (padded @ w)[: dlogits.shape[0]]
-                if d_w is not None:
-                    _accumulate(d_w, dlogits.t(), x, self.first)
+            d_low = None  # of hidden @ down.T
+            if head.up is not None and (self.hidden is not None or self.down is not None):
+                d_low = padded @ head.up
+            if self.hidden is not None:
+                self._add_hidden(chunk, padded, d_low)
+            if self.weight is not None:
+                _accumulate(self.weight, dlogits.t(), hidden, self.first)
+            if self.down is not None:
+                own = d_low[: dlogits.shape[0]]
+                _accumulate(self.down, own.t(), hidden, self.first)
+            if self.up is not None:
+                _accumulate(self.up, dlogits.t(), hidden @ head.down.t(), self.first)
+            if self.bias is not None and units is not None:
+                _accumulate(self.bias.unsqueeze(-1), dlogits.t(), units, first=False)
+        if self.bias is not None and units is None:
+            self.bias += dlogits.sum(0, dtype=self.accumulator)
         self.first = False
+
+    def _add_hidden(self, chunk: Chunk, padded: Tensor, d_low: Tensor | None) -> None:
+        rows, n = chunk.rows, chunk.logits.shape[0]
+        in_place = isinstance(rows, slice) and padded.shape[0] == n and self.row_units is None
+        shape = padded.shape[0], self.hidden.shape[1]
+        d_x = self.hidden[rows] if in_place else self.head.hidden.new_empty(shape)
+        torch.mm(padded, self.head.weight, out=d_x)
+        if d_low is not None:
+            d_x.addmm_(d_low, self.head.down)
+        if self.row_units is not None:
+            d_x = d_x[:n].float() * self.row_units.unsqueeze(-1)
+        if not in_place:
+            self.hidden[rows] = d_x[:n].to(self.dtype)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients in the order of Needs; empty where not asked for."""
-        if self.first:
-            for d_w in self.weights:
-                if d_w is not None:
-                    d_w.zero_()
-        d_hidden, d_low = (*self.inputs, None)[:2]
-        d_weight, d_up = (*self.weights, None)[:2]
-        return tuple(
-            self.head.hidden.new_empty(0) if d is None else d.to(self.head.hidden.dtype)
-            for d in (d_hidden, d_weight, self.bias, d_low, d_up)
-        )
+        for total in (self.weight, self.bias, self.down, self.up):
+            if total is not None and self.first:
+                total.zero_()
+            elif total is not None and self.unit is not None:
+                total *= self.unit
+        sums = [self.hidden, self.weight, self.bias, self.down, self.up]
+        if self.part is not None:  # each rank has a part of the sum over the vocabulary
+            for i in (0, 3):
+                sums[i] = None if sums[i] is None else self.part.sum(sums[i])
+        empty = self.head.hidden.new_empty(0)
+        return tuple(empty if x is None else x.to(self.dtype) for x in sums)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .. import check
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
-from ..registry import Op, Sample, define_kernel, register
+from ..linear import vocab_parallel
+from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -28,6 +30,9 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    lora: linear.Lora | None = None,
+    ref_lora: linear.Lora | None = None,
+    group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,38 +70,45 @@ def linear_token_kl(
         weight: [V, H], the policy's head, dtype and device of ``hidden`` (under autocast all are
             cast to its dtype).
         labels: [...], int64; −100 marks a row to ignore: logp, ref_logp, kl and gradient 0, and it
-            leaves before the first matrix product.
+            leaves before the first matrix product, whatever its other inputs hold.
         ref_hidden: [..., H_ref], the reference's hidden states for the same rows, in the dtype of
             ``hidden``.
-        ref_weight: [V, H_ref], the reference's head; None: it is ``weight``, with ``bias``.
+        ref_weight: [V, H_ref], the reference's head; None: it is ``weight``, with ``bias`` and
+            without ``lora``.
         direction: "reverse", KL(p ‖ q), or "forward", KL(q ‖ p).
         bias, ref_bias: [V] or None.
         temperature: > 0, the divisor of both logits; a float or a tensor [...] of one per token.
         softcap: > 0, the bound on both logits; None for none.
+        lora: (A [r, H], B [V, r], scale): an adapter on the policy's head that has not been
+            merged, as in ``linear_token_logprobs``.
+        ref_lora: (A [r, H_ref], B [V, r], scale): the same on the reference's head, of a rank of
+            its own; constants. None: it has none.
+        group: as in ``linear_token_logprobs``; each rank holds its rows of ``ref_weight``,
+            ``ref_bias`` and ref_lora's B, too.
         compact, deterministic: as in ``linear_token_logprobs``.
 
     Returns:
         (logp, ref_logp, kl), [...] each, in nats; float32 (float64 for float64 inputs). logp and
-        kl carry gradients to ``hidden``, ``weight`` and ``bias``.
+        kl carry gradients to ``hidden``, ``weight``, ``bias`` and lora's A and B.
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype or device; an unknown
             direction; a label outside [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
     """
     check.choice("direction", direction, DIRECTIONS)
-    head = linear.check_head(hidden, weight, bias)
-    ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    check.labels(labels, "hidden", hidden, weight.shape[0])
-    divisor, per_token = from_logits._temperature(temperature, labels, check.accumulator(hidden))
-    from_logits._softcap(softcap)
+    head = linear.check_head(hidden, weight, bias, lora)
+    ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_lora)
+    check.labels(labels, "hidden", hidden, weight.shape[0] if group is None else None)
+    dtype = check.accumulator(hidden)
+    divisor, per_token = from_logits._temperature(temperature, labels, dtype)
+    from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
-    tied = ref_weight is None
+    if ref_weight is None:
+        ref = ref._replace(weight=None, bias=None)
     logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
-        *head[:3],
-        ref.hidden.detach(),
-        None if tied else ref.weight.detach(),
-        None if tied or ref.bias is None else ref.bias.detach(),
+        *head,
+        *(None if x is None else x.detach() for x in ref),
         labels.reshape(-1),
         divisor,
         None if per_token is None else per_token.reshape(-1),
@@ -104,6 +116,7 @@ def linear_token_kl(
         direction == "reverse",
         compact,
         deterministic,
+        vocab_parallel.name(group),
         linear.needs_gradient(head),
     )
     return tuple(x.reshape(labels.shape) for x in (logp, ref_logp, kl))
@@ -116,6 +129,7 @@ def _check_reference(
     ref_hidden: Tensor,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    ref_lora: linear.Lora | None,
 ) -> linear.Head:
     check.floating("ref_hidden", ref_hidden)
     check.at_least_1d("ref_hidden", ref_hidden)
@@ -125,13 +139,13 @@ def _check_reference(
             f"{list(hidden.shape[:-1])}; got {check.describe(ref_hidden)}"
         )
     check.same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    if ref_hidden.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+    if linear.product_dtype(ref_hidden) != linear.product_dtype(hidden):
         raise TypeError(
             f"ref_hidden must have the dtype of hidden, {hidden.dtype}; "
             f"got {check.describe(ref_hidden)}"
         )
     if ref_weight is not None:
-        ref = linear.check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+        ref = linear.check_head(ref_hidden, ref_weight, ref_bias, ref_lora, "ref_")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"ref_weight must be of weight's vocabulary, {weight.shape[0]}; "
@@ -145,7 +159,7 @@ def _check_reference(
             f"ref_hidden must be [..., {weight.shape[1]}] as weight is where ref_weight is None, "
             f"got {check.describe(ref_hidden)}"
         )
-    return linear.check_head(ref_hidden, weight, bias)
+    return linear.check_head(ref_hidden, weight, bias, ref_lora, "ref_")
 
 
 def reference(
@@ -160,26 +174,28 @@ def reference(
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    lora: linear.Lora | None = None,
+    ref_lora: linear.Lora | None = None,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; holds all the logits of both."""
     kept = labels != check.IGNORE_INDEX
-    divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
-    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        finite = hidden.masked_fill(~kept.unsqueeze(-1), 0.0)  # an ignored row may hold NaN
-        x = torch.nn.functional.linear(finite, weight, bias).to(check.accumulator(hidden))
+    def log_softmax(*head: Any) -> Tensor:
+        logits, divisor = linear.plain(*head, temperature, kept)
+        x = logits.to(check.accumulator(logits))
         z = x if softcap is None else softcap * torch.tanh(x / softcap)
+        divisor = divisor.unsqueeze(-1) if isinstance(divisor, Tensor) else divisor
         return torch.log_softmax(z / divisor, dim=-1)
 
     def at_label(x: Tensor) -> Tensor:
         chosen = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         return chosen.masked_fill(~kept, 0.0)
 
-    log_p = log_softmax(hidden, weight, bias)
+    log_p = log_softmax(hidden, weight, bias, lora)
     with torch.no_grad():
-        tied = ref_weight is None
-        log_q = log_softmax(ref_hidden, weight if tied else ref_weight, bias if tied else ref_bias)
+        tied = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
+        log_q = log_softmax(ref_hidden, *tied, ref_lora)
     a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
     gap = (a - b).masked_fill(a.exp() == 0, 0.0)
     kl = (a.exp() * gap).sum(-1).masked_fill(~kept, 0.0)
@@ -200,11 +216,12 @@ def _rows_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [1, n], norm, ref_norm [2, 1, n]) of logits, ref_logits [1, n, V];
     norm as in token_logprobs: (max, log Σ e^(z − max))."""
+    check.temperature_range(per_token, labels, check.accumulator(logits))
     ignored = labels == check.IGNORE_INDEX
 
     def one(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, _ = from_logits._scaled(x, temperature, per_token, softcap)
-        largest = z.amax(-1, keepdim=True)
+        largest = z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
         z = z - largest
         log_sum = z.exp().sum(-1, keepdim=True).log()
         log_p = z - log_sum
@@ -247,7 +264,7 @@ def _rows_backward(
     else:
         d_kl = p - log_q.exp()
     g = grad_kl.unsqueeze(-1) * d_kl - grad_logp.unsqueeze(-1) * p
-    g.scatter_add_(-1, labels.clamp(min=0).unsqueeze(-1), grad_logp.unsqueeze(-1))
+    from_logits.add_at_label(g, labels, grad_logp)
     dead = (labels == check.IGNORE_INDEX) | ((grad_logp == 0) & (grad_kl == 0))
     out.copy_(g.mul_(dz).masked_fill_(dead.unsqueeze(-1), 0.0))
 
@@ -264,7 +281,7 @@ def _rows_fake(logits, ref_logits, labels, *_):
 def _chunks(
     heads: tuple[linear.Head, linear.Head],
     keep: Tensor,
-    how: dict[str, bool],
+    how: dict[str, Any],
     leave_for: Tensor | None = None,
     memories: tuple[linear.Memory | None, linear.Memory | None] = (None, None),
 ) -> Iterator[tuple[linear.Chunk, Tensor]]:
@@ -281,27 +298,23 @@ def _chunks(
         yield chunk, ref_chunk.logits
 
 
-def _heads(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor | None,
-    ref_bias: Tensor | None,
-) -> tuple[linear.Head, linear.Head]:
-    head = linear.Head(hidden, weight, bias)
-    if ref_weight is None:
-        return head, head._replace(hidden=ref_hidden)
-    return head, linear.Head(ref_hidden, ref_weight, ref_bias)
+def _heads(tensors: Sequence[Tensor | None]) -> tuple[linear.Head, linear.Head]:
+    """The policy's and the reference's, of which one without a weight has the policy's."""
+    head, ref = linear.Head(*tensors[:5]), linear.Head(*tensors[5:])
+    return head, ref._replace(weight=head.weight, bias=head.bias) if ref.weight is None else ref
 
 
 def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
     ref_hidden: Tensor,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    ref_down: Tensor | None,
+    ref_up: Tensor | None,
     labels: Tensor,
     temperature: float,
     per_token: Tensor | None,
@@ -309,17 +322,21 @@ def _forward(
     reverse: bool,
     compact: bool,
     deterministic: bool,
+    group: str | None,
     backward_follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, ref_logp, kl [N], norm, ref_norm [2, N]); 0 in the rows that are ignored."""
-    heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    heads = _heads(
+        (hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, ref_down, ref_up)
+    )
+    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     norm = logp.new_zeros((2, *labels.shape))
     outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
-    how = {"compact": compact, "deterministic": deterministic}
+    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     leave_for = norm if backward_follows else None
     for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
-        of_rows = torch.ops.rlhf_fast.logits_kl(
+        of_rows = vocab_parallel.logits_kl(
             chunk.logits[None],
             ref_logits[None],
             linear.take(labels, chunk.rows)[None],
@@ -327,6 +344,7 @@ def _forward(
             None if per_token is None else linear.take(per_token, chunk.rows)[None],
             softcap,
             reverse,
+            vocabulary,
         )
         for whole, part in zip(outputs, of_rows, strict=True):
             whole[..., chunk.rows] = part.squeeze(-2)
@@ -339,9 +357,13 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
     ref_hidden: Tensor,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
+    ref_down: Tensor | None,
+    ref_up: Tensor | None,
     labels: Tensor,
     norm: Tensor,
     ref_norm: Tensor,
@@ -352,22 +374,32 @@ def _backward(
     reverse: bool,
     compact: bool,
     deterministic: bool,
+    group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, empty where not needed."""
-    heads = _heads(hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients in the order of linear.Needs, empty where not needed."""
+    heads = _heads(
+        (hidden, weight, bias, down, up, ref_hidden, ref_weight, ref_bias, ref_down, ref_up)
+    )
+    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
-    grads = linear.Gradients(heads[0], linear.Needs(*needs))
-    how = {"compact": compact, "deterministic": deterministic}
+    grads = linear.Gradients(heads[0], linear.Needs(*needs), vocabulary)
+    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     memories = tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
     for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
 
-        torch.ops.rlhf_fast.logits_kl_backward(
+        divisors = part(per_token)
+        g_logp, g_kl = grads.fit(
             part(grad_logp),
             part(grad_kl),
+            temperature=temperature if divisors is None else divisors,
+        )
+        torch.ops.rlhf_fast.logits_kl_backward(
+            g_logp,
+            g_kl,
             chunk.logits[None],
             ref_logits[None],
             part(labels),
@@ -375,52 +407,55 @@ def _backward(
             ref_norm[:, chunk.rows][:, None].contiguous(),
             part(kl),
             temperature,
-            part(per_token),
+            divisors,
             softcap,
             reverse,
             grads.dlogits(chunk)[None],
         )
         grads.add(chunk)
-    return grads.result()[:3]
+    return grads.result()
 
 
-def _forward_fake(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, labels, *_):
-    return _rows_fake(hidden, None, labels)
+def _forward_fake(hidden, *arguments):
+    return _rows_fake(hidden, None, arguments[9])
 
 
-def _backward_fake(grad_logp, grad_kl, hidden, weight, bias, *arguments):
+def _backward_fake(grad_logp, grad_kl, *arguments):
     return tuple(
-        torch.empty_like(x) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias), arguments[-1], strict=True)
+        torch.empty_like(x) if needed else arguments[0].new_empty(0)
+        for x, needed in zip(arguments[:5], arguments[-1], strict=True)
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.reverse, ctx.compact, ctx.same, _ = inputs
-    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
+    *inputs, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *heads, labels, ctx.temperature, per_token, ctx.softcap = inputs
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
-    ctx.save_for_backward(*tensors, per_token, norm, ref_norm, kl)
+    ctx.budget = linear.budget()
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, *heads, labels, per_token, norm, ref_norm, kl)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None):
-    nothing = (None,) * 11
+    nothing = (None,) * 14
     if grad_logp is None and grad_kl is None:
-        return None, None, None, *nothing
+        return (None,) * 5 + nothing
     *heads, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    scale, how = (ctx.temperature, per_token, ctx.softcap), (ctx.compact, ctx.same)
-    if grad_kl is None:  # the reference has no part in it
-        grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-            grad_logp, None, *heads[:3], None, None, labels, norm, None, *scale, *how,
-            [*needs, False, False],
-        )[:3]  # fmt: skip
-    else:
-        grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
-        grads = torch.ops.rlhf_fast.linear_token_kl_backward(
-            grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how, needs
-        )
+    needs = list(ctx.needs_input_grad[:5])
+    scale, how = (ctx.temperature, per_token, ctx.softcap), (ctx.compact, ctx.same, ctx.group)
+    with linear.within(ctx.budget):
+        if grad_kl is None:  # the reference has no part in it
+            grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+                grad_logp, None, *heads[:5], labels, norm, None, *scale, *how, needs
+            )
+        else:
+            grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
+            grads = torch.ops.rlhf_fast.linear_token_kl_backward(
+                grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how,
+                needs,
+            )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 
@@ -437,7 +472,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         ref = {"ref_hidden": hidden + 0.5 * draw(n, h)}
         if ref_h:
             ref = {"ref_hidden": draw(n, ref_h), "ref_weight": draw(v, ref_h) / ref_h**0.5 * 3}
-        grads = ("hidden", "weight", "bias") if "bias" in options else ("hidden", "weight")
+        grads = ("hidden", "weight", *(x for x in ("bias", "lora") if x in options))
         arguments = {"hidden": hidden, "weight": weight, "labels": labels, **ref, **options}
         return Sample(name, arguments, grads)
 
@@ -457,10 +492,22 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield sample(f"all, {direction}", 20, 5, 33, 3, **biases, **scale, direction=direction)
     yield sample("not compact", 21, 16, 65, bias=draw(65), compact=False)
     yield sample("deterministic", 21, 16, 65, bias=draw(65), deterministic=True)
-    garbage = sample("NaN where ignored", 21, 16, 65, 8, compact=False)
-    garbage.arguments["hidden"][1::3] = torch.nan
-    garbage.arguments["ref_hidden"][1::3] = torch.nan
-    yield garbage
+
+    def adapter(h: int, v: int, rank: int = 3) -> linear.Lora:
+        return draw(rank, h), draw(v, rank), 0.5
+
+    yield sample("adapter, tied", 21, 8, 33, lora=adapter(8, 33), bias=draw(33))
+    both = {"lora": adapter(4, 33), "ref_lora": adapter(3, 33, 2)}
+    for direction in DIRECTIONS:
+        yield sample(f"adapters, {direction}", 5, 4, 33, 3, **both, direction=direction)
+    both = {"lora": adapter(16, 65), "ref_lora": adapter(8, 65)}
+    for how in ({"compact": True}, {"compact": False}, {"deterministic": True}):
+        per_token = 0.5 + torch.rand(21, generator=generator)
+        garbage = sample(f"NaN where ignored, {how}", 21, 16, 65, 8, **both, **how,
+                         temperature=per_token)  # fmt: skip
+        for name in ("hidden", "ref_hidden", "temperature"):
+            garbage.arguments[name][1::3] = torch.nan
+        yield garbage
     for direction in DIRECTIONS:  # a padded vocabulary
         padding = torch.arange(65) >= 60
         bias, ref_bias = (draw(65).masked_fill(padding, -torch.inf) for _ in range(2))
@@ -514,12 +561,12 @@ ROWS_BACKWARD = define_kernel(
     triton="logits_kl:logits_kl_backward",
 )
 HEADS = (
-    "Tensor hidden, Tensor weight, Tensor? bias, Tensor ref_hidden, Tensor? ref_weight, "
-    "Tensor? ref_bias, Tensor labels, "
+    f"{linear.HEAD}, Tensor ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_down, "
+    "Tensor? ref_up, Tensor labels, "
 )
 FORWARD = define_kernel(
     f"linear_token_kl({HEADS}float temperature, Tensor? per_token, float? softcap, bool reverse, "
-    "bool compact, bool deterministic, bool backward_follows) "
+    "bool compact, bool deterministic, str? group, bool backward_follows) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
@@ -530,7 +577,8 @@ FORWARD = define_kernel(
 BACKWARD = define_kernel(
     f"linear_token_kl_backward(Tensor grad_logp, Tensor grad_kl, {HEADS}Tensor norm, "
     "Tensor ref_norm, Tensor kl, float temperature, Tensor? per_token, float? softcap, "
-    "bool reverse, bool compact, bool deterministic, bool[] needs) -> (Tensor, Tensor, Tensor)",
+    "bool reverse, bool compact, bool deterministic, str? group, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
     engine=True,

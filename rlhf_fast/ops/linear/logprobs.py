@@ -13,7 +13,7 @@ from .. import check
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..linear import vocab_parallel
-from ..registry import Op, Sample, define_kernel, register
+from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
 
 def linear_token_logprobs(
@@ -53,15 +53,17 @@ def linear_token_logprobs(
             both are cast to its dtype). A DTensor (FSDP2) is gathered; its gradient is averaged
             over the ranks and sharded again.
         labels: [...], int64; −100 marks a row to ignore: logp 0, entropy 0, gradient 0, and it
-            leaves before the first matrix product.
+            leaves before the first matrix product, whatever its other inputs hold.
         bias: [V] or None.
         temperature, softcap, entropy: as in ``token_logprobs``.
         lora: (A [r, H], B [V, r], scale): an adapter on the head that has not been merged; the
-            logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients.
+            logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients. Sharded (FSDP2) as
+            ``weight`` may be.
         group: each rank of this process group holds a shard of the vocabulary, in the order of
-            the ranks and of any size: its rows of ``weight``, ``bias`` and B. ``hidden`` and
-            ``labels`` (of the whole vocabulary) are the same on all ranks, and so are the results;
-            the gradient of ``hidden`` is summed over the ranks.
+            the ranks and of any size: its rows of ``weight``, ``bias`` and B. All else, ``labels``
+            of the whole vocabulary among it, is the same on all ranks, and so are the results;
+            the gradients of ``hidden`` and A are summed over the ranks. Each forward and each
+            backward begins by exchanging the shards' sizes, for which a GPU is waited for.
         compact: rows that need no work leave, of which a GPU must tell the host how many there
             are. False: no host sync, every row is computed; for CUDA graphs.
         deterministic: a row's logp, entropy and hidden gradient have the same bits whatever rows
@@ -78,26 +80,22 @@ def linear_token_logprobs(
     head = linear.check_head(hidden, weight, bias, lora)
     accumulator = check.accumulator(hidden)
     divisor, per_token = from_logits._temperature(temperature, labels, accumulator)
-    from_logits._softcap(softcap)
+    from_logits._softcap(softcap, accumulator)
     for name, x in (("entropy", entropy), ("compact", compact), ("deterministic", deterministic)):
         check.flag(name, x)
-    options = (
+    check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
+    logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
+        *head,
+        labels.reshape(-1),
         divisor,
         None if per_token is None else per_token.reshape(-1),
         softcap,
         entropy,
         compact,
         deterministic,
+        vocab_parallel.name(group),
         linear.needs_gradient(head),
     )
-    if group is None:
-        check.labels(labels, "hidden", hidden, head.weight.shape[0])
-        logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
-            *head, labels.reshape(-1), *options
-        )
-    else:
-        check.process_group("group", group)
-        logp, entropy_ = vocab_parallel.linear_token_logprobs(head, labels, options, group, hidden)
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
 
@@ -115,10 +113,8 @@ def reference(
     **how: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The formula in plain PyTorch; holds all the logits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    if lora is not None:
-        down, up, scale = lora
-        logits = logits + scale * hidden @ down.t() @ up.t()
+    kept = labels != check.IGNORE_INDEX
+    logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, kept)
     return from_logits.reference(
         logits, labels, temperature=temperature, softcap=softcap, entropy=entropy
     )
@@ -128,7 +124,7 @@ def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     labels: Tensor,
     temperature: float,
@@ -137,24 +133,26 @@ def _forward(
     entropy: bool,
     compact: bool,
     deterministic: bool,
+    group: str | None,
     backward_follows: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored."""
+    part, labels = vocab_parallel.part_of(weight, labels, group)
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
-    head, keep = linear.Head(hidden, weight, bias, low, up), labels != check.IGNORE_INDEX
-    how = {"compact": compact, "deterministic": deterministic}
+    head, keep = linear.Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
+    how = {"compact": compact, "deterministic": deterministic, "part": part}
     for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
         rows = chunk.rows
-        logp_, entropy_, norm_ = torch.ops.rlhf_fast.token_logprobs(
+        logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
             chunk.logits[None],
             linear.take(labels, rows)[None],
             temperature,
             None if per_token is None else linear.take(per_token, rows)[None],
             softcap,
             entropy,
-            False,
+            part,
         )
         logp[rows], norm[:, rows] = logp_[0], norm_[:, 0]
         if entropy:
@@ -168,7 +166,7 @@ def _backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    low: Tensor | None,
+    down: Tensor | None,
     up: Tensor | None,
     labels: Tensor,
     norm: Tensor,
@@ -178,47 +176,47 @@ def _backward(
     softcap: float | None,
     compact: bool,
     deterministic: bool,
+    group: str | None,
     needs: list[bool],
-    elsewhere: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients in the order of linear.Needs, empty where not needed.
-
-    elsewhere [N]: rows whose label is in another rank's part of the vocabulary.
-    """
+    """Gradients in the order of linear.Needs, empty where not needed."""
+    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = grad_logp != 0
     if grad_entropy is not None:
         matters |= grad_entropy != 0
     matters &= labels != check.IGNORE_INDEX
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    head = linear.Head(hidden, weight, bias, low, up)
-    grads = linear.Gradients(head, linear.Needs(*needs))
+    head = linear.Head(hidden, weight, bias, down, up)
+    grads = linear.Gradients(head, linear.Needs(*needs), vocabulary)
     how = {"compact": compact, "deterministic": deterministic}
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
 
-        arguments = (
+        divisors = part(per_token)
+        g_logp, g_entropy = grads.fit(
             part(grad_logp),
             part(grad_entropy),
+            temperature=temperature if divisors is None else divisors,
+        )
+        torch.ops.rlhf_fast.token_logprobs_backward(
+            g_logp,
+            g_entropy,
             chunk.logits[None],
             part(labels),
             norm[:, chunk.rows][:, None].contiguous(),
             None if grad_entropy is None else part(entropy),
             temperature,
-            part(per_token),
+            divisors,
             softcap,
+            grads.dlogits(chunk)[None],
         )
-        out = grads.dlogits(chunk)[None]
-        if elsewhere is None:
-            torch.ops.rlhf_fast.token_logprobs_backward(*arguments, out)
-        else:
-            vocab_parallel.gradient(arguments, part(elsewhere), out)
         grads.add(chunk)
     return grads.result()
 
 
-def _forward_fake(hidden, weight, bias, low, up, labels, *options):
+def _forward_fake(hidden, weight, bias, down, up, labels, *options):
     entropy = options[3]
     new = hidden.new_empty(labels.shape, dtype=check.accumulator(hidden))
     norm = new.new_empty((2, *labels.shape))
@@ -234,26 +232,29 @@ def _backward_fake(grad_logp, grad_entropy, *arguments):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *inputs, ctx.entropy, ctx.compact, ctx.same, _ = inputs
-    *tensors, ctx.temperature, per_token, ctx.softcap = inputs
+    *inputs, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
+    *head, labels, ctx.temperature, per_token, ctx.softcap = inputs
     _, entropy, norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
-    ctx.save_for_backward(*tensors, per_token, norm, entropy if ctx.entropy else None)
+    ctx.budget = linear.budget()
+    labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
+    save_for_backward(ctx, *head, labels, per_token, norm, entropy if ctx.entropy else None)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad_logp is None and grad_entropy is None:
         return (None,) * 5 + nothing
     *tensors, per_token, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(grad_entropy)
     needs = list(ctx.needs_input_grad[:5])
-    grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
-        grad_logp, grad_entropy, *tensors, norm, entropy, ctx.temperature, per_token, ctx.softcap,
-        ctx.compact, ctx.same, needs,
-    )  # fmt: skip
+    with linear.within(ctx.budget):
+        grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
+            grad_logp, grad_entropy, *tensors, norm, entropy, ctx.temperature, per_token,
+            ctx.softcap, ctx.compact, ctx.same, ctx.group, needs,
+        )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
 
@@ -263,7 +264,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         weight = torch.randn(v, h, generator=generator) / h**0.5 * 3
         labels = torch.randint(v, (n,), generator=generator)
         labels[1::3] = check.IGNORE_INDEX
-        grads = ("hidden", "weight", "bias") if "bias" in options else ("hidden", "weight")
+        grads = ("hidden", "weight", *(x for x in ("bias", "lora") if x in options))
         return Sample(
             name, {"hidden": hidden, "weight": weight, "labels": labels, **options}, grads
         )
@@ -278,6 +279,14 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield sample("all", 21, 16, 65, bias=bias, entropy=True, temperature=per_token, softcap=2.0)
     lora = (torch.randn(3, 16, generator=generator), torch.randn(65, 3, generator=generator), 0.5)
     yield sample("adapter", 21, 16, 65, lora=lora, bias=bias, entropy=True)
+    for how in ({"compact": True}, {"compact": False}, {"deterministic": True}):
+        garbage = sample(
+            f"NaN where ignored, {how}", 21, 16, 65, lora=lora, bias=bias, entropy=True,
+            temperature=per_token.clone(), **how,
+        )  # fmt: skip
+        for name in ("hidden", "temperature"):
+            garbage.arguments[name][1::3] = torch.nan
+        yield garbage
     yield sample("not compact", 21, 16, 65, bias=bias, entropy=True, compact=False)
     yield sample("deterministic", 21, 16, 65, bias=bias, entropy=True, deterministic=True)
     padded = bias.masked_fill(torch.arange(65) >= 60, -torch.inf)
@@ -307,10 +316,10 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
     return gemm, 2 * gemm  # no logits made again: as where one chunk holds everything
 
 
-HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? low, Tensor? up, Tensor labels, "
 FORWARD = define_kernel(
-    f"linear_token_logprobs({HEAD}float temperature, Tensor? per_token, float? softcap, "
-    "bool entropy, bool compact, bool deterministic, bool backward_follows) "
+    f"linear_token_logprobs({linear.HEAD}, Tensor labels, float temperature, Tensor? per_token, "
+    "float? softcap, bool entropy, bool compact, bool deterministic, str? group, "
+    "bool backward_follows) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
@@ -319,9 +328,10 @@ FORWARD = define_kernel(
     setup_context=_setup_context,
 )
 BACKWARD = define_kernel(
-    f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {HEAD}Tensor norm, "
-    "Tensor? entropy, float temperature, Tensor? per_token, float? softcap, bool compact, "
-    "bool deterministic, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {linear.HEAD}, "
+    "Tensor labels, Tensor norm, Tensor? entropy, float temperature, Tensor? per_token, "
+    "float? softcap, bool compact, bool deterministic, str? group, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,
     engine=True,

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch.distributed import ProcessGroup
 
 from .. import aggregate, check, policy_loss, token_kl
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
+from ..linear import vocab_parallel
 from ..policy_loss import PolicyStats
-from ..registry import Op, Sample, define_kernel, register
+from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 
 
 def linear_policy_loss(
@@ -39,6 +41,8 @@ def linear_policy_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    lora: linear.Lora | None = None,
+    group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
 ) -> tuple[Tensor, PolicyStats]:
@@ -49,14 +53,18 @@ def linear_policy_loss(
     again; here the loss is known while a chunk's logits exist, so they are overwritten with their
     gradient at once, and dX and dW are ready when the forward ends. The backward only scales them
     by the incoming gradient.
-    (16-bit ones are rounded by then, and once more where that is not a power of two.)
+    (bfloat16 ones are rounded by then, and once more where that is not a power of two; float16 ones
+    wait in float32 for a loss scale.)
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only with the last
     of its log-probs, so ``ratio="sequence"`` is those two ops in one call.
 
     Rows that cannot matter leave before the first matrix product: masked ones, and, with token
-    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
-    statistics are means over the tokens that stayed. Without grad mode (or where nothing requires
-    grad): 2NHV, no gradients.
+    ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. Nothing
+    is known of those, so the statistics (but the surrogate) are means over the tokens that stayed,
+    ``PolicyStats.tokens`` of them: weigh by that, not by the mask, whatever you add up over
+    micro-batches or processes; where it is 0 they say nothing.
+
+    Without grad mode (or where nothing requires grad): 2NHV, no gradients.
 
     On a GPU a chunk is gone over four times. Bytes a logit, beyond what the products read::
 
@@ -82,7 +90,9 @@ def linear_policy_loss(
             dual_clip, ratio, loss, aggregation, normalizer, entropy_coef, kl_coef, kl_estimator:
             as in ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
         temperature, softcap: as in ``token_logprobs``.
-        compact, deterministic: as in ``linear_token_logprobs``.
+        lora, group, compact, deterministic: as in ``linear_token_logprobs``: (A [r, H], B [V, r],
+            scale) of an adapter on the head; the ranks that share the vocabulary out, whose loss
+            and statistics are the same.
 
     Returns:
         (loss, PolicyStats): float32 0-dim (float64 in, float64 out), to be minimised.
@@ -90,25 +100,27 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
-    head = linear.check_head(hidden, weight, bias)
+    head = linear.check_head(hidden, weight, bias, lora)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
-    check.labels(labels, "hidden", hidden, head.weight.shape[0])
+    check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
     per_token_inputs = {"old_logp": old_logp, "advantages": advantages}
     optional = {"ref_logp": ref_logp, "weights": weights}
     per_token_inputs |= {name: x for name, x in optional.items() if x is not None}
     for name, x in per_token_inputs.items():
         check.like(name, x, "labels", labels)
     check.boolean_mask(mask, "labels", labels)
-    policy_loss.check_options(
-        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss
-    )
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
+    policy_loss.check_options(
+        clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator, ref_logp, ratio, loss,
+        dtype,
+    )  # fmt: skip
     counting = labels.masked_fill(~mask, check.IGNORE_INDEX)
     divisor, per_token = from_logits._temperature(temperature, counting, dtype)
-    from_logits._softcap(softcap)
+    from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
+    how = compact, deterministic, vocab_parallel.name(group)
 
     def constant(x: Tensor | None) -> Tensor | None:
         return None if x is None else check.flat(x.detach(), dtype)
@@ -122,16 +134,16 @@ def linear_policy_loss(
     labels, per_token = check.flat(labels), check.flat(per_token)
     if ratio == "token":
         grad = torch.is_grad_enabled()
-        needs = [grad and x is not None and x.requires_grad for x in head[:3]]
+        needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
-            *head[:3], labels, *constants, constant(ref_logp), normalizer, *options, loss, divisor,
-            per_token, softcap, compact, deterministic, needs,
+            *head, labels, *constants, constant(ref_logp), normalizer, *options, loss, divisor,
+            per_token, softcap, *how, needs,
         )  # fmt: skip
     else:
         logp, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
             *head, labels.masked_fill(~counts, check.IGNORE_INDEX).view(-1), divisor,
-            None if per_token is None else per_token.view(-1), softcap, True, compact,
-            deterministic, linear.needs_gradient(head),
+            None if per_token is None else per_token.view(-1), softcap, True, *how,
+            linear.needs_gradient(head),
         )  # fmt: skip
         entropy = entropy if entropy_coef else entropy.detach()  # no gradient of zeros
         total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
@@ -158,16 +170,18 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     bias: Tensor | None = None,
+    lora: linear.Lora | None = None,
+    group: None = None,
     compact: bool = True,
     deterministic: bool = False,
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     """The formula in plain PyTorch; holds all the logits."""
-    logits = torch.nn.functional.linear(hidden, weight, bias)
+    mask = mask & (labels != check.IGNORE_INDEX)
+    logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, mask)
     logp, entropy = from_logits.reference(
         logits, labels, temperature=temperature, softcap=softcap, entropy=True
     )
-    mask = mask & (labels != check.IGNORE_INDEX)
     shared = {"entropy": entropy, "entropy_coef": entropy_coef, "kl_coef": kl_coef}
     shared |= {"weights": weights, "ratio": ratio, **options}
     loss, stats = policy_loss.reference(
@@ -193,6 +207,8 @@ def _forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
     labels: Tensor,
     old_logp: Tensor,
     advantages: Tensor,
@@ -213,27 +229,30 @@ def _forward(
     softcap: float | None,
     compact: bool,
     deterministic: bool,
+    group: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, stats [13], d_hidden, d_weight, d_bias), empty where not needed."""
+) -> tuple[Tensor, ...]:
+    """(loss, stats [14], the gradients of linear.Needs, empty where not needed)."""
+    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = mask & _matters(advantages, weights, entropy_coef, kl_coef)
     coefficient = aggregate.coefficients(mask, aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     options = (clip_low, clip_high, dual_clip, entropy_coef, kl_coef, kl_estimator)
-    head = linear.Head(hidden, weight, bias)
-    grads = linear.Gradients(head, linear.Needs(*needs))
+    head = linear.Head(hidden, weight, bias, down, up)
+    grads = linear.Gradients(head, linear.Needs(*needs), vocabulary, _saved_dtype(hidden))
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    for chunk in linear.chunks(head, keep, compact=compact, deterministic=deterministic):
+    how = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    for chunk in linear.chunks(head, keep, **how):
         logits = chunk.logits[None]
 
         def part(full: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if full is None else linear.take(full.view(-1), rows)[None]
 
         targets, divisors = part(labels), part(per_token)
-        logp_, entropy_, norm = torch.ops.rlhf_fast.token_logprobs(
-            logits, targets, temperature, divisors, softcap, True, False
+        logp_, entropy_, norm = vocab_parallel.token_logprobs(
+            logits, targets, temperature, divisors, softcap, True, vocabulary
         )
         logp.view(-1)[chunk.rows], entropy.view(-1)[chunk.rows] = logp_[0], entropy_[0]
         if not any(needs):
@@ -243,8 +262,13 @@ def _forward(
             part(ref_logp), None, *options, "token-sum", "token", loss,
         )  # fmt: skip
         scale = part(coefficient)
+        d_logp, d_entropy = grads.fit(
+            aggregate.times(scale, d_logp),
+            d_entropy * scale if entropy_coef else None,
+            temperature=temperature if divisors is None else divisors,
+        )
         torch.ops.rlhf_fast.token_logprobs_backward(
-            d_logp * scale, d_entropy * scale if entropy_coef else None, logits, targets, norm,
+            d_logp, d_entropy, logits, targets, norm,
             entropy_ if entropy_coef else None, temperature, divisors, softcap,
             grads.dlogits(chunk)[None],
         )  # fmt: skip
@@ -258,13 +282,19 @@ def _forward(
 
     total, stats = whole(mask, aggregation, normalizer)
     stats = torch.cat([stats[:1], whole(matters, "token-sum", None)[1][1:]])
-    return total, stats, *grads.result()[:3]
+    return total, stats, *grads.result()
 
 
-def _fake(hidden, weight, bias, labels, old_logp, *rest):
+def _saved_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the gradients between forward and backward: they come before a GradScaler's loss scale,
+    without which float16 cannot hold them."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+
+
+def _fake(hidden, weight, bias, down, up, labels, old_logp, *rest):
     grads = [
-        torch.empty_like(x) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias), rest[-1], strict=True)
+        torch.empty_like(x, dtype=_saved_dtype(hidden)) if needed else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias, down, up), rest[-1], strict=True)
     ]
     return old_logp.new_empty(()), old_logp.new_empty(len(PolicyStats._fields)), *grads
 
@@ -273,20 +303,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, stats, *grads = output
     ctx.set_materialize_grads(False)  # or autograd fills zeros [V, H] for the gradient of dW
     ctx.mark_non_differentiable(stats, *grads)
+    ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*grads)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
     if grad is None:
-        return (None,) * 24
-    # loss.backward() comes with exactly 1: then dW needs no second copy. Looking costs a host sync
-    # on a GPU, and cannot be traced.
-    one = grad.device.type == "cpu" and detect_fake_mode([grad]) is None and grad.item() == 1
+        return (None,) * 27
+    # loss.backward() comes with exactly 1: then dW needs no second copy, unless the next backward
+    # needs this one. Looking costs a host sync on a GPU, and cannot be traced or batched.
+    looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
+    looked_at = looked_at and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    one = looked_at and not graph_is_kept() and grad.item() == 1
     scaled = [
-        (g if one else g * grad) if needed else None
-        for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        (g if one else g * grad).to(ctx.dtype) if needed else None
+        for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:5], strict=True)
     ]
-    return *scaled, *(None,) * 21
+    return *scaled, *(None,) * 22
 
 
 def samples(generator: torch.Generator) -> Iterator[Sample]:
@@ -314,6 +347,10 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
             "entropy_coef": 0.01,
             "kl_coef": 0.1,
         }
+
+    def adapter(h: int, v: int) -> linear.Lora:
+        draw = torch.randn
+        return draw(3, h, generator=generator), draw(v, 3, generator=generator), 0.5
 
     two, three = ("hidden", "weight"), ("hidden", "weight", "bias")
     for mode in aggregate.AGGREGATIONS:
@@ -348,6 +385,20 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         garbage[name] = garbage[name].masked_fill(~garbage["mask"], torch.nan)
     garbage["labels"][~garbage["mask"]] = check.IGNORE_INDEX
     yield Sample("NaN behind the mask", garbage, two)
+    adapted = (*three, "lora")
+    full = everything(3, 9, 8, 33, lora=adapter(8, 33), softcap=3.0)
+    yield Sample("adapter, everything", full, adapted)
+    row = draw(3, 7, 4, 11, lora=adapter(4, 11), ratio="sequence")
+    yield Sample("adapter, sequence", row, (*two, "lora"))
+    inputs = ("hidden", "old_logp", "advantages", "weights", "ref_logp", "temperature")
+    for how in ({"compact": True}, {"compact": False}, {"deterministic": True},
+                {"ratio": "sequence"}):  # fmt: skip
+        garbage = everything(3, 9, 8, 33, lora=adapter(8, 33), **how)
+        garbage["labels"][0, ::2] = check.IGNORE_INDEX
+        out = ~garbage["mask"] | (garbage["labels"] == check.IGNORE_INDEX)
+        for name in inputs:
+            garbage[name][out] = torch.nan
+        yield Sample(f"NaN in every input where ignored, {how}", garbage, adapted)
     masked = draw(2, 5, 4, 9)
     masked["mask"][:] = False
     yield Sample("all masked", masked, two)
@@ -384,12 +435,12 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 
 KERNEL = define_kernel(
-    "linear_policy_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    f"linear_policy_loss({linear.HEAD}, Tensor labels, "
     "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
     "Tensor? normalizer, float clip_low, float clip_high, float? dual_clip, float entropy_coef, "
     "float kl_coef, str kl_estimator, str aggregation, str loss, float temperature, "
-    "Tensor? per_token, float? softcap, bool compact, bool deterministic, bool[] needs) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? per_token, float? softcap, bool compact, bool deterministic, str? group, "
+    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,
     engine=True,

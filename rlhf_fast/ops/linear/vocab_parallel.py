@@ -1,121 +1,160 @@
-"""linear_token_logprobs over a process group whose ranks each hold a part of the vocabulary.
+"""A head whose vocabulary is shared out over a process group: each rank holds a part of it.
 
-Each rank runs the engine on its part, with logits of its own only; three all-reduces make the row
-statistics those of the whole vocabulary, and the backward sums the gradient of the hidden states.
+Each rank runs the engine on its part, with logits of its own only. What a row kernel says of a
+chunk's rows is made what it is over the whole vocabulary at once, by two small all-reduces: what
+follows needs nothing else, and the row kernels' backward is that of a whole vocabulary but for
+labels of other parts. Gradients of what all ranks hold are summed over them at the end
+(``chunks.Gradients``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
 
 from .. import check
-from .. import token_logprobs as from_logits
-from ..linear import chunks as linear
-from ..linear import logprobs as engine
+from . import chunks as linear
 
 
-def linear_token_logprobs(
-    head: linear.Head,
+class Part(NamedTuple):
+    """This rank's part of the vocabulary; the parts lie in rank order."""
+
+    group: dist.ProcessGroup
+    sizes: list[int]  # of each rank's part
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """Labels of the whole vocabulary -> of this part, ELSEWHERE where they are in another."""
+        rank = dist.get_rank(self.group)
+        first, size, vocab = sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
+        if check.values_can_be_read(labels):
+            check.label_range(labels, vocab)
+        here = (labels >= first) & (labels < first + size)
+        own = torch.where(here, labels - first, check.ELSEWHERE)
+        own.masked_fill_((labels < 0) | (labels >= vocab), size)  # a GPU's kernel makes it NaN
+        return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over the ranks, in float32 or better."""
+        x = x.to(check.accumulator(x))
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+def name(group: dist.ProcessGroup | None) -> str | None:
+    """The checked group, as kernels take it."""
+    if group is None:
+        return None
+    check.process_group("group", group)
+    return group.group_name
+
+
+def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | None, Tensor]:
+    """(this rank's part, labels in it); (None, labels) without a group. Waits for a GPU."""
+    if group is None:
+        return None, labels
+    group = _resolve_process_group(group)
+    own = torch.tensor([weight.shape[0], linear.most_rows(1, 1, weight.device.type)])
+    own = own.to(weight.device)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    sizes, budgets = torch.stack(every).t().tolist()
+    if 0 in sizes:
+        raise ValueError(f"weight must have rows on every rank of group, got {sizes} rows")
+    if len(set(budgets)) > 1:  # chunks of other rows would wait for each other
+        raise ValueError(f"chunk_budget must be the same on every rank of group, got {budgets}")
+    part = Part(group, sizes)
+    return part, part.labels(labels)
+
+
+def token_logprobs(
+    logits: Tensor,
     labels: Tensor,
-    options: tuple[Any, ...],
-    group: dist.ProcessGroup,
-    hidden: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """(logp [N], entropy [N] or empty) over the whole vocabulary, the same on every rank."""
-    first, vocab = part_of_vocabulary(head.weight, group)
-    check.labels(labels, "hidden", hidden, vocab)
-    return _VocabParallel.apply(*head, labels.reshape(-1), first, options, group)
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    part: Part | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's (logp, entropy, norm) over the whole vocabulary of which the logits are a part,
+    the same on every rank."""
+    logp, H, norm = torch.ops.rlhf_fast.token_logprobs(
+        logits, some_label(labels, part), temperature, per_token, softcap, entropy, False
+    )
+    if part is None:
+        return logp, H, norm
+    (logp,), mean, (norm,) = combined([logp], [norm], H if entropy else None, [-1], labels, part)
+    return logp, H if mean is None else mean, norm
 
 
-def part_of_vocabulary(weight: Tensor, group: dist.ProcessGroup) -> tuple[int, int]:
-    """(index of this rank's first token, size of the vocabulary): the parts lie in rank order."""
-    size = torch.tensor([weight.shape[0]], device=weight.device)
-    sizes = [torch.empty_like(size) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, size, group=group)
-    counts = [int(n) for n in sizes]
-    if 0 in counts:
-        raise ValueError(f"weight must have rows on every rank of group, got {counts} rows")
-    return sum(counts[: dist.get_rank(group)]), sum(counts)
+def logits_kl(
+    logits: Tensor,
+    ref_logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    reverse: bool,
+    part: Part | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary."""
+    logp, ref_logp, kl, norm, ref_norm = torch.ops.rlhf_fast.logits_kl(
+        logits, ref_logits, some_label(labels, part), temperature, per_token, softcap, reverse
+    )
+    if part is None:
+        return logp, ref_logp, kl, norm, ref_norm
+    both = [(logp, norm), (ref_logp, ref_norm)]
+    order = 1 if reverse else -1  # the distribution that the mean is taken over comes first
+    logps, kl, norms = combined(*zip(*both[::order], strict=True), kl, [1, -1], labels, part)
+    return *logps.unbind()[::order], kl, *norms.unbind()[::order]
 
 
-class _VocabParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, low, up, labels, first, options, group):
-        vocab = weight.shape[0]
-        ignored = labels == check.IGNORE_INDEX
-        elsewhere = ((labels < first) | (labels >= first + vocab)) & ~ignored
-        # the kernels take some label of this part for those rows; it is undone below
-        local = (labels - first).masked_fill(elsewhere, 0).masked_fill(ignored, check.IGNORE_INDEX)
-        logp, entropy, norm = engine._forward(hidden, weight, bias, low, up, local, *options)
-        whole_logp, whole_entropy, whole_norm = combined(logp, entropy, norm, elsewhere, group)
-        for x in (whole_logp, whole_entropy, *whole_norm):
-            x.masked_fill_(ignored, 0.0) if x.numel() else x
-        norm.copy_(whole_norm)  # in place: the engine knows by it the chunk that it has left
-        ctx.set_materialize_grads(False)
-        ctx.options, ctx.group = options, group
-        ctx.save_for_backward(hidden, weight, bias, low, up, local, elsewhere, norm, whole_entropy)
-        if not options[3]:
-            ctx.mark_non_differentiable(whole_entropy)
-        return whole_logp, whole_entropy
-
-    @staticmethod
-    def backward(ctx, grad_logp, grad_entropy):
-        *head, local, elsewhere, norm, entropy = ctx.saved_tensors
-        temperature, per_token, softcap, _, compact, deterministic, _ = ctx.options
-        if grad_logp is None and grad_entropy is None:
-            return (None,) * 9
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(grad_entropy)
-        needs = list(ctx.needs_input_grad[:5])
-        grads = engine._backward(
-            grad_logp, grad_entropy, *head, local, norm, entropy, temperature, per_token, softcap,
-            compact, deterministic, needs, elsewhere,
-        )  # fmt: skip
-        grads = [g if needed else None for g, needed in zip(grads, needs, strict=True)]
-        for i in (0, 3):  # hidden and low are the same on all ranks: each holds a part of the sum
-            if grads[i] is not None:
-                whole = grads[i].to(check.accumulator(grads[i]))
-                dist.all_reduce(whole, group=ctx.group)
-                grads[i] = whole.to(grads[i].dtype)
-        return *grads, None, None, None, None
+def some_label(labels: Tensor, part: Part | None) -> Tensor:
+    """The forward kernels look at a label's logit: that of token 0 where there is none here."""
+    return labels if part is None else labels.masked_fill(labels == check.ELSEWHERE, 0)
 
 
 def combined(
-    logp: Tensor, entropy: Tensor, norm: Tensor, elsewhere: Tensor, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The parts' row statistics -> (logp, entropy, norm) of the whole vocabulary.
+    logps: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    mean: Tensor | None,
+    signs: Sequence[int],
+    labels: Tensor,
+    part: Part,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Row statistics of this part -> (logps, mean, norms), stacked, of the whole vocabulary.
 
-    With e = Σ_part e^(z − m), m the whole maximum, a part holds the share e / Σe of the
-    probability, and H = Σ_parts share · (H_part − log share).
+    logps [...], norms [2, ...]: of one or two distributions p_i over the same tokens.
+    mean [...] or None: over p_0, of Σ_i sign_i log p_i: entropy (−1), or KL(p_0 ‖ p_1) (1, −1).
+
+    With e_i = Σ_part e^(z_i − m_i), m_i the whole maximum, a part holds the share e_i / Σ e_i of
+    p_i, and the log p_i of its tokens are lower by −log share_i in the whole than in the part.
+    A part whose logits are all −inf has a norm of (anything below +inf, −inf): its share is 0, and
+    what else the row kernels say of it may be NaN.
     """
-    largest, log_sum = norm
+    largest, log_sum = torch.stack(tuple(norms), 1)
     whole = largest.clone()
-    dist.all_reduce(whole, dist.ReduceOp.MAX, group=group)
-    log_e = (largest - whole) + log_sum  # -inf where all the part's logits are
-    e = log_e.exp()
-    finite = log_e.masked_fill(e == 0, 0.0)
-    at_label = (logp + log_e).masked_fill(elsewhere, 0.0)  # z[label] − m
-    columns = [e, at_label] if not entropy.numel() else [e, at_label, e * (entropy - finite)]
-    sums = torch.stack(columns)
-    dist.all_reduce(sums, group=group)
-    log_total = sums[0].log()
-    whole_entropy = sums[2] / sums[0] + log_total if entropy.numel() else entropy
-    return sums[1] - log_total, whole_entropy, torch.stack([whole, log_total])
-
-
-def gradient(arguments: tuple[Any, ...], elsewhere: Tensor, out: Tensor) -> None:
-    """token_logprobs_backward into out; rows `elsewhere` have no label here.
-
-    Those were given label 0: the gradient of that one logit is computed again without it.
-    """
-    grad_logp, grad_entropy, logits, _, norm, entropy, temperature, per_token, softcap = arguments
-    first = logits[..., :1].clone()  # out may be logits
-    torch.ops.rlhf_fast.token_logprobs_backward(*arguments, out)
-    exact = from_logits.softmax_gradient(
-        grad_logp, grad_entropy, first, norm, entropy, temperature, per_token, softcap
-    )
-    out[..., :1] = torch.where(elsewhere.unsqueeze(-1), exact.to(out.dtype), out[..., :1])
+    dist.all_reduce(whole, dist.ReduceOp.MAX, group=part.group)
+    log_e = (largest - whole) + log_sum
+    e, nothing = log_e.exp(), log_e == -torch.inf
+    at_label = torch.where(nothing, -torch.inf, torch.stack(tuple(logps)) + log_e)  # z[label] − m
+    columns = [e, at_label.masked_fill(labels == check.ELSEWHERE, 0.0)]
+    if mean is not None:
+        shift = sum(sign * x for sign, x in zip(signs, log_e, strict=True))
+        shifted = torch.where(shift.isinf(), shift, mean + shift)  # p_1 = 0 in all of the part
+        columns.append((e[0] * shifted).masked_fill(e[0] == 0, 0.0).unsqueeze(0))
+    sums, n = part.sum(torch.cat(columns)), len(logps)
+    log_total = sums[:n].log()
+    if mean is not None:
+        shift = sum(sign * x for sign, x in zip(signs, log_total, strict=True))
+        mean = sums[-1] / sums[0] - shift
+    logps, norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
+    ignored = labels == check.IGNORE_INDEX
+    for x in (logps, mean, norms):
+        if x is not None:
+            x.masked_fill_(ignored, 0.0)
+    return logps, mean, norms

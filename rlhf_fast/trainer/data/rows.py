@@ -1,4 +1,4 @@
-"""Preference pairs and prompts: from a file, a folder or the hub to token ids.
+"""Preference pairs and prompts: from rows (see read.py) to token ids.
 
 Every row is looked at before training begins; the first bad one is named, counted from 0. Text
 columns hold either strings or conversations, lists of {"role", "content"}.
@@ -6,24 +6,26 @@ columns hold either strings or conversations, lists of {"role", "content"}.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
-import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf_fast.trainer.data.read import Rows
+from rlhf_fast.trainer.data.read import load_rows as load_rows  # rlhf_fast.data had it in 0.1
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.console import console
 
-datasets.disable_progress_bars()  # reading is quick; training has bars of its own
-
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_put_around: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[list[int], list[int]]] = (
+    WeakKeyDictionary()
+)
 
 Text = str | list[dict[str, str]]  # plain text, or a conversation
 
@@ -33,6 +35,7 @@ class Pair:
     chosen: list[int]
     rejected: list[int]
     margin: float
+    asked: str = ""  # what both answer: pairs of one prompt are held out together
 
 
 @dataclass
@@ -42,93 +45,90 @@ class Prompt:
     columns: dict[str, Any]  # the row's other columns, handed to reward functions
 
 
-def load_rows(
-    source: str, *, split: str = "train", subset: str | None = None, max_rows: int | None = None
-) -> datasets.Dataset:
-    """A datasets.Dataset from a .jsonl/.json/.csv/.parquet file, a local folder or a hub name.
-
-    A folder is what `save_to_disk` wrote, or holds such files. `split` and `subset` (where the
-    dataset has several) mean what they mean in `datasets.load_dataset`: "train[:90%]" works too.
-    """
-    path = Path(source).expanduser()
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its log lines say what we raise
-    try:
-        rows = read(source, path, split, subset)
-    except InputError:
-        raise
-    except Exception as error:  # the libraries below raise dozens of types; all mean "unreadable"
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]
-        if "corresponds to no data" in reason:  # how datasets calls a table of headings only
-            raise InputError(f"data={source} has no rows") from error
-        raise InputError(f"data={source} (split {split}) cannot be read: {reason}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-    if len(rows) == 0:
-        raise InputError(f"data={source} has no rows")
-    return rows if max_rows is None else rows.select(range(min(max_rows, len(rows))))
-
-
-def read(source: str, path: Path, split: str, subset: str | None) -> datasets.Dataset:
-    if path.is_file():
-        if path.suffix not in FILE_FORMATS:
-            raise InputError(f"data={source}: expected a file ending in " + ", ".join(FILE_FORMATS))
-        if path.stat().st_size == 0:
-            raise InputError(f"data={source} is empty")
-        if subset is not None:
-            raise InputError(f"subset={subset}, but data={source} is a file, which has none")
-        return datasets.load_dataset(FILE_FORMATS[path.suffix], data_files=str(path), split=split)
-    if (path / "dataset_info.json").is_file():  # save_to_disk of a Dataset: it has no splits
-        return datasets.load_from_disk(str(path))
-    if (path / "dataset_dict.json").is_file():
-        splits = datasets.load_from_disk(str(path))
-        if split not in splits:
-            raise InputError(
-                f"data={source} has no split {split!r}; its splits are "
-                + ", ".join(map(repr, splits))
-            )
-        return splits[split]
-    looks_local = path.suffix in FILE_FORMATS or source.startswith(("/", "./", "../", "~"))
-    if looks_local and not path.exists():  # else the hub would be asked for it
-        raise InputError(f"data={source}: there is no such file or folder")
-    return datasets.load_dataset(str(path) if path.is_dir() else source, subset, split=split)
-
-
 def preference_pairs(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, source: str, max_tokens: int
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, source: str, max_tokens: int
 ) -> list[Pair]:
     """Columns `chosen`, `rejected`, optionally `prompt` and `margin` -> pairs of token ids.
 
     Without `prompt` both sides begin with it, and are read whole. Pairs with a text longer than
-    `max_tokens` are left out: cut, they might no longer differ.
+    `max_tokens` are left out: cut, they might no longer differ. So are those whose sides are the
+    same: they teach nothing and no model can order them.
     """
     need_columns(rows, ("chosen", "rejected"), source)
-    pairs = []
+    pairs, same = [], 0
     for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
-        names = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
-        check_texts({name: row[name] for name in names}, where)
+        prompt = prompt_of(row, where)
         sides = [
-            tokenize(*join(row.get("prompt"), row[name], tokenizer, where), tokenizer)
+            tokenize(*join(prompt, row[name], tokenizer, where), tokenizer)
             for name in ("chosen", "rejected")
         ]
-        margin = row.get("margin")
-        margin = 0.0 if margin is None else margin
-        if isinstance(margin, bool) or not isinstance(margin, int | float):
-            raise InputError(f"{where}: margin is {margin!r}, expected a number")
-        if not math.isfinite(margin):
-            raise InputError(f"{where}: margin is {margin}, expected a finite number")
-        if max(map(len, sides)) <= max_tokens:
-            pairs.append(Pair(*sides, float(margin)))
+        margin = margin_of(row.get("margin"), where)
+        if sides[0] == sides[1]:
+            same += 1
+        elif max(map(len, sides)) <= max_tokens:
+            pairs.append(Pair(*sides, margin, asked(prompt, row)))
+    report_left_out(source, same, len(rows), "have the same text as chosen and as rejected")
     if not pairs:
-        raise InputError(f"data={source}: no pair is at most max_tokens={max_tokens} tokens long")
-    report_left_out(source, len(rows) - len(pairs), len(rows), f"max_tokens={max_tokens}")
+        differ = " of different texts" if same else ""
+        raise InputError(
+            f"data={source}: no pair{differ} is at most max_tokens={max_tokens} tokens long"
+        )
+    too_long = len(rows) - same - len(pairs)
+    report_left_out(source, too_long, len(rows), f"are longer than max_tokens={max_tokens}")
     return pairs
 
 
+def prompt_of(row: dict[str, Any], where: str) -> Text | None:
+    """What both sides answer, or None where they begin with it.
+
+    The sides of UltraFeedback and its kind are whole conversations beside a prompt, which is text
+    or their first messages: the sides say more, so they count. TRL does so for the text.
+    """
+    names = ("prompt", "chosen", "rejected") if "prompt" in row else ("chosen", "rejected")
+    conversations = all(isinstance(row[name], list) for name in ("chosen", "rejected"))
+    if names[0] == "chosen" or not conversations:
+        check_texts({name: row[name] for name in names}, where)
+        return row.get("prompt")
+    check_texts({name: row[name] for name in names[1:]}, where)
+    check_texts({"prompt": row["prompt"]}, where)
+    sides = row["chosen"], row["rejected"]
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        whole = all(side[0]["role"] != "assistant" for side in sides)
+        return None if whole else [{"role": "user", "content": prompt}]
+    whole = all(side[: len(prompt)] == prompt and len(side) > len(prompt) for side in sides)
+    return None if whole else prompt
+
+
+def asked(prompt: Text | None, row: dict[str, Any]) -> str:
+    """The same for pairs of the same prompt; of pairs of plain texts without one, for the same."""
+    if prompt is None and isinstance(row["chosen"], list):
+        sides = zip(row["chosen"], row["rejected"], strict=False)
+        prompt = [a for a, b in takewhile(lambda pair: pair[0] == pair[1], sides)]
+    return json.dumps(prompt or sorted((row["chosen"], row["rejected"]), key=str), default=str)
+
+
+def margin_of(value: Any, where: str) -> float:
+    margin = 0.0 if value is None or value == "" else value
+    if isinstance(margin, str):  # a CSV has nothing else
+        try:
+            margin = float(margin)
+        except ValueError:
+            pass
+    if isinstance(margin, bool) or not isinstance(margin, int | float):
+        raise InputError(f"{where}: margin is {value!r}, expected a number")
+    try:
+        margin = float(margin)
+    except OverflowError:
+        margin = math.inf
+    if not math.isfinite(margin):
+        raise InputError(f"{where}: margin is {value}, expected a finite number")
+    return margin
+
+
 def prompts(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, *, source: str, max_tokens: int
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, *, source: str, max_tokens: int
 ) -> list[Prompt]:
     """Column `prompt` -> token ids, the prompt as it was, and the other columns.
 
@@ -144,25 +144,45 @@ def prompts(
                 f"data={source} has a column {name!r}, but reward functions get the other columns "
                 f"beside an argument {name} of their own: rename it"
             )
-    kept = []
+    kept, same = [], 0
     for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
+        if implicit and row["chosen"] == row["rejected"] and isinstance(row["chosen"], str):
+            same += 1  # where the prompt ends is not known
+            continue
         if implicit:
             row |= extract_prompt(row["chosen"], row["rejected"], where)
+        elif answers_are_conversations(row):
+            whole = prompt_of(row, where) is None
+            said = [{"role": "user", "content": row["prompt"]}]
+            row["prompt"] = (
+                extract_prompt(row["chosen"], row["rejected"], where)["prompt"] if whole else said
+            )
         prompt = row.pop("prompt")
         check_texts({"prompt": prompt}, where)
-        ids = tokenize(*start(prompt, tokenizer, where), tokenizer)
+        ids = tokenize(*start(prompt, tokenizer, where), tokenizer, goes_on=True)
         if not ids:
             raise InputError(f"{where}: prompt has no tokens")
         if len(ids) <= max_tokens:
             kept.append(Prompt(ids, prompt, row))
+    report_left_out(source, same, len(rows), "have the same text as chosen and as rejected")
     if not kept:
         raise InputError(f"data={source}: no prompt is at most max_prompt_tokens={max_tokens} long")
-    report_left_out(source, len(rows) - len(kept), len(rows), f"max_prompt_tokens={max_tokens}")
+    too_long = len(rows) - same - len(kept)
+    report_left_out(source, too_long, len(rows), f"are longer than max_prompt_tokens={max_tokens}")
     return kept
 
 
-def numbered(rows: datasets.Dataset, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def answers_are_conversations(row: dict[str, Any]) -> bool:
+    """A prompt of plain text beside whole conversations, as UltraFeedback's: theirs is the prompt,
+    with the roles that a chat template needs."""
+    sides = [row.get("chosen"), row.get("rejected")]
+    return isinstance(row["prompt"], str) and all(
+        isinstance(side, list) and side and isinstance(side[0], dict) for side in sides
+    )
+
+
+def numbered(rows: Rows, source: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """enumerate(rows): text is decoded only when its row is read."""
     try:
         yield from enumerate(rows)
@@ -191,12 +211,12 @@ def extract_prompt(chosen: Text, rejected: Text, where: str) -> dict[str, Text]:
     }  # fmt: skip
 
 
-def report_left_out(source: str, left_out: int, rows: int, limit: str) -> None:
+def report_left_out(source: str, left_out: int, rows: int, reason: str) -> None:
     if left_out:
-        console.print(f"data={source}: {left_out} of {rows} rows are longer than {limit}, left out")
+        console.print(f"data={source}: {left_out} of {rows} rows {reason}, left out")
 
 
-def need_columns(rows: datasets.Dataset, names: Sequence[str], source: str) -> None:
+def need_columns(rows: Rows, names: Sequence[str], source: str) -> None:
     for name in names:
         if name not in rows.column_names:
             raise InputError(
@@ -264,9 +284,40 @@ def render(messages: list[dict], tokenizer, where: str, **options: bool) -> str:
         ) from error
 
 
-def tokenize(text: str, templated: bool, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # A chat template has put the special tokens in already.
-    return tokenizer(text, add_special_tokens=not templated)["input_ids"]
+def tokenize(
+    text: str, templated: bool, tokenizer: PreTrainedTokenizerBase, *, goes_on: bool = False
+) -> list[int]:
+    """Token ids with what the tokenizer puts around a text (<s>, [CLS] … [SEP], an eos), once.
+
+    A chat template has put its special tokens in already; so has one that rendered the text before
+    it came here, which then begins with them. goes_on: a policy continues the text, so nothing is
+    put behind it: after an eos there is nothing to say.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if templated:
+        return ids
+    before, after = put_around(tokenizer, text)
+    if before and ids[: len(before)] != before:
+        ids = before + ids
+    if after and not goes_on and ids[-len(after) :] != after:
+        ids = ids + after
+    return ids
+
+
+def put_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer's post-processor puts before and behind a text."""
+    if tokenizer not in _put_around:
+        for probe in ("a", text):  # some tokenizers know no "a" and make nothing of it
+            bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+            whole = tokenizer(probe)["input_ids"]
+            places = range(len(whole) - len(bare) + 1 if bare else 0)
+            at = next((i for i in places if whole[i : i + len(bare)] == bare), None)
+            if at is not None:
+                _put_around[tokenizer] = whole[:at], whole[at + len(bare) :]
+                break
+        else:
+            return [], []
+    return _put_around[tokenizer]
 
 
 def pad(rows: Sequence[list[int]], *, side: str, fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -293,7 +344,12 @@ def batch_indices(size: int, batch_size: int, step: int, seed: int) -> list[int]
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, at = divmod(position, size)
         if not indices or at == 0:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(size, generator=generator).tolist()
+            order = batch_order(size, epoch, seed)
         indices.append(order[at])
     return indices
+
+
+def batch_order(size: int, epoch: int, seed: int) -> list[int]:
+    """The order in which a pass takes the rows."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()

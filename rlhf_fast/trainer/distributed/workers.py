@@ -41,7 +41,8 @@ from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.distributed.deepspeed import ZeroStepper, asked_for
 from rlhf_fast.trainer.distributed.fsdp import Sharder, check
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import Policy, pick_device
+from rlhf_fast.trainer.models.loading import pick_device
+from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.update import Stepper
 
@@ -172,8 +173,7 @@ class Workers:
 
     def share(self, size: int) -> slice:
         """This process's rows of a batch."""
-        rows = size // self.size
-        return slice(self.rank * rows, (self.rank + 1) * rows)
+        return slice(self.rank * size // self.size, (self.rank + 1) * size // self.size)
 
     def gather(self, rows: Tensor) -> Tensor:
         """Each process's rows [b, …] -> all rows [B, …], in the batch's order."""

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf_fast.trainer.data.rows import pad
-from rlhf_fast.trainer.models.policy import score_hidden, score_tokens, shallow_copy, top_slice
+from rlhf_fast.trainer.models.reward_model import score_hidden, score_tokens
+from rlhf_fast.trainer.models.trunk import shallow_copy, top_slice
 
 BATCH = 64  # texts in one pass of the frozen layers
 

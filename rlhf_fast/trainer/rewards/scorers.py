@@ -10,29 +10,28 @@ puts conversations into its own chat template.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
+import copy
 import math
-import re
-import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from rlhf_fast.trainer.data.rows import Text, join, tokenize
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.policy import load_reward_model, score_texts
+from rlhf_fast.trainer.models.loading import context_length
+from rlhf_fast.trainer.models.reward_model import load_reward_model, score_texts
+from rlhf_fast.trainer.rewards.functions import FUNCTION, call, load_function
+from rlhf_fast.trainer.run.console import console
 
 # (prompts, answers, columns) -> scores [B] float32 on the CPU; NaN: does not apply to this answer
 Score = Callable[[list[Text], list[Text], dict[str, list[Any]]], Tensor]
 
 LARGEST = torch.finfo(torch.float32).max
-FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
 
 
 class Scorer:
@@ -69,6 +68,12 @@ class Scorer:
             self.components = dict(zip(self.names, scores, strict=True))
         return (self.weights[:, None] * scores).nansum(0)
 
+    def check_lengths(self, prompts: list[Text], max_new_tokens: int) -> None:
+        """Before a run: no answer may be too long for a reward model to read with its prompt."""
+        for part in self.parts:
+            if isinstance(part, ModelScore):
+                part.check_lengths(prompts, max_new_tokens)
+
 
 def load_scorer(
     specs: str | Sequence[str],
@@ -76,65 +81,84 @@ def load_scorer(
     *,
     field: str,
     device: torch.device,
+    trust: bool = False,
+    timeout: float | None = None,
+    ran: dict[Path, ModuleType] | None = None,
 ) -> Scorer:
-    """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise."""
+    """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise.
+
+    trust: run Python code that a model's folder brings. timeout: seconds that a function may take
+    for a call. ran: the files of functions that were run already; those run here are added.
+    """
     specs = [specs] if isinstance(specs, str) else specs
     if len(set(specs)) < len(specs):
         raise InputError(f"{field}={list(specs)} names the same reward twice: give it a weight")
-    parts = {}
+    ran = {} if ran is None else ran
+    parts: dict[str, Score] = {}
     for spec in specs:
-        named = FUNCTION.fullmatch(spec)
-        if not named and spec.endswith((".py", ":")):
-            raise InputError(f"{field}={spec}: expected file.py:function or module:function")
-        parts[spec] = (
-            function_score(load_function(*named.groups(), spec, field), f"{field}={spec}")
-            if named
-            else model_score(spec, field, device)
-        )
+        if FUNCTION.fullmatch(spec) or spec.endswith((".py", ":")):
+            function = load_function(spec, field, ran)
+            parts[spec] = function_score(function, f"{field}={spec}", timeout)
+        else:
+            parts[spec] = ModelScore(spec, field, device, trust=trust)
     return Scorer(parts, weights or [1.0] * len(specs), field)
 
 
-def model_score(spec: str, field: str, device: torch.device) -> Score:
-    model, tokenizer = load_reward_model(spec, field=field, device=device)
-    who = f"{field}={spec}"
-    limit = min(
-        tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", math.inf)
-    )
+class ModelScore:
+    """A reward model with its tokenizer, as a Score.
 
-    def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
-        rows = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            ids = tokenize(*join(prompt, answer, tokenizer, who), tokenizer)
-            if len(ids) > limit:
-                raise InputError(
-                    f"{who} reads at most {limit} tokens, but prompt and answer have {len(ids)}: "
-                    "lower max_prompt_tokens or max_new_tokens"
-                )
-            rows.append(ids)
-        return checked(score_texts(model, rows).tolist(), prompts, answers, who)
+    A text longer than the model reads loses its beginning, which is the prompt's, and that is said
+    once: check_lengths has refused what could be known before the run.
+    """
 
-    return score
+    def __init__(self, spec: str, field: str, device: torch.device, *, trust: bool) -> None:
+        self.model, self.tokenizer = load_reward_model(
+            spec, field=field, device=device, trust=trust
+        )
+        self.who = f"{field}={spec}"
+        self.limit = min(self.tokenizer.model_max_length, context_length(self.model) or math.inf)
+        self.said = False
 
+    def ids(self, prompt: Text, answer: Text) -> list[int]:
+        return tokenize(*join(prompt, answer, self.tokenizer, self.who), self.tokenizer)
 
-def function_score(function: Callable, who: str) -> Score:
-    def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
-        # Copies: a function that empties its lists must not empty those of the next reward.
-        arguments = {"prompts": list(prompts), "completions": list(answers), **columns}
-        try:
-            inspect.signature(function).bind(**arguments)
-        except TypeError as error:
+    def check_lengths(self, prompts: list[Text], max_new_tokens: int) -> None:
+        if self.limit == math.inf:
+            return
+        longest = max(len(self.ids(*as_turn(prompt, ""))) for prompt in prompts)
+        if longest + max_new_tokens > self.limit:
             raise InputError(
-                f"{who} cannot be called with {', '.join(arguments)}: {error}; "
-                "expected a function of (prompts, completions, **columns)"
-            ) from None
-        try:
-            scores = function(**arguments)
-        except Exception as error:  # whatever the user's function raises
-            _, *frames = traceback.extract_tb(error.__traceback__)
-            own = [frame for frame in frames if frame.filename == frames[0].filename]
-            at = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"{who} raised {reason}{at}") from error
+                f"{self.who} reads at most {self.limit} tokens, but the longest prompt has "
+                f"{longest} of its tokens and max_new_tokens={max_new_tokens}: lower that or "
+                "max_prompt_tokens"
+            )
+
+    def __call__(self, prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
+        rows = [self.ids(*turn) for turn in zip(prompts, answers, strict=True)]
+        return checked(
+            score_texts(self.model, [self.fitted(row) for row in rows]).tolist(),
+            prompts, answers, self.who,
+        )  # fmt: skip
+
+    def fitted(self, ids: list[int]) -> list[int]:
+        if len(ids) <= self.limit:
+            return ids
+        if not self.said:
+            console.print(
+                f"[bold yellow]{escape(self.who)} reads at most {self.limit} tokens, but prompt "
+                f"and answer have {len(ids)} of them: it scores the end of such texts[/]"
+            )
+            self.said = True
+        begin = [ids[0]] if ids[0] in self.tokenizer.all_special_ids else []
+        return begin + ids[len(ids) - self.limit + len(begin) :]
+
+
+def function_score(function: Callable, who: str, timeout: float | None) -> Score:
+    def score(prompts: list[Text], answers: list[Text], columns: dict) -> Tensor:
+        # Copies, of what is inside of them, too: what a function does to its arguments must not
+        # reach the data, nor the next reward.
+        arguments = copy.deepcopy({"prompts": prompts, "completions": answers, **columns})
+        scores = call(function, arguments, who, timeout)
         return checked(scores, prompts, answers, who)
 
     return score
@@ -159,17 +183,24 @@ def checked(scores: Any, prompts: list[Text], answers: list[Text], who: str) -> 
     if not isinstance(scores, list | tuple) or len(scores) != len(answers):
         came = f"{len(scores)} scores" if isinstance(scores, list | tuple) else repr(scores)[:80]
         raise InputError(f"{who} returned {came}, expected a list of {len(answers)} numbers")
-    for row, score in enumerate(scores):
-        try:
-            good = score is None or (math.isfinite(score) and abs(score) <= LARGEST)
-        except (TypeError, OverflowError):
-            good = False
-        if not good:
-            raise InputError(
-                f"{who} returned {score!r} for row {row}, expected a finite number"
-                f"{describe(prompts[row], answers[row])}"
-            )
-    return torch.tensor([math.nan if score is None else float(score) for score in scores])
+    return torch.tensor([
+        number(score, f"for row {row}", describe(prompts[row], answers[row]), who)
+        for row, score in enumerate(scores)
+    ])  # fmt: skip
+
+
+def number(score: Any, where: str, text: str, who: str) -> float:
+    """NaN for None."""
+    if score is None:
+        return math.nan
+    try:
+        value = math.nan if isinstance(score, str | bytes) else float(score)
+    except Exception:  # tensors of several numbers, and whatever else it may be
+        value = math.nan
+    if not abs(value) <= LARGEST:
+        came = " ".join(repr(score).split())[:80]
+        raise InputError(f"{who} returned {came} {where}, expected a finite number{text}")
+    return value
 
 
 def describe(prompt: Text, answer: Text) -> str:
@@ -192,28 +223,3 @@ def short_names(specs: Sequence[str]) -> list[str]:
         folder = path.parent.name if path.name == "model" and path.parent.name else path.name
         names.append(named[2] if named else folder)
     return names if len(set(names)) == len(names) else list(specs)
-
-
-def load_function(module: str, name: str, spec: str, field: str) -> Callable:
-    try:
-        if module.endswith(".py"):
-            path = Path(module).expanduser()
-            if not path.is_file():
-                raise InputError(f"{field}={spec}: there is no file {module}")
-            found = importlib.util.spec_from_file_location(path.stem, path)
-            loaded = importlib.util.module_from_spec(found)
-            found.loader.exec_module(loaded)
-        else:
-            if "" not in sys.path:  # a console script, unlike `python -m`, leaves out the folder
-                sys.path.insert(0, "")  # one stands in
-            loaded = importlib.import_module(module)
-    except InputError:
-        raise
-    except Exception as error:  # whatever the user's file raises
-        raise InputError(
-            f"{field}={spec}: {module} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(loaded, name, None)
-    if not callable(function):
-        raise InputError(f"{field}={spec}: {module} has no function {name}")
-    return function

@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlhf_fast.ops.decoding.decoder_layer import KERNEL
 from rlhf_fast.trainer.rollout.kv_cache import GrowingLayer, growing_cache
+from rlhf_fast.trainer.rollout.memory import cache_argument
 
 _agree: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()  # what `agrees` has found
 
@@ -96,7 +97,7 @@ def agrees(model: PreTrainedModel) -> bool:
     def step(tokens: slice) -> Tensor:
         return base(
             ids[:, tokens], attention_mask=mask[:, : tokens.stop].long(),
-            position_ids=positions[:, tokens], past_key_values=cache, use_cache=True,
+            position_ids=positions[:, tokens], use_cache=True, **{cache_argument(model): cache},
         ).last_hidden_state  # fmt: skip
 
     step(slice(0, 4))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,10 +20,14 @@ from transformers import (
 
 from rlhf_fast import token_logprobs
 from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
+from rlhf_fast.trainer.data.rows import Prompt, Text
+from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
-from rlhf_fast.trainer.models.policy import Policy, logit_divisor, softcap, trunk_recorder
+from rlhf_fast.trainer.models.policy import Policy
+from rlhf_fast.trainer.models.trunk import trunk_recorder
 from rlhf_fast.trainer.rollout.fused_layers import fused_layers
 from rlhf_fast.trainer.rollout.kv_cache import growing_cache
+from rlhf_fast.trainer.rollout.memory import Memory, Way, way_of_decoding
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,10 @@ def roll_out(
         )  # fmt: skip
     else:
         done = engine(policy.model, ids, mask, sampling, draws)
+        if done.tokens.size(1) == 0:  # all answers ended at once, and the engine drops the end
+            done = Completions(*(nn.functional.pad(x, (0, 1)) for x in (
+                done.tokens, done.mask, done.logp,
+            )))  # fmt: skip
     length = done.mask.sum(1, keepdim=True)
     last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
@@ -129,8 +137,11 @@ def sample(
     *,
     trunk_layers: int = 0,
     keep_hidden: bool = False,
+    way: Way | None = None,
 ) -> Completions:
     """One answer per prompt, token by token over a KV cache; arguments as in RolloutEngine.
+
+    way: what is kept of the tokens before; None: what is found right for this model (memory.py).
 
     A draw picks the token at which the cumulated probability passes it, so a row's answer depends
     on its own draws alone: neither the rows beside it nor their number change it.
@@ -140,8 +151,9 @@ def sample(
     batch, prompt_length = ids.shape
     steps = sampling.max_new_tokens
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
-    cache = growing_cache(model, prompt_length + steps)
-    fused = fused_layers(model, cache)
+    way = way_of_decoding(model, sample) if way is None else way
+    memory = Memory(model, way, lambda: growing_cache(model, prompt_length + steps))
+    fused = fused_layers(model, memory.cache) if way is Way.OURS else None
 
     tokens = ids.new_zeros(batch, steps)
     answered = torch.zeros_like(tokens, dtype=torch.bool)
@@ -159,11 +171,10 @@ def sample(
             else:
                 out = base(
                     new_ids,
-                    attention_mask=attention[live, :end].long(),
                     position_ids=new_positions,
-                    past_key_values=cache,
-                    use_cache=True,
+                    **memory.arguments(attention[live, :end]),
                 )
+                memory.take(out)
                 last = out.last_hidden_state[:, -1]  # [B, H]
             if trunk_layers:
                 entered = recorded.pop() if recorded else states[trunk_layers]
@@ -191,8 +202,12 @@ def sample(
                 if not going.any():
                     break
                 live, token, new_positions = live[going], token[going], new_positions[going]
-                cache.reorder_cache(going.nonzero().squeeze(1))
-            new_ids, new_positions = token[:, None], new_positions[:, -1:] + 1
+                memory.keep(going.nonzero().squeeze(1))
+            if memory.cache is not None:
+                new_ids, new_positions = token[:, None], new_positions[:, -1:] + 1
+            else:
+                new_ids = torch.cat([ids, tokens[:, : t + 1]], 1)[live]
+                new_positions = positions(attention[live, : end + 1])
 
     length = int(answered.any(0).sum())
     return Completions(
@@ -300,8 +315,39 @@ def answer_hidden(
     return hidden[:, rollout.prompt_length - 1 :]
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: Tensor, mask: Tensor) -> list[str]:
-    """Answers [B, T] as text, without special tokens."""
+def decode(
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    mask: Tensor,
+    prompts: Sequence[Prompt] | None = None,
+    *,
+    special_tokens: bool = False,
+    stop_ids: Sequence[int] = (),
+) -> list[str]:
+    """Answers [B, T] as text, without special tokens: or with them, but for what ends an answer.
+
+    prompts: what they were given to. Behind a prompt that is text, or the assistant's own words, an
+        answer is what the two together read more than the prompt alone: tokenizers of Llama 2's
+        kind drop a space from what a text begins with, and those that join words by spaces put
+        none before the first. An answer that is a message of its own begins a text.
+    """
     rows = zip(tokens.tolist(), mask.tolist(), strict=True)
     kept = [[t for t, real in zip(ids, counts, strict=True) if real] for ids, counts in rows]
-    return tokenizer.batch_decode(kept, skip_special_tokens=True)
+    if special_tokens:
+        ends = {*stop_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        kept = [[t for t in ids if t not in ends] for ids in kept]
+    read = partial(tokenizer.batch_decode, skip_special_tokens=not special_tokens)
+    texts = read(kept)
+    behind = [i for i, p in enumerate(prompts or ()) if goes_on(p.prompt) and kept[i]]
+    if behind:
+        before = read([prompts[i].ids for i in behind])
+        whole = read([prompts[i].ids + kept[i] for i in behind])
+        for i, prompt, text in zip(behind, before, whole, strict=True):
+            if text.startswith(prompt):  # else its last characters were changed by what followed
+                texts[i] = text[len(prompt) :]
+    return texts
+
+
+def goes_on(prompt: Text) -> bool:
+    """Whether the answer goes on in the same text: not as a message of its own."""
+    return isinstance(prompt, str) or prompt[-1]["role"] == "assistant"

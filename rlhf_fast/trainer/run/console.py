@@ -1,11 +1,10 @@
-"""What a run shows: progress bars, tables of answers, where the time went, the plot."""
+"""What a run shows: progress bars, tables of answers, where the time went."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,17 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from rlhf_fast.trainer.errors import InputError
-
 console = Console(highlight=False)
-
-PANELS = (
-    ("objective/scores", "reward (score, before KL)"),
-    ("objective/kl", "KL from the reference (nats a sequence)"),
-    ("objective/judge", "independent judge"),
-    ("policy/clipfrac_avg", "share of clipped ratios"),
-    ("loss/value_avg", "value loss"),
-)
 
 
 class Bar:
@@ -44,11 +33,12 @@ class Bar:
 
 @contextmanager
 def progress_bar(name: str, total: int, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
+    roomy = console.width >= 110  # else the numbers beside the bar would not fit
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
+        *([BarColumn(bar_width=24)] if roomy else []),
         MofNCompleteColumn(),
-        TimeElapsedColumn(),
+        *([TimeElapsedColumn()] if roomy else []),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[now]}"),
@@ -94,11 +84,12 @@ SHARES = {"rollout": "rollout", "score": "reward", "reference": "reference", "up
 
 def profile(rows: list[dict[str, float]]) -> str:
     """Where a run's time went, in one line. `reference` includes old log-probs and values."""
+    rows = [row for row in rows if row.get("perf/seconds")]
     if not rows:
-        return "no step was made"
+        return "no step was timed"
     total = sum(row["perf/seconds"] for row in rows)
     shares = {
-        shown: sum(row[f"perf/{name}_seconds"] for row in rows) / total
+        shown: sum(row.get(f"perf/{name}_seconds") or 0 for row in rows) / total
         for name, shown in SHARES.items()
     }
     return f"{total / len(rows):.2f} s a step: " + ", ".join(
@@ -110,29 +101,33 @@ def samples_table(
     prompts: list[Any], texts: list[str], scores: list[float], rows: int = 4
 ) -> Table:
     """Answers of this step with their scores."""
-    table = Table("prompt", "answer", "reward", show_lines=True)
+    table = Table(show_lines=True)
+    for name in ("prompt", "answer"):
+        table.add_column(name, overflow="fold")
+    table.add_column("reward", justify="right")
     for prompt, text, score in list(zip(prompts, texts, scores, strict=True))[:rows]:
         table.add_row(escape(shown(prompt)), escape(shown(text)), f"{score:+.2f}")
     return table
 
 
 def answers_table(before: dict[str, list], after: dict[str, list], rows: int = 8) -> Table:
-    """The same prompts answered by the reference and by the trained policy, with scores."""
+    """The same prompts answered by the reference and by the trained policy, with scores.
+
+    One below the other: side by side they leave a terminal of 80 columns a word a line.
+    """
     judged = "judge" in before
-    table = Table(show_lines=True)
-    table.add_column("prompt", ratio=2)
-    for name in ("before", "after"):
-        table.add_column(name, ratio=3)
-        table.add_column("reward", justify="right")
-        if judged:
-            table.add_column("judge", justify="right")
+    table = Table()
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("")
+    table.add_column("answer", ratio=3, overflow="fold")
+    for name in ("reward", "judge") if judged else ("reward",):
+        table.add_column(name, justify="right")
     for i in range(min(rows, len(before["prompt"]))):
-        cells = [escape(shown(before["prompt"][i]))]
-        for side in (before, after):
-            cells += [escape(shown(side["answer"][i])), f"{side['score'][i]:+.2f}"]
-            if judged:
-                cells.append(f"{side['judge'][i]:+.2f}")
-        table.add_row(*cells)
+        for name, side in (("before", before), ("after", after)):
+            prompt = escape(shown(before["prompt"][i])) if name == "before" else ""
+            scores = [side["score"][i], *([side["judge"][i]] if judged else [])]
+            cells = [prompt, name, escape(shown(side["answer"][i])), *(f"{x:+.2f}" for x in scores)]
+            table.add_row(*cells, end_section=name == "after")
     return table
 
 
@@ -140,25 +135,3 @@ def shown(text: Any) -> str:
     if isinstance(text, list):  # a conversation: its last message is what is answered
         text = text[-1]["content"]
     return " ".join(text.split())
-
-
-def plot(metrics: list[dict[str, float]], path: Path) -> None:
-    """One PNG of the run: each panel a metric over steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = [(key, title) for key, title in PANELS if metrics and key in metrics[0]]
-    if not panels:
-        raise InputError(f"{path.parent} has no metrics of a PPO run to plot")
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
-        axes.plot(
-            [row["step"] for row in metrics], [row.get(key) for row in metrics], linewidth=1.5
-        )
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120, format="png")

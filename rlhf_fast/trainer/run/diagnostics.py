@@ -34,7 +34,9 @@ def kl_explodes(rows: Rows) -> str | None:
 
 def entropy_collapses(rows: Rows) -> str | None:
     """Below a tenth of what it was at first."""
-    now, first = last(rows, "policy/entropy_avg"), rows[0].get("policy/entropy_avg")
+    values = (row.get("policy/entropy_avg") for row in rows)
+    first = next((value for value in values if value is not None), None)
+    now = last(rows, "policy/entropy_avg")
     if now is not None and first is not None and now < 0.1 * first:
         return (
             f"the entropy has collapsed ({now:.2g} nats a token, {first:.2g} at first): the policy "

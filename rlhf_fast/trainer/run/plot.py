@@ -1,0 +1,80 @@
+"""A run's plot: one PNG, each panel a metric over steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.run.metrics import Row
+
+PANELS = (
+    ("objective/scores", "reward (score, before KL)"),
+    ("objective/kl", "KL from the reference (nats a sequence)"),
+    ("objective/judge", "independent judge"),
+    ("policy/clipfrac_avg", "share of clipped ratios"),
+    ("loss/value_avg", "value loss"),
+)
+SIGNATURE = "rlhf-fast plot"  # in the PNG: such a file may be drawn anew
+SMOOTH_FROM = 20  # steps
+NAN = float("nan")
+
+
+def plot(metrics: list[Row], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels = [(key, title) for key, title in PANELS if any(key in row for row in metrics)]
+    if not panels:
+        raise InputError(f"{path.parent} has no metrics of a PPO run to plot")
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (key, title) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        draw(axes, [row["step"] for row in metrics], [number(row.get(key)) for row in metrics])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png", metadata={"Software": SIGNATURE})
+
+
+def draw(axes, steps: list[int], values: list[float]) -> None:
+    """A line that breaks where there is no value, dots where it has no neighbour; of a long run
+    the line is light, under its moving mean."""
+    if all(math.isnan(value) for value in values):
+        axes.text(0.5, 0.5, "no finite value", ha="center", va="center", transform=axes.transAxes)
+        return
+    long = len(values) >= SMOOTH_FROM
+    axes.plot(steps, values, color="C0", linewidth=1.0 if long else 1.5, alpha=0.35 if long else 1)
+    around = [NAN, *values, NAN]
+    alone = [
+        value if math.isnan(before) and math.isnan(after) else NAN
+        for before, value, after in zip(around, values, around[2:], strict=False)
+    ]
+    axes.plot(steps, alone, color="C0", linestyle="none", marker="o", markersize=4)
+    if long:
+        axes.plot(steps, smoothed(values, len(values) // SMOOTH_FROM), color="C0", linewidth=1.8)
+
+
+def smoothed(values: list[float], reach: int) -> list[float]:
+    """Means over the `reach` neighbours on each side that have a value; no value stays none."""
+    means = []
+    for i, value in enumerate(values):
+        near = [x for x in values[max(0, i - reach) : i + reach + 1] if not math.isnan(x)]
+        means.append(NAN if math.isnan(value) else sum(near) / len(near))
+    return means
+
+
+def number(value: float | None) -> float:
+    return float(value) if value is not None and math.isfinite(value) else NAN
+
+
+def is_plot(path: Path) -> bool:
+    """Whether this program drew it."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return SIGNATURE.encode() in file.read(4096)

@@ -1,0 +1,74 @@
+"""What the README and the pages of docs/ show is what the code does."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf_fast import info
+from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
+
+ROOT = Path(__file__).parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+from bench import report, run  # noqa: E402
+
+README = ROOT / "README.md"
+# The walkthrough has tests of its own; the changelog speaks of what was.
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+BLOCKS = [
+    pytest.param(page, block, id=f"{page}:{i}")
+    for page, text in TEXTS.items()
+    if page != "docs/walkthrough.md"
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
+
+
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_code_blocks_run(page: str, block: str) -> None:
+    if page == "docs/integrations.md":
+        pytest.importorskip("trl")
+    exec(compile(block, page, "exec"), {})
+
+
+def test_the_readme_is_short_and_shows_a_loss() -> None:
+    assert len(README.read_bytes()) <= 8192
+    assert "```python" in TEXTS["README.md"]
+
+
+def test_the_op_table_is_the_registry() -> None:
+    assert info.markdown() in TEXTS["README.md"]
+
+
+def test_figures_are_those_of_the_kept_runs() -> None:
+    assert report.main(["--check"]) == 0
+
+
+def test_every_flag_that_is_named_exists() -> None:
+    configs = (RewardConfig, PPOConfig, GenerateConfig, PlotConfig)
+    there = {f"--{field.name}" for config in configs for field in dataclasses.fields(config)}
+    there |= {"--help", "--config", "--markdown", "--check"}
+    there |= set(re.findall(r"--[a-z]+", run._parser().format_help()))
+    there |= {"--no-deps", "--no-build-isolation", "--target"}  # pip's
+    there |= {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}  # accelerate's
+    there |= {"--slip"}  # examples/cat_gridworld.py's
+    for page, text in TEXTS.items():
+        named = set(re.findall(r"(?<![-\w])--[a-z][\w-]*", text))
+        assert named - there == set(), page
+
+
+def test_every_file_that_is_named_exists() -> None:
+    folders = r"(?:examples|bench|docs|rlhf_fast|kernels|csrc|tests)"
+    missing = []
+    for page, text in TEXTS.items():
+        links = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+        missing += [(page, x) for x in links if not ((ROOT / page).parent / x).exists()]
+        named = re.findall(rf"`({folders}/[\w./-]*)`", text)
+        missing += [(page, x) for x in named if not (ROOT / x).exists()]
+    assert missing == []
