@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
-.PHONY: install demo test test-latest wheel-test bench docs constraints lint clean
+.PHONY: install demo test test-latest test-levels mutants wheel-test bench docs constraints lint clean
 install: $(VENV)/test
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
@@ -58,6 +58,14 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# Everything again on lower instruction sets, where other roundings appear: twice make test's time.
+test-levels: install
+	$(BIN)/python tests/levels.py
+
+# Mistakes made on purpose, one at a time, in a copy: which of them do the tests not notice?
+mutants: install
+	$(BIN)/python tests/mutants
 
 # The newest of everything, also what pyproject.toml does not allow yet; not in CI, so that what is
 # released somewhere does not break it. Plain torch is the CUDA build on Linux: some GB.

@@ -8,8 +8,8 @@ namespace rlhf_fast {
 namespace {
 
 // out[r] = x[r] / sqrt(mean(x[r]^2) + epsilon) * weight
-RLHF_CLONES void normalise(const float* x, const float* weight, float epsilon, int64_t rows,
-                           int64_t size, float* out) {
+RLHF_INLINE void normalise_rows(const float* x, const float* weight, float epsilon, int64_t rows,
+                                int64_t size, float* out) {
   for (int64_t r = 0; r < rows; ++r, x += size, out += size) {
     Floats squares = {};
     for (int64_t i = 0; i < size; i += kFloats) {
@@ -20,14 +20,21 @@ RLHF_CLONES void normalise(const float* x, const float* weight, float epsilon, i
     for (int64_t i = 0; i < size; ++i) out[i] = weight[i] * (x[i] * scale);
   }
 }
+void normalise(const float* x, const float* weight, float epsilon, int64_t rows, int64_t size,
+               float* out) {
+  RLHF_ON_THIS_CPU(normalise_rows(x, weight, epsilon, rows, size, out));
+}
 
 // gate = silu(gate) * up
-RLHF_CLONES void gated(float* gate, const float* up, int64_t size) {
+RLHF_INLINE void gate_all(float* gate, const float* up, int64_t size) {
   for (int64_t i = 0; i < size; i += kFloats) {
     const Floats g = load_some(gate + i, size - i, 0.0f), u = load_some(up + i, size - i, 0.0f);
     const Floats e = exp(clamp(-g, Floats{} - 88.0f, Floats{} + 88.0f));  // what exp is made for
     store_some(gate + i, g / (1.0f + e) * u, size - i);
   }
+}
+void gated(float* gate, const float* up, int64_t size) {
+  RLHF_ON_THIS_CPU(gate_all(gate, up, size));
 }
 
 // x + y, in x
@@ -65,8 +72,7 @@ RLHF_INLINE float dot(const float* a, const float* b, int64_t size) {
 
 // Units are the key-value heads of all rows: each takes its new token into the cache, then answers
 // the query heads that share it.
-RLHF_CLONES void attend(const Attention* all, int64_t begin, int64_t end) {
-  const Attention& a = *all;
+RLHF_INLINE void attend_units(const Attention& a, int64_t begin, int64_t end) {
   std::vector<float> weights(a.tokens);
   const int64_t share = a.heads / a.kv_heads;
   for (int64_t unit = begin; unit < end; ++unit) {
@@ -99,6 +105,9 @@ RLHF_CLONES void attend(const Attention* all, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < a.size; ++i) out[i] /= total;
     }
   }
+}
+void attend(const Attention* a, int64_t begin, int64_t end) {
+  RLHF_ON_THIS_CPU(attend_units(*a, begin, end));
 }
 
 // hidden [B, H]; weights: norm [H], q [heads D, H], k and v [KV D, H], o [H, heads D], norm [H],

@@ -14,8 +14,8 @@ RLHF_INLINE Floats weights(const float* row, int64_t at, int64_t end, float most
 
 // First the largest logit, then the sum of every part; only the part in which the cumulated sum
 // passes the draw is gone through token by token. logits [rows, size]; draws, tokens, logp [rows].
-RLHF_CLONES void draw(const float* logits, const double* draws, int64_t begin, int64_t end,
-                      int64_t size, int64_t* tokens, float* logp) {
+RLHF_INLINE void draw_rows(const float* logits, const double* draws, int64_t begin, int64_t end,
+                           int64_t size, int64_t* tokens, float* logp) {
   std::vector<double> sums((size + kPart - 1) / kPart);
   for (int64_t r = begin; r < end; ++r) {
     const float* row = logits + r * size;
@@ -55,6 +55,10 @@ RLHF_CLONES void draw(const float* logits, const double* draws, int64_t begin, i
     tokens[r] = token;
     logp[r] = row[token] - most - std::log(total);
   }
+}
+void draw(const float* logits, const double* draws, int64_t begin, int64_t end, int64_t size,
+          int64_t* tokens, float* logp) {
+  RLHF_ON_THIS_CPU(draw_rows(logits, draws, begin, end, size, tokens, logp));
 }
 
 // logits [B, V] float32, draws [B] float64 in [0, 1) -> (tokens [B] int64, their log-probs [B]).

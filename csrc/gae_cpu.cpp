@@ -91,11 +91,11 @@ RLHF_INLINE void scan(const Scan<S>& s, int64_t first, int64_t steps, S bootstra
     scan_row<false>(s, first, steps, bootstrap);
   }
 }
-RLHF_CLONES void run(const Scan<float>* s, int64_t first, int64_t steps, float bootstrap) {
-  scan(*s, first, steps, bootstrap);
+void run(const Scan<float>* s, int64_t first, int64_t steps, float bootstrap) {
+  RLHF_ON_THIS_CPU(scan(*s, first, steps, bootstrap));
 }
-RLHF_CLONES void run(const Scan<double>* s, int64_t first, int64_t steps, double bootstrap) {
-  scan(*s, first, steps, bootstrap);
+void run(const Scan<double>* s, int64_t first, int64_t steps, double bootstrap) {
+  RLHF_ON_THIS_CPU(scan(*s, first, steps, bootstrap));
 }
 
 // The rows' steps lie one row after the other; row b begins at first(b) and ends where b + 1 begins.

@@ -28,8 +28,12 @@ RLHF_INLINE void reward_row(const RewardRow<S>& r) {
   while (last >= 0 && !r.mask[last]) --last;
   if (last >= 0) r.rewards[last] += r.score;
 }
-RLHF_CLONES void run(const RewardRow<float>* r) { reward_row(*r); }
-RLHF_CLONES void run(const RewardRow<double>* r) { reward_row(*r); }
+void run(const RewardRow<float>* r) {
+  RLHF_ON_THIS_CPU(reward_row(*r));
+}
+void run(const RewardRow<double>* r) {
+  RLHF_ON_THIS_CPU(reward_row(*r));
+}
 
 // scores [B]; logp, ref_logp [B, T]; mask [B, T] bool -> rewards [B, T].
 Tensor kl_penalized_rewards(const Tensor& scores, const Tensor& logp, const Tensor& ref_logp,

@@ -160,30 +160,31 @@ RLHF_INLINE void grad_pairs(Columns<const T> x, Columns<const T> ref, T* out, in
   }
 }
 
-// Clones need plain functions, one for each element type.
-#define KERNELS(T, S)                                                                             \
-  RLHF_CLONES void sum_two(Columns<const T> a, Columns<const T> b, int64_t begin, int64_t end,    \
-                           int64_t n, const ColumnScale<S>* scale, PairSums<S>* sums) {           \
-    sum_pairs(a, b, begin, end, n, *scale, *sums);                                                \
-  }                                                                                               \
-  RLHF_CLONES void grad_reverse(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin,  \
-                                int64_t end, int64_t n, const ColumnKlGradient<S>* gradient) {    \
-    grad_pairs<true>(x, ref, out, begin, end, n, *gradient);                                      \
-  }                                                                                               \
-  RLHF_CLONES void grad_forward(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin,  \
-                                int64_t end, int64_t n, const ColumnKlGradient<S>* gradient) {    \
-    grad_pairs<false>(x, ref, out, begin, end, n, *gradient);                                     \
-  }                                                                                               \
-  RLHF_CLONES void grad_label(T* out, S x, S y, bool reverse, const KlGradient<S, S>* row) {      \
-    using V = typename Lane<T>::Vector;                                                           \
-    const V z = V{} + x, r = V{} + y, hit = V{} + 1;                                              \
-    store_some(out, reverse ? row->at<true>(z, r, hit) : row->at<false>(z, r, hit), 1);           \
-  }
-KERNELS(float, float)
-KERNELS(bf16, float)
-KERNELS(fp16, float)
-KERNELS(double, double)
-#undef KERNELS
+template <class T, class S>
+void sum_two(Columns<const T> a, Columns<const T> b, int64_t begin, int64_t end, int64_t n,
+             const ColumnScale<S>* scale, PairSums<S>* sums) {
+  RLHF_ON_THIS_CPU(sum_pairs(a, b, begin, end, n, *scale, *sums));
+}
+template <class T, class S>
+void grad_reverse(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin, int64_t end,
+                  int64_t n, const ColumnKlGradient<S>* gradient) {
+  RLHF_ON_THIS_CPU(grad_pairs<true>(x, ref, out, begin, end, n, *gradient));
+}
+template <class T, class S>
+void grad_forward(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin, int64_t end,
+                  int64_t n, const ColumnKlGradient<S>* gradient) {
+  RLHF_ON_THIS_CPU(grad_pairs<false>(x, ref, out, begin, end, n, *gradient));
+}
+template <class T, class S>
+RLHF_INLINE void grad_one(T* out, S x, S y, bool reverse, const KlGradient<S, S>& row) {
+  using V = typename Lane<T>::Vector;
+  const V z = V{} + x, r = V{} + y, hit = V{} + 1;
+  store_some(out, reverse ? row.template at<true>(z, r, hit) : row.template at<false>(z, r, hit), 1);
+}
+template <class T, class S>
+void grad_label(T* out, S x, S y, bool reverse, const KlGradient<S, S>* row) {
+  RLHF_ON_THIS_CPU(grad_one(out, x, y, reverse, *row));
+}
 
 // f(first, n) over runs of rows that lie side by side in both tensors: all rows, or one at a time.
 template <class F>

@@ -21,13 +21,13 @@ RLHF_INLINE void sum_span(const S* values, const uint8_t* mask, int64_t begin, i
   sums[1] = sum(moments.sum);
   sums[2] = sum(moments.squares);
 }
-RLHF_CLONES void run(const float* values, const uint8_t* mask, int64_t begin, int64_t end,
+void run(const float* values, const uint8_t* mask, int64_t begin, int64_t end,
                      float pivot, double* sums) {
-  sum_span(values, mask, begin, end, pivot, sums);
+  RLHF_ON_THIS_CPU(sum_span(values, mask, begin, end, pivot, sums));
 }
-RLHF_CLONES void run(const double* values, const uint8_t* mask, int64_t begin, int64_t end,
+void run(const double* values, const uint8_t* mask, int64_t begin, int64_t end,
                      double pivot, double* sums) {
-  sum_span(values, mask, begin, end, pivot, sums);
+  RLHF_ON_THIS_CPU(sum_span(values, mask, begin, end, pivot, sums));
 }
 
 template <class S>
@@ -80,11 +80,11 @@ RLHF_INLINE void normalize_span(const NormalizeSpan<S>& s, int64_t begin, int64_
     store_some(s.out + i, select(load_mask<S>(s.mask + i, n), whitened, V{}), n);
   }
 }
-RLHF_CLONES void run(const NormalizeSpan<float>* s, int64_t begin, int64_t end) {
-  normalize_span(*s, begin, end);
+void run(const NormalizeSpan<float>* s, int64_t begin, int64_t end) {
+  RLHF_ON_THIS_CPU(normalize_span(*s, begin, end));
 }
-RLHF_CLONES void run(const NormalizeSpan<double>* s, int64_t begin, int64_t end) {
-  normalize_span(*s, begin, end);
+void run(const NormalizeSpan<double>* s, int64_t begin, int64_t end) {
+  RLHF_ON_THIS_CPU(normalize_span(*s, begin, end));
 }
 
 // values [N], mask [N] bool, moments [3] as masked_moments gives them -> [N].

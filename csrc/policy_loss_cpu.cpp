@@ -68,13 +68,13 @@ RLHF_INLINE void sequence_row(const PolicySpan<S>& s, int64_t begin, int64_t end
   const double flowing = (above ? 0 : sum(good)) + (below || dual ? 0 : sum(bad));
   *row = {ratio, std::expm1(log_ratio), S(inside ? -ratio * flowing / n : 0)};
 }
-RLHF_CLONES void run(const PolicySpan<float>* s, int64_t begin, int64_t end,
+void run(const PolicySpan<float>* s, int64_t begin, int64_t end,
                      Sequence<float>* row) {
-  sequence_row(*s, begin, end, row);
+  RLHF_ON_THIS_CPU(sequence_row(*s, begin, end, row));
 }
-RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end,
+void run(const PolicySpan<double>* s, int64_t begin, int64_t end,
                      Sequence<double>* row) {
-  sequence_row(*s, begin, end, row);
+  RLHF_ON_THIS_CPU(sequence_row(*s, begin, end, row));
 }
 
 // kPlain is ppo on token ratios, in a function of its own: sharing one with the others it was
@@ -175,21 +175,21 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
   sums[kLog2] = sum(logs2);
   sums[kK3] = sum(k3s);
 }
-RLHF_CLONES void run_plain(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
+void run_plain(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
                            double* sums) {
-  policy_span<true, float>(*s, begin, end, c, nullptr, sums);
+  RLHF_ON_THIS_CPU(policy_span<true, float>(*s, begin, end, c, nullptr, sums));
 }
-RLHF_CLONES void run(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
+void run(const PolicySpan<float>* s, int64_t begin, int64_t end, double c,
                      const Sequence<float>* row, double* sums) {
-  policy_span<false>(*s, begin, end, c, row, sums);
+  RLHF_ON_THIS_CPU(policy_span<false>(*s, begin, end, c, row, sums));
 }
-RLHF_CLONES void run_plain(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
+void run_plain(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
                            double* sums) {
-  policy_span<true, double>(*s, begin, end, c, nullptr, sums);
+  RLHF_ON_THIS_CPU(policy_span<true, double>(*s, begin, end, c, nullptr, sums));
 }
-RLHF_CLONES void run(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
+void run(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
                      const Sequence<double>* row, double* sums) {
-  policy_span<false>(*s, begin, end, c, row, sums);
+  RLHF_ON_THIS_CPU(policy_span<false>(*s, begin, end, c, row, sums));
 }
 
 // logp, old_logp, advantages, weights, entropy, ref_logp [B, T]; mask [B, T] bool; normalizer 0-dim

@@ -4,9 +4,9 @@
 // token_logprobs is 1.6x faster on Zen 4; but GCC 12 has no 64-byte comparison that gives a
 // vector, and takes one that is used twice apart lane by lane: policy_loss is 4x slower with 64.
 //
-// RLHF_CLONES compiles a function for AVX-512, AVX2+FMA and plain x86-64 and picks one when the
-// library is loaded, so one binary runs anywhere. Everything here is always_inline: it takes the
-// instruction set of the clone it lands in.
+// RLHF_ON_THIS_CPU(call) compiles what it is given for AVX-512, AVX2+FMA and plain x86-64 and runs
+// the one that this CPU has (cpu.h), so one binary runs anywhere. Everything here is always_inline:
+// it takes the instruction set of the function it lands in.
 #pragma once
 
 #include <cmath>
@@ -15,11 +15,8 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define RLHF_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RLHF_CLONES
-#endif
+#include "cpu.h"
+
 #define RLHF_INLINE static inline __attribute__((always_inline))
 #define RLHF_INLINE_MEMBER inline __attribute__((always_inline))
 

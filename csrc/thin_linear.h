@@ -72,7 +72,7 @@ RLHF_INLINE void block(const Thin& t, const Product& p, int64_t first, int64_t g
 }
 
 // Outputs begin * kOutputs to end * kOutputs of one product.
-RLHF_CLONES void run(const Thin* t, const Product* p, int64_t begin, int64_t end) {
+RLHF_INLINE void multiply(const Thin* t, const Product* p, int64_t begin, int64_t end) {
   for (int64_t n = begin * kOutputs; n < std::min(end * kOutputs, p->outputs); n += kOutputs) {
     for (int64_t group = 0; group < t->groups; ++group) {
       if (t->rows - group * kRows > kFloats) {
@@ -82,6 +82,9 @@ RLHF_CLONES void run(const Thin* t, const Product* p, int64_t begin, int64_t end
       }
     }
   }
+}
+void run(const Thin* t, const Product* p, int64_t begin, int64_t end) {
+  RLHF_ON_THIS_CPU(multiply(t, p, begin, end));
 }
 
 // Several products of the same x [rows, columns], as one piece of work for all threads.

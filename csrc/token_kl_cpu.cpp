@@ -22,8 +22,12 @@ RLHF_INLINE void kl_span(const KlSpan<S>& s) {
     store_some(s.out + i, s.grad ? times(load_some(s.grad + i, n, 0), kl.slope) : kl.value, n);
   }
 }
-RLHF_CLONES void run(const KlSpan<float>* s) { kl_span(*s); }
-RLHF_CLONES void run(const KlSpan<double>* s) { kl_span(*s); }
+void run(const KlSpan<float>* s) {
+  RLHF_ON_THIS_CPU(kl_span(*s));
+}
+void run(const KlSpan<double>* s) {
+  RLHF_ON_THIS_CPU(kl_span(*s));
+}
 
 // grad, logp, ref_logp and the result: of one shape.
 Tensor elementwise(const MaybeTensor& grad, const Tensor& logp, const Tensor& ref_logp,

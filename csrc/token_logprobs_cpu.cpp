@@ -72,33 +72,29 @@ RLHF_INLINE void grad_row(const T* x, T* out, int64_t vocab, int64_t label, Grad
   if (label != kElsewhere) store_some(out + label, row.at(at_label, V{} + 1), 1);
 }
 
-// Clones need plain functions, one for each element type.
-#define KERNELS(T, S)                                                                            \
-  RLHF_CLONES void sum_one(const T* x, int64_t vocab, Scale<S, S> scale, RowSums<S>* row) {      \
-    *row = sum_row(x, vocab, scale);                                                             \
-  }                                                                                              \
-  RLHF_CLONES void grad_one(const T* x, T* out, int64_t vocab, int64_t label,                    \
-                            const Gradient<S, S>* row) {                                         \
-    grad_row(x, out, vocab, label, *row);                                                        \
-  }                                                                                              \
-  RLHF_CLONES void grad_label(T* out, S x, const Gradient<S, S>* row) {                          \
-    using V = typename Lane<T>::Vector;                                                          \
-    store_some(out, row->at(V{} + x, V{} + 1), 1);                                               \
-  }                                                                                              \
-  RLHF_CLONES void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end,      \
-                                    int64_t n, const ColumnScale<S>* scale,                      \
-                                    ColumnSums<S>* sums) {                                       \
-    sum_columns(x, stride, begin, end, n, *scale, *sums);                                        \
-  }                                                                                              \
-  RLHF_CLONES void grad_side_by_side(const T* x, T* out, int64_t stride, int64_t begin,          \
-                                     int64_t end, int64_t n, const ColumnGradient<S>* gradient) { \
-    grad_columns(x, out, stride, begin, end, n, *gradient);                                      \
-  }
-KERNELS(float, float)
-KERNELS(bf16, float)
-KERNELS(fp16, float)
-KERNELS(double, double)
-#undef KERNELS
+template <class T, class S>
+void sum_one(const T* x, int64_t vocab, Scale<S, S> scale, RowSums<S>* row) {
+  RLHF_ON_THIS_CPU(*row = sum_row(x, vocab, scale));
+}
+template <class T, class S>
+void grad_one(const T* x, T* out, int64_t vocab, int64_t label, const Gradient<S, S>* row) {
+  RLHF_ON_THIS_CPU(grad_row(x, out, vocab, label, *row));
+}
+template <class T, class S>
+void grad_label(T* out, S x, const Gradient<S, S>* row) {
+  using V = typename Lane<T>::Vector;
+  RLHF_ON_THIS_CPU(store_some(out, row->at(V{} + x, V{} + 1), 1));
+}
+template <class T, class S>
+void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t n,
+                      const ColumnScale<S>* scale, ColumnSums<S>* sums) {
+  RLHF_ON_THIS_CPU(sum_columns(x, stride, begin, end, n, *scale, *sums));
+}
+template <class T, class S>
+void grad_side_by_side(const T* x, T* out, int64_t stride, int64_t begin, int64_t end, int64_t n,
+                       const ColumnGradient<S>* gradient) {
+  RLHF_ON_THIS_CPU(grad_columns(x, out, stride, begin, end, n, *gradient));
+}
 
 // Rows of a [B, T, V] tensor whose last dimension is contiguous.
 struct Rows {

@@ -55,13 +55,13 @@ RLHF_INLINE void value_span(const ValueSpan<S>& s, int64_t begin, int64_t end, d
   sums[kResidual] = sum(residuals.sum);
   sums[kResidual2] = sum(residuals.squares);
 }
-RLHF_CLONES void run(const ValueSpan<float>* s, int64_t begin, int64_t end, double c,
+void run(const ValueSpan<float>* s, int64_t begin, int64_t end, double c,
                      double* sums) {
-  value_span(*s, begin, end, c, sums);
+  RLHF_ON_THIS_CPU(value_span(*s, begin, end, c, sums));
 }
-RLHF_CLONES void run(const ValueSpan<double>* s, int64_t begin, int64_t end, double c,
+void run(const ValueSpan<double>* s, int64_t begin, int64_t end, double c,
                      double* sums) {
-  value_span(*s, begin, end, c, sums);
+  RLHF_ON_THIS_CPU(value_span(*s, begin, end, c, sums));
 }
 
 // values, old_values, returns [B, T]; mask [B, T] bool; normalizer 0-dim ->

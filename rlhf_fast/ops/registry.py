@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -41,6 +42,21 @@ def compiled(module: str) -> tuple[ModuleType | None, str]:
 
 extensions = {"C++": compiled("_C"), "CUDA": compiled("_cuda")}
 extension = extensions["C++"][0]
+
+CPU_VARIABLE, CPUS = "RLHF_FAST_CPU_CAPABILITY", ("default", "avx2", "avx512")
+
+
+def choose_cpu(asked: str | None) -> None:
+    """Runs the C++ kernels on a lower instruction set than the CPU has, as the tests do."""
+    if asked is None:
+        return
+    if asked not in CPUS:
+        raise ValueError(f"{CPU_VARIABLE} must be one of {', '.join(CPUS)}, got {asked!r}")
+    if extension is not None and (best := extension.use_cpu(asked)):
+        raise ValueError(f"{CPU_VARIABLE} is {asked}, and this CPU or build has {best} at most")
+
+
+choose_cpu(os.environ.get(CPU_VARIABLE))
 
 
 @dataclass(frozen=True)

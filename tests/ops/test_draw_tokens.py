@@ -30,15 +30,18 @@ def test_against_float64(size: int, scale: float) -> None:
     torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("draw_tokens", [draw_tokens, module.reference], ids=["C++", "PyTorch"])
 @pytest.mark.parametrize("size", [3, 8, 512, 2000])
-def test_the_ends_of_the_draws(size: int) -> None:
+def test_the_ends_of_the_draws(size: int, draw_tokens) -> None:
     """Never a token of probability 0: not at a draw of 0, nor where rounding ends below 1."""
-    logits = torch.full((2, 3 * size), float("-inf"))
-    logits[:, size : 2 * size] = draw(2, size)
+    logits = torch.full((200, 3 * size), float("-inf"))
+    logits[:, size : 2 * size] = draw(200, size)
     logits[:, 2 * size - 1] = -200.0  # e to the -200 is 0, too
     logits[0, size] = -200.0
-    token, logp = draw_tokens(logits, [0.0, 1 - 2**-53])
-    assert token.tolist() == [size + 1, 2 * size - 2]
+    draws = torch.full((200,), 1 - 2**-53, dtype=torch.float64)
+    draws[:2] = 0.0
+    token, logp = draw_tokens(logits, draws)
+    assert token.tolist() == [size + 1, size] + 198 * [2 * size - 2]
     assert torch.isfinite(logp).all()
 
 

@@ -6,7 +6,8 @@ import torch
 from rlhf_fast.trainer.advantages import estimate, shaped
 from rlhf_fast.trainer.batch import counts, minibatches, parts
 from rlhf_fast.trainer.config import PPOConfig
-from rlhf_fast.trainer.data.rows import pad
+from rlhf_fast.trainer.data.held_out import hold_out
+from rlhf_fast.trainer.data.rows import Prompt, pad
 from rlhf_fast.trainer.measure import Measured, measure
 from rlhf_fast.trainer.metrics import explained_variance
 from rlhf_fast.trainer.models.policy import load_policy
@@ -113,6 +114,35 @@ def test_every_pass_covers_the_batch_in_its_own_order():
     passes = [torch.cat(rows[i : i + 2]) for i in (0, 2, 4)]
     assert all(sorted(p.tolist()) == list(range(8)) for p in passes)
     assert not torch.equal(passes[0], passes[1])
+
+
+@pytest.mark.parametrize("decoded", [True, False], ids=["hidden states kept", "measured anew"])
+def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_folder):
+    """The policy's, its entropy, and the reference's."""
+    policy = load_policy(tiny_policy_folder, device=torch.device("cpu"), trainable_layers=2)
+    policy.exact_decoding = decoded
+    prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), Sampling(4, 0.6, []), draws)
+    assert (rollout.hidden is not None) == decoded
+    with torch.no_grad():  # before any update: the reference is the policy
+        measured = measure(policy, rollout, config(temperature=0.6))
+        exact = torch.log_softmax(policy.model(rollout.ids).logits[:, 2:-1].double() / 0.6, -1)
+    logp = exact.gather(2, rollout.labels[..., None]).squeeze(-1)
+    torch.testing.assert_close(measured.logp.double(), logp, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(measured.ref_logp.double(), logp, rtol=1e-4, atol=1e-5)
+    entropy = -(exact.exp() * exact).sum(-1)
+    torch.testing.assert_close(measured.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rollout.logp.double(), logp, rtol=1e-4, atol=1e-5)
+
+
+def test_a_held_out_prompt_is_not_trained_on():
+    """In no row that has it again; unless there are too few different ones."""
+    prompts = [Prompt([i], str(i), {}) for i in (1, 2, 1, 3, 2, 4)]
+    held_out, rest = hold_out(prompts, 2)
+    assert [p.ids for p in held_out] == [[1], [2]] and [p.ids for p in rest] == [[3], [4]]
+    held_out, rest = hold_out(prompts[:3], 2)
+    assert len(held_out) == 2 and len(rest) == 1
 
 
 def test_parts_of_a_minibatch():

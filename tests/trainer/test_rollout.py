@@ -234,6 +234,20 @@ def test_top_k_and_top_p(options):
     torch.testing.assert_close(logp.exp(), torch.tensor([0.625, 0.375])[token])
 
 
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "left"),
+    [(2.0, 0.75, [0.415, 0.322, 0.263]), (0.5, 0.6, [1.0, 0.0, 0.0])],
+)
+def test_the_temperature_comes_before_top_p(temperature, top_p, left):
+    """Of .5 .3 .2 as they are both leave the first two. (top_k sees an order, which stays.)"""
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(100, -1)
+    draws = (torch.arange(100) + 0.5) / 100
+    token, logp = choose(logits, draws, Sampling(1, temperature, [], top_p=top_p))
+    shares = torch.bincount(token, minlength=3) / 100
+    torch.testing.assert_close(shares, torch.tensor(left), rtol=0, atol=0.011)
+    torch.testing.assert_close(logp.exp(), torch.tensor(left)[token], rtol=0, atol=1e-3)
+
+
 def test_an_answer_does_not_depend_on_its_neighbours(policy):
     """Nor on how many there are: processes that share a batch sample what one would."""
     prompts = PROMPTS * 4
