@@ -12,14 +12,10 @@ is a difference of nearly equal numbers.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from rlhf_fast.ops.options import PolicyOptions
 
 from . import aggregate, kl, partials
 from .exponentials import exp, expm1, expm1_minus_x, reduced
@@ -209,10 +205,17 @@ def policy_loss(
     entropy: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
-    *options: Any,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    entropy_coef: float,
+    kl_coef: float,
+    kl_estimator: str,
+    aggregation: str,
+    ratio: str,
+    loss: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
-    o = PolicyOptions(*options)
     d_logp = torch.empty_like(logp)
     d_entropy = logp.new_empty(0) if entropy is None else torch.empty_like(logp)
     if logp.numel() == 0:
@@ -222,21 +225,21 @@ def policy_loss(
     block = min(triton.next_power_of_2(steps), 1024)
     programs = rows * triton.cdiv(steps, block)
     sums = logp.new_empty((COLUMNS.value, programs))
-    clips = (1 - o.clip_low, 1 + o.clip_high, 0.0 if o.dual_clip is None else o.dual_clip)
-    launch = {"BLOCK": block, "num_warps": max(1, block // 256), "DUAL": o.dual_clip is not None}
+    clips = (1 - clip_low, 1 + clip_high, 0.0 if dual_clip is None else dual_clip)
+    launch = {"BLOCK": block, "num_warps": max(1, block // 256), "DUAL": dual_clip is not None}
     with torch.cuda.device_of(logp):
         sequences = None
-        if o.ratio == "sequence":
+        if ratio == "sequence":
             sequences = logp.new_empty((2, rows))
             sequence_kernel[(rows,)](
                 logp, old_logp, advantages, mask, weights, sequences, rows, steps, *clips, **launch
             )
-        counts = aggregate.row_counts(mask, o.aggregation, normalizer)
+        counts = aggregate.row_counts(mask, aggregation, normalizer)
         policy_loss_kernel[(programs,)](
             logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, counts,
-            sequences, d_logp, d_entropy, sums, rows, steps, *clips, o.entropy_coef, o.kl_coef,
-            KL_GRADIENT=o.kl_coef != 0, ESTIMATOR=o.kl_estimator, AGGREGATION=o.aggregation,
-            LOSS=o.loss, **launch,
+            sequences, d_logp, d_entropy, sums, rows, steps, *clips, entropy_coef, kl_coef,
+            KL_GRADIENT=kl_coef != 0, ESTIMATOR=kl_estimator, AGGREGATION=aggregation,
+            LOSS=loss, **launch,
         )  # fmt: skip
         policy_loss_finish_kernel[(1,)](sums, programs, total, stats)
     return total, stats, d_logp, d_entropy

@@ -544,8 +544,8 @@ class Gradients:
             for i in (0, 3):
                 own = sums[i]
                 sums[i] = None if own is None else self.part.sum(own)
-        empty = self.head.hidden.new_empty(0)
-        return tuple(empty if x is None else x.to(self.dtype) for x in sums)
+        hidden = self.head.hidden  # each empty one is a tensor of its own: outputs must not alias
+        return tuple(hidden.new_empty(0) if x is None else x.to(self.dtype) for x in sums)
 
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
