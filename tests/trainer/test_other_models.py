@@ -279,11 +279,12 @@ def test_what_does_not_load_is_one_line(save, tmp_path):
         load_policy(folder, trainable_layers=None, device=CPU)
 
 
-def test_a_models_own_code_runs_only_when_trusted(save, monkeypatch):
-    """Nobody is asked on stdin."""
+def test_a_models_own_code_runs_only_when_trusted(save, tmp_path, monkeypatch):
+    """Not a line of it, and nobody is asked on stdin."""
     folder = save(tiny("llama", **LLAMA))
     Path(folder, "own.py").write_text(
         "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
         "class Config(LlamaConfig):\n    model_type = 'own'\n"
         "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     )
@@ -292,7 +293,9 @@ def test_a_models_own_code_runs_only_when_trusted(save, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     with pytest.raises(InputError, match="--trust_remote_code"):
         load_policy(own, trainable_layers=None, device=CPU)
+    assert not (tmp_path / "ran").exists()
     policy = load_policy(own, trainable_layers=None, device=CPU, trust=True)
+    assert (tmp_path / "ran").exists()
     assert type(policy.model).__name__ == "Model"
 
 
