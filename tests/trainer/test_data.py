@@ -9,6 +9,7 @@ import pytest
 from trl.data_utils import apply_chat_template
 from trl.data_utils import extract_prompt as trl_extract_prompt
 
+from rlhf_fast.trainer.data.held_out import hold_out
 from rlhf_fast.trainer.data.read import load_rows
 from rlhf_fast.trainer.data.rows import (
     Prompt,
@@ -20,7 +21,6 @@ from rlhf_fast.trainer.data.rows import (
     start,
 )
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.ppo import hold_out
 
 PAIRS = [{"chosen": "good film", "rejected": "bad film"}, {"chosen": "good", "rejected": "bad"}]
 
