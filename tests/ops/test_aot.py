@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.cpp_extension
+from drawing import arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,13 +76,7 @@ def float32_or_wider(hidden: Tensor) -> torch.dtype:
 
 
 def call(op: Op, sample: Sample, dtype: torch.dtype) -> None:
-    arguments = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in sample.arguments.items()
-    }
-    for name in sample.grads:
-        arguments[name] = arguments[name].detach().clone().requires_grad_()
-    result = op.function(**arguments)
+    result = op.function(**arguments(sample, dtype))
     outputs = result if isinstance(result, tuple) else (result,)
     outputs = [x for x in outputs if isinstance(x, Tensor) and x.requires_grad]
     if outputs:
