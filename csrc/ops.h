@@ -23,7 +23,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kIgnoreIndex = -100;
-constexpr int64_t kElsewhere = -1;  // in a backward: the label is no token of these logits
+constexpr int64_t kElsewhere = -(int64_t{1} << 62);  // check.py's ELSEWHERE; in a backward only
 
 // Least number of elements that is worth a thread of its own.
 constexpr int64_t kGrain = 8192;

@@ -197,13 +197,16 @@ def parts_of_the_vocabulary(rank: int, folder: str, op: str) -> None:
     if op != "linear_policy_loss":  # which needs old log-probs, and those of such tokens are -inf
         x = head(op, slice(0, 3))
         part = slice(0, 3) if rank == 0 else slice(3, V)
-        labels = x["labels"].clamp(max=2)  # of p = 0
-        both = (
-            function(**y | {"labels": labels}) for y in (part_of_it(x, part) | {"group": group}, x)
-        )
-        for y, z in zip(*both, strict=True):
-            assert not z.isnan().any()
-            torch.testing.assert_close(y, z)
+        cases = [x | {"labels": x["labels"].clamp(max=2)}]  # of p = 0
+        if op == "linear_token_kl":  # p = 0 in the part for one of the two alone: inf, or nothing
+            finite, other = torch.zeros(V, dtype=torch.float64), {"direction": "forward"}
+            for apart in ({"bias": finite}, {"ref_bias": finite}):
+                cases += [x | apart, x | apart | other]
+        for case in cases:
+            both = (function(**y) for y in (part_of_it(case, part) | {"group": group}, case))
+            for y, z in zip(*both, strict=True):
+                assert not z.isnan().any()
+                torch.testing.assert_close(y, z)
     dist.destroy_process_group()
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 IGNORE_INDEX = -100
-ELSEWHERE = -1  # to kernels: the label is in a part of the vocabulary that another rank holds
+# To the kernels' backward: the label is in a part of the vocabulary that another rank holds. No
+# label is this number by mistake: any other one out of range is an error there.
+ELSEWHERE = -(2**62)
 
 _debug: ContextVar[bool] = ContextVar("debug", default=False)  # each thread has its own
 

@@ -49,6 +49,9 @@ def test_a_label_elsewhere_is_no_token_here(name: str, side_by_side: bool, of: s
     for over in (False, True):
         got = gradient(kernel, slice(0, kept), own, over)
         torch.testing.assert_close(got, want)
+    if of == "C++":  # any other label out of range is an error
+        with pytest.raises(RuntimeError, match="labels: row 1 is -1, outside"):
+            gradient(kernel, slice(0, kept), own.clamp(min=-1), False)
 
 
 @pytest.mark.parametrize("of", ["C++", "PyTorch"])

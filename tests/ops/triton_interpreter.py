@@ -16,6 +16,7 @@ from bounds import bound, draws
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlhf_fast.ops import check
 from rlhf_fast.ops.linear import chunks as linear
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
@@ -332,7 +333,7 @@ def test_a_part_of_the_vocabulary(dtype: torch.dtype) -> None:
         nothing = (x == -torch.inf).all(-1)
         assert torch.equal(log_sum == -torch.inf, nothing) and not log_sum.isnan().any()
     logits, ref = torch.randn(2, 1, 4, 77, generator=generator).to(dtype)
-    labels = torch.tensor([[-1, 76, -1, -100]])
+    labels = torch.tensor([[check.ELSEWHERE, 76, check.ELSEWHERE, -100]])
     g, ones = torch.rand(1, 4, generator=generator).to(dtype), torch.ones(1, 4, dtype=dtype)
     norm = torch.ones(2, 1, 4, dtype=dtype)
     for name, arguments in (

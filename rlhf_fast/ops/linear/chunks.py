@@ -524,9 +524,9 @@ class Gradients:
         in_place = isinstance(rows, slice) and padded.shape[0] == n and self.row_units is None
         shape = padded.shape[0], total.shape[1]
         d_x = total[rows] if in_place else self.head.hidden.new_empty(shape)
-        torch.mm(padded, self.head.weight, out=d_x)
+        _accumulate(d_x, padded, self.head.weight, first=True)
         if d_low is not None and self.head.down is not None:
-            d_x.addmm_(d_low, self.head.down)
+            _accumulate(d_x, d_low, self.head.down, first=False)
         if self.row_units is not None:
             d_x = d_x[:n].float() * self.row_units.unsqueeze(-1)
         if not in_place:
