@@ -73,6 +73,14 @@ def run(train, config, **options) -> tuple[int, str]:
     return 0, ""
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts what it runs behind itself with SIGINT ignored, and what is ignored stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_before_the_update_of_a_step(configured, capsys, number):
     """The step is dropped, the weights are those of the step before."""
