@@ -75,7 +75,7 @@ def run(train, config, **options) -> tuple[int, str]:
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """A shell starts what it runs behind itself with SIGINT ignored, and what is ignored stays so."""
+    """What a shell runs in the background has SIGINT ignored, and what is ignored stays so."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
