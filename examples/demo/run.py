@@ -21,6 +21,10 @@ HERE = Path(__file__).resolve().parent
 def run(*command: str | Path) -> None:
     print("\n$", shlex.join(["python", *map(str, command)]), flush=True)
     status = subprocess.run([sys.executable, *map(str, command)]).returncode
+    if status < 0:  # killed, for want of memory perhaps: it could not say so itself
+        sys.exit(
+            f"the last command was ended by signal {-status}; the same command goes on from there"
+        )
     if status:
         sys.exit(status)
 
