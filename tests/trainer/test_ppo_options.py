@@ -200,8 +200,9 @@ def test_bf16(configured):
     ppo.train(rounded), ppo.train(exact)
     a, b = metrics(rounded)[0], metrics(exact)[0]
     difference = abs(a["objective/entropy"] / b["objective/entropy"] - 1)
-    assert 1e-6 < difference < 0.02  # 8 bits: other numbers, near the right ones
-    assert a["val/rollout_logp_gap"] < 0.05
+    # 8 bits: other numbers, near the right ones. (The entropy of near-uniform tokens hardly moves.)
+    assert difference < 0.02
+    assert b["val/rollout_logp_gap"] < 1e-6 and 1e-4 < a["val/rollout_logp_gap"] < 0.05
     saved = load_file(Path(rounded.output_dir) / "model" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in saved.values())
 
