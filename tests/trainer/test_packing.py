@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_fast.trainer import ppo
+from rlhf_fast.trainer import ppo, setup
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.packing import Packing, can_pack, final_hidden
 from rlhf_fast.trainer.models.policy import load_policy
@@ -282,7 +282,7 @@ def test_a_run_has_the_same_metrics(configured, load, flash, monkeypatch, option
         forward_passes.clear()
         forced = partial(load_policy, attn_implementation=attention)  # in float32, too
         monkeypatch.setattr(
-            ppo, "load_policy", lambda *a, attn_implementation, **b: forced(*a, **b)
+            setup, "load_policy", lambda *a, attn_implementation, **b: forced(*a, **b)
         )
         config = configured(name, steps=2, micro_batch_size=3, **options, **more)
         ppo.train(config)
