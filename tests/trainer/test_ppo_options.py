@@ -247,7 +247,9 @@ def test_an_engine_in_one_file(configured, tmp_path, layers):
     assert row["objective/scores"] == 1.0 and row["val/num_eos_tokens"] == 16
     assert row["val/answer_tokens"] == 3
     assert row["val/rollout_logp_gap"] > 0.5  # the engine's log-probs are made up
-    with pytest.raises(InputError, match="rollout_engine=x: expected module:function"):
+    with pytest.raises(
+        InputError, match="rollout_engine=x: expected file.py:function or module:function"
+    ):
         ppo.train(configured("bad", rollout_engine="x"))
     (tmp_path / "two.py").write_text("def two(prompts, completions): ...")
     with pytest.raises(InputError, match="two.py:two: too many .*expected a function of .model, i"):
