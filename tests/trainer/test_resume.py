@@ -39,6 +39,7 @@ STEERS = {
     "entropy_coef": 0.1, "aggregation": "token-sum", "target_kl": 1e-9,
 }  # fmt: skip
 CHANGES_NO_NUMBER = {
+    "trust_remote_code", "save_dtype",
     "output_dir", "resume", "overwrite", "device", "steps", "micro_batch_size", "save_every",
     "save_total_limit", "max_skipped_updates", "report_to", "log_every", "sample_every",
     "attn_implementation", "packing", "reward_timeout",
