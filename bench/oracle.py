@@ -94,6 +94,9 @@ def judge(answer: Answer, truth: Truth) -> Verdict:
     return max(verdicts, key=lambda v: v.error / v.limit)
 
 
+NUMBERS = "loss and statistics"
+
+
 def errors(answer: Answer, exact: Answer) -> dict[str, float]:
     """Relative error of each part that the answer has: each output, each gradient, and all the
     numbers (a loss and its statistics) as one vector: a mean that happens to cancel to 1e-4 of its
@@ -103,7 +106,11 @@ def errors(answer: Answer, exact: Answer) -> dict[str, float]:
     given = itertools.zip_longest(answer.outputs, exact.outputs)
     outputs = [x if mine is None else mine for mine, x in given]  # what is missing is not wrong
     mine = _parts(Answer(outputs, answer.gradients))
-    return {part: relative(mine[part], x) for part, x in _parts(exact).items() if part in mine}
+    right = _parts(exact)
+    if NUMBERS in mine and mine[NUMBERS].shape == right[NUMBERS].shape:
+        size = right[NUMBERS].abs().clamp(min=1)  # a count of tokens would hide the others
+        mine[NUMBERS], right[NUMBERS] = mine[NUMBERS] / size, right[NUMBERS] / size
+    return {part: relative(mine[part], x) for part, x in right.items() if part in mine}
 
 
 def relative(x: Tensor, exact: Tensor) -> float:
@@ -130,7 +137,7 @@ def _parts(answer: Answer) -> dict[str, Tensor]:
     parts = {f"output {i}": x for i, x in enumerate(answer.outputs) if x.dim()}
     numbers = [x.detach().double() for x in answer.outputs if not x.dim()]
     if numbers:
-        parts["loss and statistics"] = torch.stack(numbers)
+        parts[NUMBERS] = torch.stack(numbers)
     return parts | {f"gradient of {name}": x for name, x in answer.gradients.items()}
 
 
