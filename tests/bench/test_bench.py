@@ -379,7 +379,7 @@ def test_the_readme_is_what_the_kept_runs_say():
 
 def test_readme_without_markers_is_refused():
     with pytest.raises(ValueError, match="bench:begin"):
-        report.replaced("# no markers", "text")
+        report.replaced("# no markers", "bench", "text")
 
 
 def test_curves_take_their_points_from_every_row(tmp_path):
