@@ -82,16 +82,31 @@ class Fallbacks(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def options(sample: Sample) -> set[tuple]:
+    """The arguments that it has, and what is chosen of those that are a choice."""
+    return {
+        (name, x if isinstance(x, str | bool) else isinstance(x, Tensor | tuple))
+        for name, x in sample.arguments.items()
+    }
+
+
 def one_for_each_option(op: Op) -> list[Sample]:
     """The first sample, and each that brings an argument, or a choice, which none before it had."""
-    seen: set = set()
+    seen: set[tuple] = set()
     chosen = []
     for sample in op.samples(torch.Generator().manual_seed(0)):
-        options = {
-            (name, x if isinstance(x, str | bool) else isinstance(x, Tensor | tuple))
-            for name, x in sample.arguments.items()
-        }
-        if options - seen:
+        if options(sample) - seen:
             chosen.append(sample)
-        seen |= options
+        seen |= options(sample)
+    return chosen
+
+
+def few_for_all_options(op: Op) -> list[Sample]:
+    """As few samples as together have every argument and every choice: for what takes seconds."""
+    samples = list(op.samples(torch.Generator().manual_seed(0)))
+    left = set().union(*map(options, samples))
+    chosen = []
+    while left:
+        chosen.append(max(samples, key=lambda sample: len(options(sample) & left)))
+        left -= options(chosen[-1])
     return chosen

@@ -242,9 +242,8 @@ def test_inputs_that_overlap_in_memory(op: Op, sample: Sample, how: str) -> None
             torch.testing.assert_close(x, was, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("bad", [-1.0, 0.0, float("nan"), float("inf")])
 @pytest.mark.parametrize("argument", ["temperature", "normalizer"])
-def test_values_are_looked_at_inside_a_compiled_graph(argument: str, bad: float) -> None:
+def test_values_are_looked_at_inside_a_compiled_graph(argument: str) -> None:
     """On a CPU: the public functions' look is skipped there, the kernels' is not."""
     takers = [
         (op, sample)
@@ -256,19 +255,20 @@ def test_values_are_looked_at_inside_a_compiled_graph(argument: str, bad: float)
         made = arguments(Sample("", sample.arguments), torch.float32)
         of_rows = made["labels" if argument == "temperature" else "mask"]
         good = torch.ones(of_rows.shape if argument == "temperature" else ())
-        if argument == "normalizer" and bad == 0:  # 0 rows in all: a loss of 0
-            continue
         if argument == "temperature":
             made["labels"] = of_rows.clamp(min=0)
             made |= {
                 name: torch.ones_like(made[name]) for name in ("advantages", "mask") if name in made
             }
-        wrong = good.clone()
-        wrong.view(-1)[0] = bad
         torch._dynamo.reset()
         compiled = torch.compile(op.function, backend="eager", fullgraph=True)
         compiled(**made | {argument: good})
-        with pytest.raises(ValueError, match=argument):
-            op.function(**made | {argument: wrong})
-        with pytest.raises((ValueError, RuntimeError), match=argument):
-            compiled(**made | {argument: wrong})
+        for bad in (-1.0, 0.0, float("nan"), float("inf")):
+            if argument == "normalizer" and bad == 0:  # 0 rows in all: a loss of 0
+                continue
+            wrong = good.clone()
+            wrong.view(-1)[0] = bad
+            with pytest.raises(ValueError, match=argument):
+                op.function(**made | {argument: wrong})
+            with pytest.raises((ValueError, RuntimeError), match=argument):
+                compiled(**made | {argument: wrong})
