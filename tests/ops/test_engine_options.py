@@ -343,7 +343,8 @@ def test_more_than_2_to_the_31_logits() -> None:
     assert rows * vocab > 2**31
     logits = torch.zeros(rows, vocab, dtype=torch.bfloat16)
     logits[-1, -1] = 5.0
-    labels = torch.full((rows,), vocab - 1)
+    labels = torch.full((rows,), -100)  # whose rows cost nothing
+    labels[[0, -2, -1]] = vocab - 1
     logits += torch.zeros((), dtype=torch.bfloat16, requires_grad=True)  # no leaf, no copy
     logp, entropy = rf.token_logprobs(
         logits.view(rows, vocab), labels, entropy=True, inplace_backward=True
@@ -360,15 +361,30 @@ def test_more_than_2_to_the_31_logits() -> None:
     assert gradient[-2, -1] == 1 and 0 < -gradient[-2, 0] < 1e-5
 
 
-@pytest.mark.slow
-def test_a_chunk_of_more_than_2_to_the_31_logits() -> None:
-    rows, vocab = 16400, 131072
-    hidden = torch.zeros(rows, 1, dtype=torch.bfloat16)
-    hidden[-1] = 5.0
-    weight = torch.zeros(vocab, 1, dtype=torch.bfloat16)
-    weight[-1] = 1.0
-    labels = torch.full((rows,), vocab - 1)
-    with rf.chunk_budget(2 * rows * vocab):
-        logp = rf.linear_token_logprobs(hidden, weight, labels)
-    exact = torch.log_softmax((hidden[-1:] @ weight.t()).double(), -1)[0, -1]
-    torch.testing.assert_close(logp[-1].double(), exact, rtol=1e-6, atol=0)
+@pytest.mark.parametrize("side_by_side", [False, True])
+@pytest.mark.parametrize("name", ["token_logprobs", "logits_kl"])
+def test_logits_further_apart_than_2_to_the_31(name: str, side_by_side: bool) -> None:
+    """Rows as a chunk's lie, side by side, and one after the other: three pages of 4.3 GB that are
+    never touched."""
+    far, n = 2**30 + 3, 3
+    storage = torch.empty(2 * far + 64, dtype=torch.bfloat16)
+    strides = (far, 1) if side_by_side else (1, far)
+    near = torch.randn(2, 1, n, n, generator=torch.Generator().manual_seed(0)).bfloat16()
+    if side_by_side:  # [B, T, V] with T contiguous, as its counterpart is
+        near = near.mT.contiguous().mT
+    spread = [storage.as_strided((1, n, n), (0, *strides[::-1]), at).copy_(x)
+              for at, x in zip((0, 32), near, strict=True)]  # fmt: skip
+    labels, g, scale = torch.tensor([[2, -100, 2]]), torch.ones(1, n), (0.7, None, None)
+
+    def numbers(logits: torch.Tensor, ref: torch.Tensor) -> list[torch.Tensor]:
+        forward, backward = (getattr(torch.ops.rlhf_fast, name + k) for k in ("", "_backward"))
+        if name == "token_logprobs":
+            found = forward(logits, labels, *scale, True, False)
+            backward(g, g, logits, labels, found[2], found[1], *scale, logits)
+        else:
+            found = forward(logits, ref, labels, *scale, True)
+            backward(g, g, logits, ref, labels, *found[3:], found[2], *scale, True, logits)
+        return [*found, logits.clone()]
+
+    for got, want in zip(numbers(*spread), numbers(*near), strict=True):
+        assert torch.equal(got, want)

@@ -18,24 +18,22 @@ FEW = "test_float32 and (everything or all or garbage or behind or block or far 
 
 @pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
 def test_the_ops_on_the_lowest_level() -> None:
-    assert "ATen DEFAULT" in levels.what_runs("default")
-    if os.uname().machine == "x86_64":
-        assert "C++ SSE2" in levels.what_runs("default")
+    found = levels.what_runs("default")
+    assert "ATen DEFAULT" in found
+    assert "C++ SSE2" in found or os.uname().machine != "x86_64"
     files = [str(OPS / name) for name in ("test_ops.py", "test_draw_tokens.py")]
     assert levels.run("default", *files, "-k", f"({FEW}) or draw or ends").returncode == 0
 
 
-@pytest.mark.parametrize("asked", ["avx3", "AVX2", ""])
-def test_an_unknown_level_is_one_clear_error(asked: str) -> None:
-    environment = {**os.environ, registry.CPU_VARIABLE: asked}
-    done = subprocess.run(
-        [sys.executable, "-c", "import rlhf_fast"], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last == (
-        f"ValueError: RLHF_FAST_CPU_CAPABILITY must be one of default, avx2, avx512, got {asked!r}"
-    )
+def test_an_unknown_level_is_one_clear_error() -> None:
+    message = "RLHF_FAST_CPU_CAPABILITY must be one of default, avx2, avx512, got"
+    for asked in ("avx3", "AVX2", ""):
+        with pytest.raises(ValueError, match=f"{message} '{asked}'"):
+            registry.choose_cpu(asked)
+    environment = {**os.environ, registry.CPU_VARIABLE: "avx3"}
+    command = [sys.executable, "-c", "import rlhf_fast"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stderr.strip().splitlines()[-1] == f"ValueError: {message} 'avx3'"
 
 
 @pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
