@@ -57,6 +57,7 @@ demo: $(VENV)/demo
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 # Everything again on lower instruction sets, where other roundings appear: twice make test's time.

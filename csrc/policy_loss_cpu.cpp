@@ -21,7 +21,7 @@ inline Loss loss_named(const std::string& name) {
 
 template <class S>
 struct PolicySpan {
-  const S *logp, *old_logp, *advantages, *weights, *entropy, *ref_logp;
+  const S *logp, *old_logp, *advantages, *importance_weights, *entropy, *ref_logp;
   const uint8_t* mask;
   S *d_logp, *d_entropy;
   S clip_low, clip_high, dual_clip, entropy_coef, kl_coef;
@@ -53,7 +53,7 @@ RLHF_INLINE void sequence_row(const PolicySpan<S>& s, int64_t begin, int64_t end
       return select(counts, load_some(p + i, n, 0), zero);
     };
     const V A = kept(s.advantages), negative = greater(zero, A);
-    const V weighted = s.weights ? times(kept(s.weights), A) : A;
+    const V weighted = s.importance_weights ? times(kept(s.importance_weights), A) : A;
     add(counts_, counts);
     add(log_ratios, kept(s.logp) - kept(s.old_logp));
     add(bad, select(negative, weighted, zero));
@@ -127,8 +127,8 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       slope = cispo ? -A * bounded : -A;
       surrogate = times(slope, logp);
     }
-    if (s.weights) {
-      const V w = kept(s.weights);
+    if (s.importance_weights) {
+      const V w = kept(s.importance_weights);
       surrogate = times(w, surrogate);
       slope = times(w, slope);
     }
@@ -192,11 +192,12 @@ void run(const PolicySpan<double>* s, int64_t begin, int64_t end, double c,
   RLHF_ON_THIS_CPU(policy_span<false>(*s, begin, end, c, row, sums));
 }
 
-// logp, old_logp, advantages, weights, entropy, ref_logp [B, T]; mask [B, T] bool; normalizer 0-dim
-// -> (loss 0-dim, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or, without entropy, [0]).
+// logp, old_logp, advantages, importance_weights, entropy, ref_logp [B, T]; mask [B, T] bool;
+// normalizer 0-dim -> (loss 0-dim, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or,
+// without entropy, [0]).
 std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const Tensor& logp, const Tensor& old_logp, const Tensor& advantages, const Tensor& mask,
-    const MaybeTensor& weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,
+    const MaybeTensor& importance_weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,
     const MaybeTensor& normalizer, double clip_low, double clip_high,
     std::optional<double> dual_clip, double entropy_coef, double kl_coef,
     std::string kl_estimator, std::string aggregation, std::string ratio, std::string loss) {
@@ -211,7 +212,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   return dispatch_accumulator(logp, "policy_loss", [&](auto element) {
     using S = decltype(element);
     PolicySpan<S> span{
-        data<S>(logp), data<S>(old_logp), data<S>(advantages), data<S>(weights),
+        data<S>(logp), data<S>(old_logp), data<S>(advantages), data<S>(importance_weights),
         data<S>(entropy), data<S>(ref_logp), bits(mask), mutable_data<S>(d_logp),
         mutable_data<S>(d_entropy), S(clip_low), S(clip_high), S(dual_clip.value_or(0)),
         S(entropy_coef), S(kl_coef), S(0), estimator(kl_estimator),

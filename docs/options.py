@@ -13,13 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_fast import info
-from rlhf_fast.trainer.config import (
-    GenerateConfig,
-    PlotConfig,
-    PPOConfig,
-    RewardConfig,
-    flag_parser,
-)
+from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
+from rlhf_fast.trainer.flags import flag_parser
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options

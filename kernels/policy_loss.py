@@ -30,7 +30,7 @@ COLUMNS, PADDED = tl.constexpr(15), tl.constexpr(16)
 
 @triton.jit
 def sequence_kernel(
-    logp, old_logp, advantages, mask, weights, sequences, B, T,
+    logp, old_logp, advantages, mask, importance_weights, sequences, B, T,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64,
     DUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -39,8 +39,8 @@ def sequence_kernel(
     The ratio is one number, so only the sign of A decides which tokens are cut: the slope needs
     no more than the sums of w·A over either sign.
 
-    logp, old_logp, advantages, weights (or None) [B, T]; mask [B, T] bool. Written: sequences
-    [2, B], means first.
+    logp, old_logp, advantages, importance_weights (or None) [B, T]; mask [B, T] bool. Written:
+    sequences [2, B], means first.
     """
     dtype: tl.constexpr = logp.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -53,8 +53,8 @@ def sequence_kernel(
         kept = tl.load(mask + i, mask=inside, other=0) != 0
         A = tl.where(kept, tl.load(advantages + i, mask=inside, other=0.0), 0.0)
         weighted = A
-        if weights is not None:
-            w = tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+        if importance_weights is not None:
+            w = tl.where(kept, tl.load(importance_weights + i, mask=inside, other=0.0), 0.0)
             weighted = kl.times(w, A)
         difference = tl.load(logp + i, mask=inside, other=0.0)
         difference -= tl.load(old_logp + i, mask=inside, other=0.0)
@@ -77,16 +77,16 @@ def sequence_kernel(
 
 @triton.jit
 def policy_loss_kernel(
-    logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, counts, sequences,
-    d_logp, d_entropy, sums, B, T,
+    logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer, counts,
+    sequences, d_logp, d_entropy, sums, B, T,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64,
     entropy_coef: tl.float64, kl_coef: tl.float64,
     DUAL: tl.constexpr, KL_GRADIENT: tl.constexpr, ESTIMATOR: tl.constexpr,
     AGGREGATION: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logp, old_logp, advantages [B, T] and weights, entropy, ref_logp [B, T] or None; mask [B, T]
-    bool; normalizer [] or None; counts [B] int32 or None; sequences [2, B] or None. Written:
-    d_logp [B, T], d_entropy [B, T] (empty without entropy), sums [COLUMNS, programs]."""
+    """logp, old_logp, advantages [B, T] and importance_weights, entropy, ref_logp [B, T] or None;
+    mask [B, T] bool; normalizer [] or None; counts [B] int32 or None; sequences [2, B] or None.
+    Written: d_logp [B, T], d_entropy [B, T] (empty without entropy), sums [COLUMNS, programs]."""
     dtype: tl.constexpr = logp.dtype.element_ty
     blocks = tl.cdiv(T, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -129,8 +129,8 @@ def policy_loss_kernel(
         clips = tl.zeros_like(kept)
         gradient = -A
         surrogate = kl.times(gradient, lp)
-    if weights is not None:
-        w = tl.where(kept, tl.load(weights + i, mask=inside, other=0.0), 0.0)
+    if importance_weights is not None:
+        w = tl.where(kept, tl.load(importance_weights + i, mask=inside, other=0.0), 0.0)
         surrogate = kl.times(w, surrogate)
         gradient = kl.times(w, gradient)
     if sequences is not None and LOSS == "ppo":
@@ -201,7 +201,7 @@ def policy_loss(
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    weights: Tensor | None,
+    importance_weights: Tensor | None,
     entropy: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
@@ -232,12 +232,21 @@ def policy_loss(
         if ratio == "sequence":
             sequences = logp.new_empty((2, rows))
             sequence_kernel[(rows,)](
-                logp, old_logp, advantages, mask, weights, sequences, rows, steps, *clips, **launch
+                logp,
+                old_logp,
+                advantages,
+                mask,
+                importance_weights,
+                sequences,
+                rows,
+                steps,
+                *clips,
+                **launch,
             )
         counts = aggregate.row_counts(mask, aggregation, normalizer)
         policy_loss_kernel[(programs,)](
-            logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, counts,
-            sequences, d_logp, d_entropy, sums, rows, steps, *clips, entropy_coef, kl_coef,
+            logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
+            counts, sequences, d_logp, d_entropy, sums, rows, steps, *clips, entropy_coef, kl_coef,
             KL_GRADIENT=kl_coef != 0, ESTIMATOR=kl_estimator, AGGREGATION=aggregation,
             LOSS=loss, **launch,
         )  # fmt: skip

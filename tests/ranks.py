@@ -104,8 +104,10 @@ def head(op: str, impossible: slice, **options: object) -> dict:
         "temperature": row(0.5 + normal(1, N).abs()).detach(),
     }  # fmt: skip
     if op == "linear_policy_loss":
-        constants = {"old_logp": normal(1, N) - 4, "advantages": normal(1, N),
-                     "weights": normal(1, N).abs(), "ref_logp": normal(1, N) - 4}  # fmt: skip
+        constants = {
+            "old_logp": normal(1, N) - 4, "advantages": normal(1, N),
+            "importance_weights": normal(1, N).abs(), "ref_logp": normal(1, N) - 4,
+        }  # fmt: skip
         x |= {name: row(value).detach() for name, value in constants.items()}
         x |= {"mask": mask[None], "entropy_coef": 0.3, "kl_coef": 0.2}
     else:

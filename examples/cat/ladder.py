@@ -140,7 +140,7 @@ def losses(
         log_ratio = ((logp - old_logp) * batch.mask).detach()
         weights = (log_ratio.sum(-1, keepdim=True) - log_ratio).exp()
     policy, _ = policy_loss(
-        logp, old_logp, credit, batch.mask, **clip, weights=weights,
+        logp, old_logp, credit, batch.mask, **clip, importance_weights=weights,
         entropy=entropy, entropy_coef=rung.entropy_coef, **per_episode,
     )  # fmt: skip
     if rung.critic == "none":

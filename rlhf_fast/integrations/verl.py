@@ -95,7 +95,7 @@ def compute_policy_loss(
         dual_clip=config.get("clip_ratio_c", 3.0) if dual_clip else None,
         aggregation=aggregation,
         normalizer=normalizer,
-        weights=rollout_is_weights,
+        importance_weights=rollout_is_weights,
         **options,
     )
     # verl's metric is of log-ratios held at ±20; stats.old_kl_k1 is of them as they are

@@ -22,7 +22,12 @@ from .token_kl import ESTIMATORS
 RATIOS = ("token", "sequence")
 LOSSES = ("ppo", "cispo", "reinforce")
 
-SCHEMA = {"float": "float", "float | None": "float?", "bool": "bool", "str": "str"}  # of kernels
+SCHEMA: dict[Any, str] = {
+    "float": "float",
+    "float | None": "float?",
+    "bool": "bool",
+    "str": "str",
+}  # of kernels
 HERE = "**options: the fields of ``PolicyOptions``."  # in a docstring: they are put here
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -124,7 +129,7 @@ class PolicyOptions:
             inspect.Parameter(f.name, keyword, default=f.default, annotation=f.type)
             for f in fields(cls)
         ]
-        function.__signature__ = signature.replace(parameters=own)
+        function.__signature__ = signature.replace(parameters=own)  # type: ignore[attr-defined]
         if function.__doc__ is not None:  # python -OO
             lines = "\n".join(f"{f.name}: {meaning(f)}" for f in fields(cls))
             function.__doc__ = function.__doc__.replace(HERE, indented(lines, 8).lstrip())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,17 +22,18 @@ class PolicyStats(NamedTuple):
 
     But for ``surrogate``, ``ratio_max`` and ``tokens``, every field is a mean over the counting
     tokens of this call, each with the same weight whatever ``aggregation``, ``normalizer`` and
-    ``weights`` are. The counting tokens are those of the mask; for ``linear_policy_loss`` with
-    token ratios those of them that could matter to the loss. Of several calls (micro-batches,
-    processes) the mean is Σ tokens · mean / Σ tokens (``ratio_var``: of each call's own mean, so
-    without the spread between calls); the surrogates of calls with a global normalizer add up.
+    ``importance_weights`` are. The counting tokens are those of the mask; for
+    ``linear_policy_loss`` with token ratios and no ``support`` those of them that could matter to
+    the loss. Of several calls (micro-batches, processes) the mean is Σ tokens · mean / Σ tokens
+    (``ratio_var``: of each call's own mean, so without the spread between calls); the surrogates of
+    calls with a global normalizer add up.
 
     ρ is the ratio π/π_old, of a log-ratio held within ±20: the token's, or with ratio="sequence"
     its row's, counted once for each of the row's tokens.
 
     Attributes:
-        surrogate: the loss without its entropy and KL terms, aggregated as the loss is, ``weights``
-            and ``normalizer`` included; in units of the advantages.
+        surrogate: the loss without its entropy and KL terms, aggregated as the loss is,
+            ``importance_weights`` and ``normalizer`` included; in units of the advantages.
         entropy: nats; mean over the tokens. 0 where the call was given none.
         ref_kl: nats, the estimate kl_estimator of KL(π ‖ π_ref); mean over the tokens. 0 without
             ref_logp.
@@ -77,7 +79,7 @@ def policy_loss(
     mask: Tensor,
     *,
     normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     ref_logp: Tensor | None = None,
     **options: Any,
@@ -105,10 +107,6 @@ def policy_loss(
 
     cispo with ratio="sequence" weights each token's logp by its row's clipped ρ, as TRL does.
 
-    H100, float32, [64, 2048]: 17 bytes a token are 2.2 MB, 0.7 µs at 3.35 TB/s; three launches of
-    about 3 µs (count, loss, sums) and one product in the backward: 12 µs predicted, all of it
-    latency. Not measured on a GPU yet.
-
     Args:
         logp: [..., T], nats, with gradient.
         old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
@@ -116,7 +114,7 @@ def policy_loss(
         mask: [..., T] bool, True = counts. Masked positions may hold anything.
         normalizer: > 0; the global count under gradient accumulation or data parallelism, a
             float or a 0-dim tensor (of which 0 gives a loss of 0); None: this call's own count.
-        weights: [..., T], importance weights on the surrogate; constants.
+        importance_weights: [..., T], w_t on the surrogate; constants.
         entropy: [..., T], nats, with gradient; needed for entropy_coef, else only a statistic.
         ref_logp: [..., T], nats, a constant; needed for kl_coef, else only a statistic.
         **options: the fields of ``PolicyOptions``.
@@ -127,10 +125,13 @@ def policy_loss(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
+    importance_weights = under_old_name(importance_weights, options)
     check.floating("logp", logp)
     check.at_least_1d("logp", logp)
     tensors = {"old_logp": old_logp, "advantages": advantages}
-    optional = {"weights": weights, "entropy": entropy, "ref_logp": ref_logp}
+    optional = {
+        "importance_weights": importance_weights, "entropy": entropy, "ref_logp": ref_logp,
+    }  # fmt: skip
     tensors |= {name: x for name, x in optional.items() if x is not None}
     for name, x in tensors.items():
         check.like(name, x, "logp", logp)
@@ -146,13 +147,22 @@ def policy_loss(
         check.flat(old_logp.detach(), dtype),
         check.flat(advantages.detach(), dtype),
         check.flat(mask),
-        None if weights is None else check.flat(weights.detach(), dtype),
+        None if importance_weights is None else check.flat(importance_weights.detach(), dtype),
         check.flat(entropy, dtype),
         None if ref_logp is None else check.flat(ref_logp.detach(), dtype),
         aggregate.checked(chosen.aggregation, normalizer, mask, dtype),
         *chosen.values(),
     )
     return total, PolicyStats(*stats.unbind())
+
+
+def under_old_name(importance_weights: Tensor | None, options: dict[str, Any]) -> Tensor | None:
+    """importance_weights, which was called weights in 0.1."""
+    if "weights" not in options:
+        return importance_weights
+    warnings.warn("weights is now importance_weights", DeprecationWarning, stacklevel=3)
+    old: Tensor | None = options.pop("weights")
+    return old
 
 
 def check_options(options: PolicyOptions, dtype: torch.dtype, ref_logp: Tensor | None) -> None:
@@ -169,13 +179,13 @@ def reference(
     mask: Tensor,
     *,
     normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     entropy: Tensor | None = None,
     ref_logp: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, PolicyStats]:
     o = PolicyOptions(**options)
-    dtype = check.accumulator(logp, old_logp, advantages, weights, entropy, ref_logp)
+    dtype = check.accumulator(logp, old_logp, advantages, importance_weights, entropy, ref_logp)
 
     def kept(x: Tensor) -> Tensor:
         return x.to(dtype).masked_fill(~mask, 0.0)
@@ -204,8 +214,8 @@ def reference(
         surrogate = aggregate.times(-bounded.detach() * A, kept(logp))
     else:
         surrogate = aggregate.times(-A, kept(logp))
-    if weights is not None:
-        surrogate = aggregate.times(kept(weights), surrogate)
+    if importance_weights is not None:
+        surrogate = aggregate.times(kept(importance_weights), surrogate)
     zero = torch.zeros_like(rho)
     entropy = zero if entropy is None else kept(entropy)
     kl = zero
@@ -253,7 +263,7 @@ def _forward(
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    weights: Tensor | None,
+    importance_weights: Tensor | None,
     entropy: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
@@ -262,8 +272,8 @@ def _forward(
     """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
     o = PolicyOptions(*options)
     total, stats = reference(
-        logp, old_logp, advantages, mask, normalizer=normalizer, weights=weights, entropy=entropy,
-        ref_logp=ref_logp, **vars(o),
+        logp, old_logp, advantages, mask, normalizer=normalizer,
+        importance_weights=importance_weights, entropy=entropy, ref_logp=ref_logp, **vars(o),
     )  # fmt: skip
     c = aggregate.coefficients(mask, o.aggregation, normalizer, logp.dtype).unsqueeze(-1)
     log_ratio = logp - old_logp
@@ -280,8 +290,8 @@ def _forward(
         d_logp = torch.where(flows, d_logp, 0.0)
     elif o.loss == "cispo":
         d_logp = -advantages * bounded
-    if weights is not None:
-        d_logp = aggregate.times(weights, d_logp)
+    if importance_weights is not None:
+        d_logp = aggregate.times(importance_weights, d_logp)
     if o.ratio == "sequence" and o.loss == "ppo":  # each logp moves the ratio of the whole row
         d_logp = row_means(d_logp, mask)
     if ref_logp is not None and o.kl_coef:
@@ -293,7 +303,15 @@ def _forward(
     return total, torch.stack(stats), d_logp, d_entropy
 
 
-def _fake(logp, old_logp, advantages, mask, weights, entropy, *_):
+def _fake(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    importance_weights: Tensor | None,
+    entropy: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_entropy = logp.new_empty(0) if entropy is None else torch.empty_like(logp)
     stats = logp.new_empty(len(PolicyStats._fields))
     return logp.new_empty(()), stats, torch.empty_like(logp), d_entropy
@@ -324,7 +342,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
 
     def extra(b: int, t: int) -> dict[str, Any]:
         return {
-            "weights": torch.rand(b, t, generator=generator) + 0.5,
+            "importance_weights": torch.rand(b, t, generator=generator) + 0.5,
             "entropy": torch.rand(b, t, generator=generator),
             "ref_logp": -torch.rand(b, t, generator=generator),
             "entropy_coef": 0.01,
@@ -351,14 +369,18 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(loss, draw(4, 37, loss=loss), one)
         yield Sample(f"{loss}, everything", draw(6, 21, loss=loss) | extra(6, 21), both)
         yield Sample(name, draw(4, 40, spread=30.0, loss=loss), one)
-    cispo = {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1}
+    cispo: dict[str, Any] = {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.1}
     yield Sample("cispo, clipped above only", draw(5, 33, spread=1.0, **cispo), one)
-    below = {"loss": "cispo", "clip_low": 0.5, "clip_high": -0.2}  # a masked ratio of 1 is beyond
+    below: dict[str, Any] = {
+        "loss": "cispo",
+        "clip_low": 0.5,
+        "clip_high": -0.2,
+    }  # a masked ratio of 1 is beyond
     yield Sample("cispo, clipped below 1", draw(5, 33, **below), one)
     yield Sample("cispo, sequence", draw(5, 33, ratio="sequence", **cispo) | extra(5, 33), both)
     for mode in aggregate.AGGREGATIONS:  # a narrow clip: some rows are cut, some are not
-        narrow = {"clip_low": 0.01, "clip_high": 0.02, "ratio": "sequence", "aggregation": mode}
-        x = draw(6, 21, **narrow) | extra(6, 21)
+        narrow: dict[str, Any] = {"clip_low": 0.01, "clip_high": 0.02, "aggregation": mode}
+        x = draw(6, 21, ratio="sequence", **narrow) | extra(6, 21)
         x["mask"][2] = False
         yield Sample(f"sequence, {mode}, everything", x, both)
     yield Sample("sequence", draw(5, 37, ratio="sequence"), one)
@@ -374,7 +396,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
     yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
     garbage = draw(3, 30) | extra(3, 30)
-    for name in ("logp", "old_logp", "advantages", "weights", "entropy", "ref_logp"):
+    for name in ("logp", "old_logp", "advantages", "importance_weights", "entropy", "ref_logp"):
         garbage[name] = garbage[name].masked_fill(~garbage["mask"], torch.nan)
     yield Sample("NaN behind the mask", garbage, both)
     masked = draw(3, 10)
@@ -405,8 +427,9 @@ def bytes_moved(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 
 KERNEL = define_kernel(
-    "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, "
-    f"Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, {PolicyOptions.schema()}) "
+    "policy_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor mask, "
+    "Tensor? importance_weights, Tensor? entropy, Tensor? ref_logp, Tensor? normalizer, "
+    f"{PolicyOptions.schema()}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,

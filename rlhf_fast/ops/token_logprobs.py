@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import check
+from . import support as sets
 from .registry import Op, Sample, define_kernel, graph_is_kept, register, save_for_backward
 
 
@@ -20,6 +21,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[False] = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor: ...
 @overload
@@ -30,6 +32,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[True],
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -40,6 +43,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
@@ -49,6 +53,7 @@ def token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(logits), without a [..., V] temporary.
@@ -56,6 +61,10 @@ def token_logprobs(
     With z = softcap·tanh(logits / softcap) / temperature (no tanh when softcap is None)::
 
         logp = z[label] − logsumexp(z)          entropy = −Σ_v p_v log p_v,   p = softmax(z)
+
+    With ``support`` the sums are over the tokens that truncated sampling (top-k, top-p, min-p, a
+    grammar) left of the vocabulary: p is softmax over them, the distribution that the sampler drew
+    from, and the logits of the others get no gradient.
 
     The forward reads the logits once; the backward reads them once and writes their gradient once.
     −inf logits have p = 0 and p·log p = 0.
@@ -68,18 +77,23 @@ def token_logprobs(
             (no gradient flows to it).
         softcap: > 0, Gemma's bound on the logits; None for none.
         entropy: return the entropy too, with its gradient.
+        support: [..., K], int64 or int32: the tokens of each row's set, each once, the label among
+            them; −1 fills a row up. A row of −1 alone has no set: its p is over the whole
+            vocabulary. None: no row has one.
         inplace_backward: let the backward overwrite ``logits`` with its gradient: no second
             [..., V] tensor. Nothing else may read ``logits`` after that; another backward
             that needs them raises an error. Logits that are a leaf (or a view of one), that share
-            memory among rows, or whose graph is kept (retain_graph) are left as they are. Inside
-            torch.compile this is left to the compiler's own buffer reuse.
+            memory among rows, or whose graph is kept (retain_graph) are left as they are, as are
+            all with ``support``. Inside torch.compile this is left to the compiler's own buffer
+            reuse.
 
     Returns:
         logp [...] in nats, or (logp, entropy); float32 (float64 for float64 logits).
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype or device; a label outside
-            [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
+            [0, V), or a set that does not hold it (on CUDA checked only under
+            ``rlhf_fast.debug()``).
     """
     check.floating("logits", logits)
     check.at_least_1d("logits", logits)
@@ -90,16 +104,29 @@ def token_logprobs(
     check.flag("entropy", entropy)
     check.flag("inplace_backward", inplace_backward)
 
+    ids = sets.checked(support, labels)
     rows = _rows(logits)
-    logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
-        rows,
-        labels.reshape(rows.shape[:-1]).contiguous(),
-        divisor,
-        None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous(),
-        softcap,
-        entropy,
-        inplace_backward and _may_overwrite(logits),
-    )
+    labels_ = labels.reshape(rows.shape[:-1]).contiguous()
+    per_token = None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous()
+
+    def over(
+        logits: Tensor, labels: Tensor, softcap: float | None, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
+            logits, labels, divisor, per_token, softcap, entropy, inplace
+        )
+        return logp, entropy_
+
+    if ids is None:
+        logp, entropy_ = over(rows, labels_, softcap, inplace_backward and _may_overwrite(logits))
+    else:
+        at = sets.positions(ids, labels.reshape(-1), logits.shape[-1])
+        at = at.view(labels_.shape)
+        logp, entropy_ = over(sets.taken(rows, ids, softcap), at, None, True)
+        whole = labels_.masked_fill(at != check.IGNORE_INDEX, check.IGNORE_INDEX)
+        if not check.values_can_be_read(labels) or bool((whole != check.IGNORE_INDEX).any()):
+            others = over(rows, whole, softcap, False)
+            logp, entropy_ = logp + others[0], entropy_ + others[1]
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
 
@@ -112,6 +139,7 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[False] = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor: ...
 @overload
@@ -122,6 +150,7 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: Literal[True],
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -132,6 +161,7 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def reference(
@@ -141,12 +171,15 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     inplace_backward: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The formula in plain PyTorch; holds several [..., V] tensors."""
     divisor = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     z = logits.to(check.accumulator(logits))
     z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / divisor
+    if support is not None:
+        z = sets.left(z, support, labels)
     log_p = torch.log_softmax(z, dim=-1)
     kept = labels != check.IGNORE_INDEX
     index = labels.clamp(min=0).unsqueeze(-1)
@@ -370,6 +403,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     one_hot = torch.full((4, 65), -torch.inf)
     one_hot[:, 3] = 1.0
     yield sample("one-hot", one_hot, torch.full((4,), 3), entropy=True)
+    few = sets.drawn(y, 321, 7, generator)
+    yield sample("support", x, y, support=few, entropy=True)
+    yield sample("support, all", x, y, support=few.int(), entropy=True, softcap=2.0,
+                 temperature=per_token, inplace_backward=True)  # fmt: skip
+    yield sample("support of many", x, y, support=sets.drawn(y, 321, 300, generator), entropy=True)
     yield sample("huge", logits(4, 90, scale=1e4), labels(4, vocab=90), entropy=True)
 
 

@@ -15,8 +15,8 @@ from rlhf_fast.trainer.run.terminal import give_up_what_is_gone, steady_terminal
 
 
 def parsed(config: str, argv: Sequence[str], *, prog: str) -> Any:
-    options = load("rlhf_fast.trainer.config")
-    return options.parse(getattr(options, config), argv, prog=prog)
+    config_class = getattr(load("rlhf_fast.trainer.config"), config)
+    return load("rlhf_fast.trainer.flags").parse(config_class, argv, prog=prog)
 
 
 def reward(argv: Sequence[str]) -> None:

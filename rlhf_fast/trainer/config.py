@@ -6,39 +6,33 @@ A field is a flag (`--learning_rate` or `--learning-rate`) and a key of the YAML
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from argparse import ArgumentDefaultsHelpFormatter
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from copy import copy
-from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
-from os import PathLike
-from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any, ClassVar
 
 import torch
-import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
-from rlhf_fast.ops.check import LARGEST, SMALLEST
 from rlhf_fast.ops.options import PolicyOptions
 
+from .checks import (
+    above_zero,
+    at_least,
+    at_most,
+    below_one,
+    finite,
+    in_ranges,
+    not_empty,
+    one_of,
+    paths_as_text,
+    seed_in_range,
+)
 from .errors import InputError
-
-# The parts of --help and of docs/options.md, in this order.
-GROUPS = ("model and data", "sampling", "rewards", "objective", "optimiser", "run", "devices")
 
 
 def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
     metadata = {"group": group, "help": help}
     return field(default=default, metadata=metadata | ({"choices": choices} if choices else {}))
-
-
-# Names in one text, separated by commas; in a file they may also be a list.
-COMMAS = {"report_to", "lora_target_modules"}
 
 
 @dataclass(kw_only=True)
@@ -353,6 +347,9 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     top_p: float = option(
         "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
     )
+    min_p: float = option(
+        "sampling", 0.0, help="sample among tokens at least this times as likely as the likeliest"
+    )
     rollout_engine: str | None = option(
         "sampling",
         None,
@@ -458,7 +455,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
         "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
         "reward", "reward_weights", "judge", "keep_special_tokens",
-        "max_new_tokens", "temperature", "top_k", "top_p",
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -467,9 +464,9 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
         at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon")
         at_least(self, 0, "beta", "value_coef", "missing_eos_penalty")
-        at_least(self, 0, "gamma", "lam", "top_k", "warmup_steps", "weight_decay")
+        at_least(self, 0, "gamma", "lam", "top_k", "min_p", "warmup_steps", "weight_decay")
         at_least(self, 0, "adam_beta1", "adam_beta2")
-        at_most(self, 1, "gamma", "lam", "top_p")
+        at_most(self, 1, "gamma", "lam", "top_p", "min_p")
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
@@ -571,6 +568,11 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 "multiplying 0 leaves 0",
             ),
             (
+                self.adaptive_kl_target is not None and 0.2 * self.batch_size >= self.kl_horizon,
+                ("kl_horizon", "batch_size"),
+                "a KL of 0 would take beta to 0 or below, choose a horizon above batch_size/5",
+            ),
+            (
                 self.attn_implementation == "flash_attention_2" and not self.bf16,
                 ("attn_implementation", "bf16"),
                 "flash attention has no float32",
@@ -619,6 +621,9 @@ class GenerateConfig:
     top_p: float = option(
         "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
     )
+    min_p: float = option(
+        "sampling", 0.0, help="sample among tokens at least this times as likely as the likeliest"
+    )
     keep_special_tokens: bool = option(
         "sampling", False, help="write the special tokens of an answer, too (<think>, tool calls)"
     )
@@ -637,9 +642,9 @@ class GenerateConfig:
         not_empty(self)
         seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
-        at_least(self, 0, "temperature", "top_k")
+        at_least(self, 0, "temperature", "top_k", "min_p")
         above_zero(self, "top_p")
-        at_most(self, 1, "top_p")
+        at_most(self, 1, "top_p", "min_p")
 
 
 @dataclass(kw_only=True)
@@ -650,233 +655,3 @@ class PlotConfig:
     output: str | None = option(
         "run", None, help="PNG to write [unset: plot.png in the run's folder]"
     )
-
-
-def at_least(config: Any, low: float, *names: str) -> None:
-    check(config, lambda value: value >= low, f"at least {low}", names)
-
-
-def at_most(config: Any, high: float, *names: str) -> None:
-    check(config, lambda value: value <= high, f"at most {high}", names)
-
-
-def above_zero(config: Any, *names: str) -> None:
-    check(config, lambda value: value > 0, "above 0", names)
-
-
-def below_one(config: Any, *names: str) -> None:
-    check(config, lambda value: value < 1, "below 1", names)
-
-
-def finite(config: Any, *names: str) -> None:
-    check(config, lambda value: True, "or unset", names)
-
-
-def in_ranges(config: Any, ranges: dict[str, dict[str, float | None]]) -> None:
-    for name, bounds in ranges.items():
-        low, high, above = bounds["low"], bounds["high"], bounds["above"]
-        finite(config, name)
-        if low is not None:
-            check(config, lambda value, low=low: value >= low, f"at least {low:g}", [name])
-        if high is not None:
-            check(config, lambda value, high=high: value <= high, f"at most {high:g}", [name])
-        if above is not None:
-            check(config, lambda value, above=above: value > above, f"above {above:g}", [name])
-
-
-def seed_in_range(config: Any) -> None:
-    at_least(config, 0, "seed")
-    at_most(config, 2**32 - 1, "seed")
-
-
-def paths_as_text(config: Any) -> None:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, PathLike):
-            setattr(config, f.name, str(value))
-        elif isinstance(value, list | tuple) and any(isinstance(x, PathLike) for x in value):
-            setattr(config, f.name, [str(x) if isinstance(x, PathLike) else x for x in value])
-
-
-def not_empty(config: Any) -> None:
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, str) and not value.strip():
-            raise InputError(f"{f.name} is empty: expected text")
-
-
-def one_of(config: Any) -> None:
-    for f in fields(config):
-        value, choices = getattr(config, f.name), f.metadata.get("choices")
-        if choices and value is not None and value not in choices:
-            raise InputError(f"{f.name}={value}: expected one of {', '.join(choices)}")
-
-
-def check(config: Any, holds: Any, expected: str, names: Iterable[str]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is None:
-            continue
-        if not (math.isfinite(value) and holds(value)):
-            raise InputError(f"{name}={value}: expected a finite number, {expected}")
-        if value and not SMALLEST <= abs(value) <= LARGEST:
-            raise InputError(
-                f"{name}={value}: expected a number that float32 can compute with, "
-                f"{SMALLEST:g} to {LARGEST:g}"
-            )
-
-
-# ------------------------------------------------------------------------------------ parsing
-
-C = TypeVar("C")
-
-
-class FlagHelp(ArgumentDefaultsHelpFormatter):
-    """One spelling of each flag in --help (both `_` and `-` are taken), its values, its default."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=100)
-
-    def _format_action_invocation(self, action: Any) -> str:
-        flag = action.option_strings[0]
-        if action.nargs in (0, "?"):
-            return flag
-        if action.choices:
-            return f"{flag} {{{','.join(action.choices)}}}"
-        kind = {int: "INT", float: "FLOAT", yes_or_no: "BOOL"}.get(action.type, "TEXT")
-        return f"{flag} {kind}{' …' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: Any) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-class FlagParser(HfArgumentParser):
-    """Flags in GROUPS. Raises InputError where argparse would print its usage and leave."""
-
-    def _add_dataclass_arguments(self, config_class: type) -> None:
-        self.groups = {title: self.add_argument_group(title) for title in GROUPS}
-        super()._add_dataclass_arguments(config_class)
-
-    def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
-        flag = copy(field)
-        flag.metadata = dict(field.metadata)  # the rest is argparse's
-        HfArgumentParser._parse_dataclass_field(self.groups[flag.metadata.pop("group")], flag)
-
-    def error(self, message: str) -> None:
-        raise InputError(message)
-
-
-def flag_parser(config_class: type, *, prog: str) -> FlagParser:
-    """A config's fields as flags; --help prints them."""
-    parser = FlagParser(
-        config_class,
-        prog=prog,
-        usage=f"{prog} [--config FILE.yaml] [--flag VALUE …]",
-        description=config_class.__doc__,
-        formatter_class=FlagHelp,
-        allow_abbrev=False,
-        add_help=False,
-    )
-    parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
-    run = parser.groups["run"]
-    run.add_argument("--config", help="YAML file of these flags, without the dashes")
-    run.add_argument("--help", "-h", action="help", help="show this and leave")
-    for action in parser._actions:
-        if action.dest == "resume":  # a switch that also takes the word other trainers have for it
-            action.type = lambda word: word == "auto" or yes_or_no(word)
-        elif action.type is string_to_bool:
-            action.type = yes_or_no
-    return parser
-
-
-def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
-    """Flags, and the YAML file they name with --config, -> a checked config."""
-    parser = flag_parser(config_class, prog=prog)
-    argv = list(argv)
-    if not {"-h", "--help"} & set(argv):
-        file = FlagParser(add_help=False, allow_abbrev=False)
-        file.add_argument("--config")
-        named, argv = file.parse_known_args(argv)
-        if named.config is not None:  # the file's values come first, so later flags win
-            argv = yaml_flags(Path(named.config), config_class) + argv
-
-    required = [action for action in parser._actions if action.required]
-    for action in required:  # asked for below, after misspelt flags: one of those may be the cause
-        action.required = False
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"unknown flag {unknown[0]}{nearest(unknown[0], config_class, '--')}")
-    missing = [a.option_strings[0] for a in required if getattr(namespace, a.dest) is None]
-    if missing:
-        raise InputError(f"missing {', '.join(missing)}: give the flag, or the key in --config")
-    values = vars(namespace)
-    values.pop("config")
-    return config_class(**values)
-
-
-def yes_or_no(word: str) -> bool:
-    return string_to_bool({"on": "true", "off": "false"}.get(word.lower(), word))
-
-
-def yaml_flags(path: Path, config_class: type) -> list[str]:
-    """A YAML mapping as a list of flags, so that argparse checks both alike.
-
-    A value is the text that is written, as a flag's is, and the option says what it means: YAML 1.1
-    makes False of `no`, 7 of `007`, a date of `2026-11-28` and a string of `1e-5`. Of its words
-    only `null`, `~` and nothing are not text, where they are not quoted: they leave the default.
-    """
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8-sig"))
-        node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError(f"config={path}: expected lines of `key: value`")
-        written = Counter(str(key.value) for key, _ in node.value)
-        loader.flatten_mapping(node)  # `<<: *other`, whose keys come first
-    except OSError as error:
-        raise InputError(f"config={path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"config={path} is not UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
-    known = {f.name: f for f in fields(config_class)}
-    values: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode) or key.value not in known:
-            word = key.value if isinstance(key, yaml.ScalarNode) else "that is not a word"
-            raise InputError(f"config={path}: unknown key {word}{nearest(word, config_class)}")
-        if written[key.value] > 1:  # YAML itself would take the last
-            raise InputError(f"config={path}: {key.value} is there {written[key.value]} times")
-        values[key.value] = value
-    flags = []
-    for name, value in values.items():
-        where = f"config={path}: {name}"
-        several = str(known[name].type).startswith("list")
-        if isinstance(value, yaml.SequenceNode) and (several or name in COMMAS):
-            words = [scalar(item, f"{where} has an item that") for item in value.value]
-            if None in words:
-                raise InputError(f"{where} has an item that is empty, expected text")
-            if any(word.startswith("--") for word in words):
-                raise InputError(f"{where} has an item that begins with --, as flags do")
-            flags += [f"--{name}", *words] if several else [f"--{name}={','.join(words)}"]
-        elif (word := scalar(value, where)) is not None:
-            flags.append(f"--{name}={word}")
-    return flags
-
-
-def scalar(node: yaml.Node, where: str) -> str | None:
-    """The text as it is written; None for null."""
-    if not isinstance(node, yaml.ScalarNode):
-        kind = "list" if isinstance(node, yaml.SequenceNode) else "dict"
-        raise InputError(f"{where} is a {kind}, expected one value")
-    kind = node.tag.removeprefix("tag:yaml.org,2002:")
-    if kind not in ("str", "int", "float", "bool", "null", "timestamp", "value", "merge"):
-        raise InputError(f"{where} has the tag {node.tag}, expected one value without a tag")
-    return None if kind == "null" else node.value
-
-
-def nearest(word: str, config_class: type, dashes: str = "") -> str:
-    """` (did you mean …?)`, or nothing when no name is near."""
-    names = [f.name for f in fields(config_class)] + (["config"] if dashes else [])
-    asked = word.lstrip("-").split("=")[0].replace("-", "_")
-    found = difflib.get_close_matches(asked, names, n=1)
-    return f" (did you mean {dashes}{found[0]}?)" if found else ""

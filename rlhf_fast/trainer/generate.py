@@ -32,7 +32,7 @@ def generate(config: GenerateConfig) -> list[str]:
         )
     sampling = Sampling(
         config.max_new_tokens, config.temperature, stop_tokens(model, tokenizer),
-        config.top_k, config.top_p,
+        config.top_k, config.top_p, config.min_p,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
     draws = torch.rand(config.samples, config.max_new_tokens, generator=generator)

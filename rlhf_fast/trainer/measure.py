@@ -53,8 +53,9 @@ def sample_answers(
     ids, mask = pad([prompt.ids for prompt in batch], side="left")
     draws = torch.rand(len(batch), config.max_new_tokens, generator=generator)
     sampling = Sampling(
-        config.max_new_tokens, config.temperature, policy.stop_ids, config.top_k, config.top_p
-    )
+        config.max_new_tokens, config.temperature, policy.stop_ids, config.top_k, config.top_p,
+        config.min_p,
+    )  # fmt: skip
     ids, mask, draws = (x[share].to(policy.model.device) for x in (ids, mask, draws))
     with policy.whole(), policy.precision():
         return roll_out(policy, ids, mask, sampling, draws, engine)
@@ -112,11 +113,13 @@ def logprobs(
     rows: Tensor | slice,
     config: PPOConfig,
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob, entropy) [b, T] of the answers' tokens; no [b, T, V] tensor is ever held."""
+    """(log-prob, entropy) [b, T] of the answers' tokens, among those that each was drawn from; no
+    [b, T, V] tensor is ever held."""
     labels = rollout.labels[rows].masked_fill(~rollout.mask[rows], -100)
     return linear_token_logprobs(
         hidden, head.weight, labels, bias=head.bias, softcap=softcap(policy.model),
         temperature=config.temperature * logit_divisor(policy.model), entropy=True,
+        support=None if rollout.support is None else rollout.support[rows],
     )  # fmt: skip
 
 
@@ -148,9 +151,10 @@ def gather(workers: Workers, rollout: Rollout, measured: Measured) -> tuple[Roll
         return rollout, measured
     length = workers.largest(rollout.mask.size(1))
     more = length - rollout.mask.size(1)
+    sets = 0 if rollout.support is None else workers.largest(rollout.support.size(2))
     whole = {
         name: None if x is None else workers.gather(x)
-        for name, x in vars(widen(rollout, length)).items()
+        for name, x in vars(widen(rollout, length, sets)).items()
     }
     columns = {
         name: None if x is None else workers.gather(torch.nn.functional.pad(x, (0, more)))

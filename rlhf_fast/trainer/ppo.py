@@ -58,7 +58,7 @@ from rlhf_fast.trainer.run.console import (
     samples_table,
     summary_line,
 )
-from rlhf_fast.trainer.run.contents import check_contents
+from rlhf_fast.trainer.run.contents import CONTENTS, check_contents
 from rlhf_fast.trainer.run.diagnostics import new_warnings
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 from rlhf_fast.trainer.run.metrics import finite
@@ -103,9 +103,10 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     control = Control(config)
     run.check_end(config.steps)
     names = ("model", "value_model", "reward", "judge", "rollout_engine")
-    contents = {"data": rows} | {name: getattr(config, name) for name in names}
-    workers.main_only(partial(check_contents, run, contents))
+    named = {"data": rows} | {name: getattr(config, name) for name in names}
+    contents = workers.main_only(partial(check_contents, run, named))
     run.begin()
+    run.save(CONTENTS, contents)
     # Answering held-out prompts first also shows whether reward and judge work at all.
     columns = ("prompt", "answer", "score", "kl")
     before = run.load("before.json", columns) if run.exists else None
@@ -298,11 +299,12 @@ def policy_term(
     """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
     the tokens that count."""
     rollout, old, advantages = batch.rollout, batch.old, batch.advantages
-    weights = None if batch.corrections is None else batch.corrections[rows]
+    corrections = None if batch.corrections is None else batch.corrections[rows]
     return linear_policy_loss(
         hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
-        normalizer=normalizer, weights=weights, ref_logp=old.ref_logp[rows],
+        normalizer=normalizer, importance_weights=corrections, ref_logp=old.ref_logp[rows],
         **config.policy_options(beta),
         temperature=config.temperature * logit_divisor(policy.model),
         softcap=softcap(policy.model), bias=policy.head.bias,
+        support=None if rollout.support is None else rollout.support[rows],
     )  # fmt: skip

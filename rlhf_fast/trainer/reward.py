@@ -41,7 +41,7 @@ from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
 from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import console, progress_bar
-from rlhf_fast.trainer.run.contents import check_contents
+from rlhf_fast.trainer.run.contents import CONTENTS, check_contents
 from rlhf_fast.trainer.run.folder import Run
 from rlhf_fast.trainer.schedule import Schedule, Updates
 from rlhf_fast.trainer.update import Stepper
@@ -100,9 +100,10 @@ def train(config: RewardConfig) -> dict:
     updates = Updates(config)
     stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
     run.check_end(steps)
-    contents = {"data": rows, "eval_data": eval_rows, "model": config.model}
-    workers.main_only(partial(check_contents, run, contents))
+    named = {"data": rows, "eval_data": eval_rows, "model": config.model}
+    contents = workers.main_only(partial(check_contents, run, named))
     run.begin()
+    run.save(CONTENTS, contents)
     first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main:

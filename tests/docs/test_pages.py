@@ -84,3 +84,17 @@ def test_every_file_that_is_named_exists() -> None:
         named = re.findall(rf"`({folders}/[\w./-]*)`", text)
         missing += [(page, x) for x in named if not (ROOT / x).exists()]
     assert missing == []
+
+
+def test_contributing_names_every_folder() -> None:
+    tops = ("rlhf_fast", "kernels", "csrc", "bench", "docs", "examples", "tests")
+    kinds = ("*.py", "*.cpp", "*.md", "*.json", "*.png")
+    folders = [ROOT / top for top in tops]
+    folders += [x for top in tops for x in (ROOT / top).rglob("*") if x.is_dir()]
+    table = TEXTS["CONTRIBUTING.md"].split("## Where things are")[1].split("## ")[0]
+    for folder in folders:
+        name = folder.relative_to(ROOT).as_posix()
+        made_by_a_command = any(part[0] in "._" for part in name.split("/"))
+        if not made_by_a_command and any(x for kind in kinds for x in folder.glob(kind)):
+            of_a_machine = folder.parent == ROOT / "bench" / "results"
+            assert of_a_machine or f"`{name}/`" in table, name

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import PPOConfig, RewardConfig, parse
+from rlhf_fast.trainer.config import PPOConfig, RewardConfig
+from rlhf_fast.trainer.flags import parse
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 

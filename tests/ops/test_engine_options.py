@@ -250,7 +250,7 @@ def test_every_loss_by_token_is_one_pass(inside, options, forward, backward) -> 
     ("options", "forward", "backward"),
     [
         ({}, 3 * N // 4, 0),
-        ({"weights": "half"}, 3 * N // 8, 0),
+        ({"importance_weights": "half"}, 3 * N // 8, 0),
         ({"entropy_coef": 0.1}, 3 * N // 2, 0),
         ({"kl_coef": 0.1}, 3 * N // 2, 0),
         ({"ratio": "sequence"}, N // 2, N),  # each log-prob moves the ratio of all
@@ -265,8 +265,8 @@ def test_rows_that_cannot_matter_leave_the_loss(inside, options, forward, backwa
     row = torch.arange(N).view(4, -1)
     arguments["mask"] = row % 2 == 0
     arguments["advantages"] = torch.where(row % 4 == 0, 0.0, 1.0)
-    if "weights" in options:
-        options = {"weights": (row % 8 < 4).float()}
+    if "importance_weights" in options:
+        options = {"importance_weights": (row % 8 < 4).float()}
     if "kl_coef" in options:
         options = {**options, "ref_logp": arguments["old_logp"]}
     flops = policy_flops(inside, arguments, options)

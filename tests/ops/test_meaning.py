@@ -345,12 +345,22 @@ def test_cispo_by_hand() -> None:
     assert stats.clipfrac == 0
 
 
+def test_importance_weights_by_their_old_name() -> None:
+    x = torch.tensor([[-1.0, -3.0]])
+    hidden, head = torch.eye(2)[None], torch.arange(10.0).view(5, 2)
+    labels = torch.tensor([[1, 4]])
+    for loss, inputs in ((rf.policy_loss, (x,)), (rf.linear_policy_loss, (hidden, head, labels))):
+        found = loss(*inputs, x, x, ones(1, 2), importance_weights=-x)
+        with pytest.warns(DeprecationWarning, match="weights is now importance_weights"):
+            assert loss(*inputs, x, x, ones(1, 2), weights=-x)[0] == found[0]
+
+
 def test_reinforce_by_hand() -> None:
     logp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
     old = logp.detach() - torch.tensor([[2.0, 0.5]]).log()
     loss, stats = rf.policy_loss(
         logp, old, torch.tensor([[3.0, -1.0]]), ones(1, 2), loss="reinforce",
-        weights=torch.tensor([[1.0, 2.0]]),
+        importance_weights=torch.tensor([[1.0, 2.0]]),
     )  # fmt: skip
     assert loss.item() == pytest.approx((3 - 2 * 3) / 2)
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], torch.tensor([[-1.5, 1.0]]))

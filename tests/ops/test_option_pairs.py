@@ -42,7 +42,7 @@ LOSSES = {
         f.name: f.metadata["choices"] or (f.default, SAMPLES[f.name]) for f in fields(PolicyOptions)
     },
     "normalizer": (None, 5.5, "0-dim"),
-    "weights": (None, "given"),
+    "importance_weights": (None, "given"),
     "ref_logp": (None, "given"),
 }
 OPTIONS = {
@@ -100,7 +100,7 @@ def inputs(op: str, chosen: dict[str, Any]) -> tuple[dict[str, Any], list[Tensor
         "temperature": 0.5 + draw(B, T).abs(), "bias": draw(V, grad=True), "ref_bias": draw(V),
         "lora": (draw(R, H, grad=True), draw(V, R, grad=True), 0.7), "ref_weight": draw(V, H),
         "ref_lora": (draw(R, H), draw(V, R), 0.4),
-        "weights": draw(B, T).abs(), "ref_logp": logp + 0.3 * draw(B, T),
+        "importance_weights": draw(B, T).abs(), "ref_logp": logp + 0.3 * draw(B, T),
         "normalizer": torch.tensor(3.5), "entropy": draw(B, T, grad=True),
     }  # fmt: skip
     x: dict[str, Any] = {}

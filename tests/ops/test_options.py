@@ -33,7 +33,8 @@ sys.modules["rlhf_fast._C"] = None
 import torch
 import rlhf_fast as rf
 from rlhf_fast.ops.registry import KERNELS
-from rlhf_fast.trainer.config import PPOConfig, parse
+from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.flags import parse
 from rlhf_fast.trainer.errors import InputError
 
 def refused(call):

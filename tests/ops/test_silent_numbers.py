@@ -158,7 +158,7 @@ def kl_of_masked(estimator):
 INFINITE = {
     "reinforce, advantage 0": lambda: loss_of_policy(loss="reinforce"),
     "cispo, advantage 0": lambda: loss_of_policy(loss="cispo"),
-    "weight 0": lambda: loss_of_policy(loss="reinforce", weights=A),
+    "weight 0": lambda: loss_of_policy(loss="reinforce", importance_weights=A),
     "entropy_coef 0": lambda: loss_of_policy(entropy=torch.tensor([[INF, 1.0]])),
     "kl_coef 0": lambda: loss_of_policy(ref_logp=-torch.ones(1, 2), kl_estimator="k2"),
     "normalizer 0, KL": lambda: loss_of_policy(

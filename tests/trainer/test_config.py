@@ -5,15 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import (
-    GROUPS,
-    GenerateConfig,
-    PlotConfig,
-    PPOConfig,
-    RewardConfig,
-    parse,
-)
+from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.flags import GROUPS, parse
 
 PPO = ["--model", "m", "--data", "d", "--reward", "r", "--output_dir", "o"]
 
@@ -163,6 +157,10 @@ def test_bad_flags(flags, message):
         ),
         ({"kl_in": "loss"}, "kl_in=loss and kl_estimator=k1"),
         ({"adaptive_kl_target": 6.0, "beta": 0.0}, "adaptive_kl_target=6.0 and beta=0.0"),
+        (
+            {"adaptive_kl_target": 6.0, "batch_size": 320, "kl_horizon": 64},
+            "kl_horizon=64 and batch_size=320",
+        ),
         (
             {"attn_implementation": "flash_attention_2"},
             "attn_implementation=flash_attention_2 and bf16=False",

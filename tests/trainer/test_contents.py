@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,8 @@ def run(configured, tiny_policy_folder, tiny_reward_folder, tmp_path):
     made = configured("out", prompts=prompts, batch_size=2, minibatches=1, eval_prompts=2, **config)
     data = Path(made.data).read_text()
 
-    def train(steps: int) -> None:
-        made.steps = steps
-        ppo.train(made)
+    def train(steps: int, **options) -> None:
+        ppo.train(replace(made, steps=steps, **options))
 
     train.data, train.rows, train.folder = Path(made.data), data, Path(made.output_dir)
     train(1)
@@ -46,6 +46,21 @@ def test_what_changed_is_refused_by_name(run, tmp_path):
             run(2)
         path.write_bytes(before)
     run(2)
+
+
+def test_a_run_that_begins_again_keeps_nothing_of_the_one_before(run, monkeypatch):
+    """Killed between its config.yaml and its own digests, it goes on with the data it was given."""
+
+    def killed(self, name, value):
+        raise KeyboardInterrupt
+
+    run.data.write_text("".join(run.rows.splitlines(keepends=True)[::-1]))
+    with monkeypatch.context() as patch:
+        patch.setattr("rlhf_fast.trainer.run.folder.Run.save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(1, resume=False, overwrite=True)
+    assert not (run.folder / "contents.json").exists()
+    run(1)
 
 
 def flipped(path: Path) -> bytes:

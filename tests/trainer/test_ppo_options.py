@@ -89,7 +89,7 @@ def test_optimizer_options(configured, monkeypatch):
 def test_clip_options_reach_the_loss(configured, seen):
     ppo.train(configured(steps=1, clip=0.1, clip_high=0.28, dual_clip=3.0))
     assert {(c["clip_low"], c["clip_high"], c["dual_clip"]) for c in seen} == {(0.1, 0.28, 3.0)}
-    assert all(c["kl_coef"] == 0 and c["weights"] is None for c in seen)
+    assert all(c["kl_coef"] == 0 and c["importance_weights"] is None for c in seen)
 
 
 def test_kl_in_the_loss(configured, seen):
@@ -264,7 +264,7 @@ def test_an_engine_with_other_numerics_is_corrected(configured, seen):
 
     config = configured(steps=1, tis_cap=2.0)
     ppo.train(config, engine=biased)
-    weights = torch.cat([c["weights"].flatten() for c in seen])
+    weights = torch.cat([c["importance_weights"].flatten() for c in seen])
     assert weights.max() == 2.0  # the ratio is 4, cut at the cap
     assert (weights == 2.0).float().mean() > 0.5
     assert metrics(config)[0]["val/rollout_ratio_max"] == pytest.approx(4, rel=1e-3)

@@ -210,7 +210,7 @@ def test_draws_give_each_token_its_probability():
     logits = torch.tensor([0.3, float("-inf"), 2.0, -1.0, 0.7, float("-inf")])
     count = 10_000
     draws = (torch.arange(count) + 0.5) / count
-    token, logp = choose(logits.expand(count, -1), draws, Sampling(1, 1.3, []))
+    token, logp, _ = choose(logits.expand(count, -1), draws, Sampling(1, 1.3, []))
     probs = torch.softmax(logits / 1.3, -1)
     shares = torch.bincount(token, minlength=6) / count
     assert (shares - probs).abs().max() <= 1.001 / count
@@ -220,7 +220,7 @@ def test_draws_give_each_token_its_probability():
 def test_no_draw_takes_an_impossible_token():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, -1)
     draws = torch.tensor([0.0, 1 - 2**-24])  # the ends of what torch.rand gives
-    token, logp = choose(logits, draws, Sampling(1, 1.0, []))
+    token, logp, _ = choose(logits, draws, Sampling(1, 1.0, []))
     assert token.tolist() == [1, 2] and torch.isfinite(logp).all()
 
 
@@ -229,7 +229,7 @@ def test_top_k_and_top_p(options):
     """Probabilities .5 .3 .1 .1: each option leaves the first two, renormalised."""
     logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(100, -1)
     draws = (torch.arange(100) + 0.5) / 100
-    token, logp = choose(logits, draws, Sampling(1, 1.0, [], **options))
+    token, logp, _ = choose(logits, draws, Sampling(1, 1.0, [], **options))
     assert set(token.tolist()) == {0, 1}
     torch.testing.assert_close(logp.exp(), torch.tensor([0.625, 0.375])[token])
 
@@ -242,7 +242,7 @@ def test_the_temperature_comes_before_top_p(temperature, top_p, left):
     """Of .5 .3 .2 as they are both leave the first two. (top_k sees an order, which stays.)"""
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(100, -1)
     draws = (torch.arange(100) + 0.5) / 100
-    token, logp = choose(logits, draws, Sampling(1, temperature, [], top_p=top_p))
+    token, logp, _ = choose(logits, draws, Sampling(1, temperature, [], top_p=top_p))
     shares = torch.bincount(token, minlength=3) / 100
     torch.testing.assert_close(shares, torch.tensor(left), rtol=0, atol=0.011)
     torch.testing.assert_close(logp.exp(), torch.tensor(left)[token], rtol=0, atol=1e-3)

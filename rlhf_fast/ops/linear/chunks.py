@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import pad
 
 from .. import check
+from ..support import outside
 
 if TYPE_CHECKING:
     from .vocab_parallel import Part
@@ -193,6 +194,11 @@ class Head(NamedTuple):
     down: Tensor | None = None  # [r, H], the adapter's scale in it
     up: Tensor | None = None  # [V, r]
 
+    def constant(self) -> Head:
+        """The same, with no gradient."""
+        bias, down, up = (None if x is None else x.detach() for x in self[2:])
+        return Head(self.hidden.detach(), self.weight.detach(), bias, down, up)
+
 
 def plain(
     hidden: Tensor,
@@ -279,6 +285,7 @@ def chunks(
     buffers: int = 1,
     slot: int = 0,
     part: Part | None = None,
+    support: Tensor | None = None,
     leave_for: Tensor | None = None,
     memory: Memory | None = None,
 ) -> Iterator[Chunk]:
@@ -291,6 +298,8 @@ def chunks(
         number `slot` of them.
     part: this rank's part of the vocabulary; all ranks of its group then have chunks of the same
         rows.
+    support: ids [N, K] of ``rlhf_fast.ops.support``, of this part's tokens: the other columns of a
+        row are −inf, all are there where it has none.
     leave_for: the norm that a forward pass computes: its last chunk is left where ``left_by`` finds
         it by that norm.
     memory: what ``left_by`` found. The chunk in it comes first, unless more than a third of its
@@ -335,6 +344,8 @@ def chunks(
         padded = buffer[: operand.shape[0]]
         make_logits(head, operand, padded)
         latest = Chunk(rows, padded[: stop - start], hidden, padded)
+        if support is not None:
+            latest.logits.masked_fill_(outside(take(support, rows), vocab), -torch.inf)
         yield latest
     if latest is not None and leave_for is not None:
         _memory[key] = Memory(whole, latest._replace(hidden=None), leave_for)

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import check
+from .. import support as sets
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
+from ..linear import support as few
 from ..linear import vocab_parallel
 from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
@@ -30,6 +32,7 @@ def linear_token_kl(
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Tensor | None = None,
     lora: linear.Lora | None = None,
     ref_lora: linear.Lora | None = None,
     group: ProcessGroup | None = None,
@@ -77,6 +80,8 @@ def linear_token_kl(
         bias, ref_bias: [V] or None.
         temperature: > 0, the divisor of both logits; a float or a tensor [...] of one per token.
         softcap: > 0, the bound on both logits; None for none.
+        support: [..., K], the tokens that sampling left, as in ``linear_token_logprobs``: p and q
+            are then both softmax over the same set, and the KL is between those two.
         lora: (A [r, H], B [V, r], scale): an adapter on the policy's head that has not been
             merged, as in ``linear_token_logprobs``.
         ref_lora: (A [r, H_ref], B [V, r], scale): the same on the reference's head, of a rank of
@@ -102,23 +107,38 @@ def linear_token_kl(
     from_logits._softcap(softcap, dtype)
     check.flag("compact", compact)
     check.flag("deterministic", deterministic)
+    ref = ref.constant()
     own: tuple[Tensor | None, ...] = ref
     if ref_weight is None:
         own = ref.hidden, None, None, ref.down, ref.up
-    logp, ref_logp, kl, _, _ = torch.ops.rlhf_fast.linear_token_kl(
-        *head,
-        *(None if x is None else x.detach() for x in own),
-        labels.reshape(-1),
-        divisor,
-        None if per_token is None else per_token.reshape(-1),
-        softcap,
-        direction == "reverse",
-        compact,
-        deterministic,
-        vocab_parallel.name(group),
-        linear.needs_gradient(head),
-    )
-    return tuple(x.reshape(labels.shape) for x in (logp, ref_logp, kl))
+    ids, ranks = sets.checked(support, labels), vocab_parallel.name(group)
+    reverse = direction == "reverse"
+    per_token = None if per_token is None else per_token.reshape(-1)
+
+    def whole_heads(labels: Tensor) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = torch.ops.rlhf_fast.linear_token_kl(
+            *head, *own, labels, divisor, per_token, softcap, ids, reverse, compact, deterministic,
+            ranks, linear.needs_gradient(head),
+        )[:3]  # fmt: skip
+        return found
+
+    flat = labels.reshape(-1)
+    if ids is None:
+        found = whole_heads(flat)
+    else:
+        rows = few.rows(head, flat, ids, softcap, ranks)
+        scale = divisor if per_token is None else per_token.unsqueeze(-1)
+        nothing = (rows.at == check.IGNORE_INDEX).unsqueeze(-1)
+        log_p, log_q = (
+            torch.log_softmax(rows.logits(x).masked_fill(nothing, 0.0) / scale, -1)
+            for x in (head, ref)
+        )
+        found = _of_log_probs(log_p, log_q, rows.at, reverse)
+        if rows.others is not None:
+            others = whole_heads(rows.others)
+            found = tuple(x + y for x, y in zip(found, others, strict=True))
+    logp, ref_logp, kl = (x.reshape(labels.shape) for x in found)
+    return logp, ref_logp, kl
 
 
 def _check_reference(
@@ -173,6 +193,7 @@ def reference(
     ref_bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Tensor | None = None,
     lora: linear.Lora | None = None,
     ref_lora: linear.Lora | None = None,
     **how: Any,
@@ -187,20 +208,30 @@ def reference(
         x = logits.to(check.accumulator(logits))
         z = x if softcap is None else softcap * torch.tanh(x / softcap)
         divisor = divisor.unsqueeze(-1) if isinstance(divisor, Tensor) else divisor
-        return torch.log_softmax(z / divisor, dim=-1)
-
-    def at_label(x: Tensor) -> Tensor:
-        chosen = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        return chosen.masked_fill(~kept, 0.0)
+        z = z / divisor
+        return torch.log_softmax(z if support is None else sets.left(z, support, labels), dim=-1)
 
     log_p = log_softmax(hidden, weight, bias, lora)
     with torch.no_grad():
         tied = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
         log_q = log_softmax(ref_hidden, *tied, ref_lora)
-    a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    return _of_log_probs(log_p, log_q, labels, direction == "reverse")
+
+
+def _of_log_probs(
+    log_p: Tensor, log_q: Tensor, labels: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, ref_logp, kl) [...] of two distributions [..., V], 0 where the label is ignored."""
+    kept = labels != check.IGNORE_INDEX
+    # of an ignored row nothing may matter, NaN included
+    log_p, log_q = (x.masked_fill(~kept.unsqueeze(-1), 0.0) for x in (log_p, log_q))
+
+    def at_label(x: Tensor) -> Tensor:
+        return x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    a, b = (log_p, log_q) if reverse else (log_q, log_p)
     gap = (a - b).masked_fill(a.exp() == 0, 0.0)
-    kl = (a.exp() * gap).sum(-1).masked_fill(~kept, 0.0)
-    return at_label(log_p), at_label(log_q), kl
+    return at_label(log_p), at_label(log_q), (a.exp() * gap).sum(-1)
 
 
 # The row kernels: logits of both in, no parameters in sight.
@@ -322,6 +353,7 @@ def _forward(
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
+    support: Tensor | None,
     reverse: bool,
     compact: bool,
     deterministic: bool,
@@ -337,6 +369,7 @@ def _forward(
     norm = logp.new_zeros((2, *labels.shape))
     outputs = logp, torch.zeros_like(logp), torch.zeros_like(logp), norm, torch.zeros_like(norm)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how["support"] = few.of_part(support, vocabulary)
     leave_for = norm if backward_follows else None
     for chunk, ref_logits in _chunks(heads, labels != check.IGNORE_INDEX, how, leave_for):
         of_rows = vocab_parallel.logits_kl(
@@ -374,6 +407,7 @@ def _backward(
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
+    support: Tensor | None,
     reverse: bool,
     compact: bool,
     deterministic: bool,
@@ -388,6 +422,7 @@ def _backward(
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
     grads = linear.Gradients(heads[0], linear.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
+    how["support"] = few.of_part(support, vocabulary)
     memories = linear.left_by(norm, hidden, 0), linear.left_by(norm, hidden, 1)
     for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
 
@@ -432,24 +467,25 @@ def _backward_fake(grad_logp: Tensor, grad_kl: Tensor, *arguments: Any) -> tuple
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *rest, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *heads, labels, ctx.temperature, per_token, ctx.softcap = rest
+    *heads, labels, ctx.temperature, per_token, ctx.softcap, support = rest
     _, ref_logp, kl, norm, ref_norm = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
     ctx.budget = linear.budget()
     labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
-    save_for_backward(ctx, *heads, labels, per_token, norm, ref_norm, kl)
+    save_for_backward(ctx, *heads, labels, per_token, support, norm, ref_norm, kl)
 
 
 def _autograd(
     ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None
 ) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 14
+    nothing = (None,) * 15
     if grad_logp is None and grad_kl is None:
         return (None,) * 5 + nothing
-    *heads, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
+    *heads, labels, per_token, support, norm, ref_norm, kl = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
-    scale, how = (ctx.temperature, per_token, ctx.softcap), (ctx.compact, ctx.same, ctx.group)
+    scale = ctx.temperature, per_token, ctx.softcap, support
+    how = ctx.compact, ctx.same, ctx.group
     with linear.within(ctx.budget):
         if grad_kl is None:  # the reference has no part in it
             grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
@@ -513,6 +549,18 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         for name in ("hidden", "ref_hidden", "temperature"):
             garbage.arguments[name][1::3] = torch.nan
         yield garbage
+    for most in (4, 40):  # made token by token; a chunk's row
+        for direction in DIRECTIONS:
+            garbage = sample(f"support of {most}, {direction}", 21, 16, 65, 8, **both,
+                             temperature=per_token.clone(), direction=direction)  # fmt: skip
+            x = garbage.arguments
+            x["support"] = sets.drawn(x["labels"], 65, most, generator)
+            for name in ("hidden", "ref_hidden", "temperature"):
+                x[name][1::3] = torch.nan
+            yield garbage
+    tied = sample("support, tied, softcap", 21, 16, 65, softcap=2.0)
+    tied.arguments["support"] = sets.drawn(tied.arguments["labels"], 65, 9, generator)
+    yield tied
     for direction in DIRECTIONS:  # a padded vocabulary
         padding = torch.arange(65) >= 60
         bias, ref_bias = (draw(65).masked_fill(padding, -torch.inf) for _ in range(2))
@@ -570,8 +618,9 @@ HEADS = (
     "Tensor? ref_up, Tensor labels, "
 )
 FORWARD = define_kernel(
-    f"linear_token_kl({HEADS}float temperature, Tensor? per_token, float? softcap, bool reverse, "
-    "bool compact, bool deterministic, str? group, bool backward_follows) "
+    f"linear_token_kl({HEADS}float temperature, Tensor? per_token, float? softcap, "
+    "Tensor? support, bool reverse, bool compact, bool deterministic, str? group, "
+    "bool backward_follows) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
@@ -582,7 +631,7 @@ FORWARD = define_kernel(
 BACKWARD = define_kernel(
     f"linear_token_kl_backward(Tensor grad_logp, Tensor grad_kl, {HEADS}Tensor norm, "
     "Tensor ref_norm, Tensor kl, float temperature, Tensor? per_token, float? softcap, "
-    "bool reverse, bool compact, bool deterministic, str? group, bool[] needs) "
+    "Tensor? support, bool reverse, bool compact, bool deterministic, str? group, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,

@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from .. import check
+from .. import support as sets
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
+from ..linear import support as few
 from ..linear import vocab_parallel
 from ..registry import Op, Sample, define_kernel, register, save_for_backward
 
@@ -25,6 +27,7 @@ def linear_token_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     lora: linear.Lora | None = None,
     group: ProcessGroup | None = None,
     compact: bool = True,
@@ -41,7 +44,7 @@ def linear_token_logprobs(
 
     FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
     less 2nHV where the n rows of the last chunk are used again: 6NHV in all where one chunk holds
-    everything.
+    everything. Rows with a small set of ``support`` take 6NKH and no product of the head at all.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -52,6 +55,9 @@ def linear_token_logprobs(
             inputs are not looked at and may hold anything, NaN too.
         bias: [V] or None.
         temperature, softcap, entropy: as in ``token_logprobs``.
+        support: as in ``token_logprobs``: [..., K], the tokens that sampling left. With a ``group``
+            they are tokens of the whole vocabulary. A set of at most V/16 tokens is made from its
+            own rows of ``weight``; a larger one, like the whole vocabulary, in a chunk.
         lora: (A [r, H], B [V, r], scale): an adapter on the head that has not been merged; the
             logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients. Sharded (FSDP2) as
             ``weight`` may be.
@@ -71,7 +77,8 @@ def linear_token_logprobs(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype or device; a label outside
-            [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
+            [0, V), or a set that does not hold it (on CUDA checked only under
+            ``rlhf_fast.debug()``).
     """
     head = linear.check_head(hidden, weight, bias, lora)
     accumulator = check.accumulator(hidden)
@@ -80,20 +87,51 @@ def linear_token_logprobs(
     for name, x in (("entropy", entropy), ("compact", compact), ("deterministic", deterministic)):
         check.flag(name, x)
     check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
-    logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
-        *head,
-        labels.reshape(-1),
-        divisor,
-        None if per_token is None else per_token.reshape(-1),
-        softcap,
-        entropy,
-        compact,
-        deterministic,
-        vocab_parallel.name(group),
-        linear.needs_gradient(head),
-    )
+    ids = sets.checked(support, labels)
+    logp, entropy_ = over_support(
+        head, labels.reshape(-1), ids, divisor,
+        None if per_token is None else per_token.reshape(-1), softcap, entropy, compact,
+        deterministic, vocab_parallel.name(group),
+    )  # fmt: skip
     logp = logp.reshape(labels.shape)
     return (logp, entropy_.reshape(labels.shape)) if entropy else logp
+
+
+def over_support(
+    head: linear.Head,
+    labels: Tensor,
+    ids: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    compact: bool,
+    deterministic: bool,
+    group: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(logp [N], entropy [N] or empty), with gradients, of checked arguments: labels [N] and the
+    sets ids [N, K], None where no row has one."""
+
+    def whole_head(labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
+            *head, labels, temperature, per_token, softcap, ids, entropy, compact, deterministic,
+            group, linear.needs_gradient(head),
+        )  # fmt: skip
+        return logp, entropy_
+
+    if ids is None:
+        return whole_head(labels, None)
+    rows = few.rows(head, labels, ids, softcap, group)
+    z = rows.logits(head)
+    logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
+        z[None], rows.at[None], temperature,
+        None if per_token is None else per_token[None].contiguous(), None, entropy, True,
+    )  # fmt: skip
+    logp, entropy_ = logp.view(-1), entropy_.view(-1)
+    if rows.others is not None:
+        others = whole_head(rows.others, ids)
+        logp, entropy_ = logp + others[0], entropy_ + others[1]
+    return logp, entropy_
 
 
 def reference(
@@ -105,6 +143,7 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    support: Tensor | None = None,
     lora: linear.Lora | None = None,
     **how: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -112,7 +151,7 @@ def reference(
     kept = labels != check.IGNORE_INDEX
     logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, kept)
     return from_logits.reference(
-        logits, labels, temperature=temperature, softcap=softcap, entropy=entropy
+        logits, labels, temperature=temperature, softcap=softcap, entropy=entropy, support=support
     )
 
 
@@ -126,6 +165,7 @@ def _forward(
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
+    support: Tensor | None,
     entropy: bool,
     compact: bool,
     deterministic: bool,
@@ -139,6 +179,7 @@ def _forward(
     norm = logp.new_zeros((2, *labels.shape))
     head, keep = linear.Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
+    how["support"] = few.of_part(support, part)
     for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
         rows = chunk.rows
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
@@ -170,6 +211,7 @@ def _backward(
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
+    support: Tensor | None,
     compact: bool,
     deterministic: bool,
     group: str | None,
@@ -185,6 +227,7 @@ def _backward(
     head = linear.Head(hidden, weight, bias, down, up)
     grads = linear.Gradients(head, linear.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
+    how["support"] = few.of_part(support, vocabulary)
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -221,7 +264,7 @@ def _forward_fake(
     labels: Tensor,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    entropy = options[3]
+    entropy = options[4]
     new = hidden.new_empty(labels.shape, dtype=check.accumulator(hidden))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new) if entropy else new.new_empty(0), norm
@@ -239,28 +282,29 @@ def _backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *rest, ctx.entropy, ctx.compact, ctx.same, ctx.group, _ = inputs
-    *head, labels, ctx.temperature, per_token, ctx.softcap = rest
+    *head, labels, ctx.temperature, per_token, ctx.softcap, support = rest
     _, entropy, norm = output
+    kept = entropy if ctx.entropy else None
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
     ctx.budget = linear.budget()
     labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
-    save_for_backward(ctx, *head, labels, per_token, norm, entropy if ctx.entropy else None)
+    save_for_backward(ctx, *head, labels, per_token, support, norm, kept)
 
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
-    nothing = (None,) * 9
+    nothing = (None,) * 10
     some = grad_entropy if grad_logp is None else grad_logp
     if some is None:
         return (None,) * 5 + nothing
-    *tensors, per_token, norm, entropy = ctx.saved_tensors
+    *tensors, per_token, support, norm, entropy = ctx.saved_tensors
     if grad_logp is None:
         grad_logp = torch.zeros_like(some)
     needs = list(ctx.needs_input_grad[:5])
     with linear.within(ctx.budget):
         grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
             grad_logp, grad_entropy, *tensors, norm, entropy, ctx.temperature, per_token,
-            ctx.softcap, ctx.compact, ctx.same, ctx.group, needs,
+            ctx.softcap, support, ctx.compact, ctx.same, ctx.group, needs,
         )  # fmt: skip
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), *nothing
 
@@ -297,6 +341,17 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield garbage
     yield sample("not compact", 21, 16, 65, bias=bias, entropy=True, compact=False)
     yield sample("deterministic", 21, 16, 65, bias=bias, entropy=True, deterministic=True)
+    base = sample("support", 21, 16, 65, bias=bias, entropy=True, temperature=per_token)
+    labels = base.arguments["labels"]
+    for most in (4, 40):  # made token by token; a chunk's row
+        ids = sets.drawn(labels, 65, most, generator)
+        for options in ({}, {"lora": lora}, {"softcap": 2.0}):
+            given = base.arguments | {"support": ids, **options}
+            name = ", ".join([f"support of {most}", *options])
+            yield Sample(name, given, (*base.grads, *(x for x in options if x == "lora")))
+    hidden = base.arguments["hidden"].masked_fill((labels < 0).unsqueeze(-1), torch.nan)
+    ignored = base.arguments | {"support": ids, "hidden": hidden, "lora": lora}
+    yield Sample("support, NaN where ignored", ignored, (*base.grads, "lora"))
     padded = bias.masked_fill(torch.arange(65) >= 60, -torch.inf)
     labels = torch.arange(21) % 60
     last = sample("-inf bias", 21, 16, 65, bias=padded, entropy=True)
@@ -326,8 +381,8 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 FORWARD = define_kernel(
     f"linear_token_logprobs({linear.HEAD}, Tensor labels, float temperature, Tensor? per_token, "
-    "float? softcap, bool entropy, bool compact, bool deterministic, str? group, "
-    "bool backward_follows) "
+    "float? softcap, Tensor? support, bool entropy, bool compact, bool deterministic, "
+    "str? group, bool backward_follows) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,
@@ -338,7 +393,8 @@ FORWARD = define_kernel(
 BACKWARD = define_kernel(
     f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {linear.HEAD}, "
     "Tensor labels, Tensor norm, Tensor? entropy, float temperature, Tensor? per_token, "
-    "float? softcap, bool compact, bool deterministic, str? group, bool[] needs) "
+    "float? softcap, Tensor? support, bool compact, bool deterministic, str? group, "
+    "bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_backward,
     fake=_backward_fake,

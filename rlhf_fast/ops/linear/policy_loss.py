@@ -12,10 +12,12 @@ from torch._guards import detect_fake_mode
 from torch.distributed import ProcessGroup
 
 from .. import aggregate, check, policy_loss, token_kl
+from .. import support as sets
 from .. import token_logprobs as from_logits
 from ..linear import chunks as linear
 from ..linear import vocab_parallel
-from ..options import LOSSES, PolicyOptions
+from ..linear.logprobs import over_support
+from ..options import LOSSES, RATIOS, PolicyOptions
 from ..policy_loss import PolicyStats
 from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 
@@ -30,10 +32,11 @@ def linear_policy_loss(
     mask: Tensor,
     *,
     normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     ref_logp: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Tensor | None = None,
     bias: Tensor | None = None,
     lora: linear.Lora | None = None,
     group: ProcessGroup | None = None,
@@ -54,13 +57,15 @@ def linear_policy_loss(
     until then, since a loss scale arrives with the incoming gradient.)
 
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
-    its log-probs are, so ``ratio="sequence"`` runs the two ops one after the other.
+    its log-probs are, so ``ratio="sequence"`` runs the two ops one after the other. So does
+    ``support``, whose small sets need no chunks.
 
     Rows that cannot change the loss are left out of the matrix products: masked ones, and, with
-    token ratios, those of zero advantage (or zero weight) when entropy_coef and kl_coef are 0. The
-    log-probs of rows left out are not known, so the statistics other than the surrogate are means
-    over the remaining tokens. ``PolicyStats.tokens`` is their number: weigh by it, and not by the
-    mask, to average over micro-batches or processes. Where it is 0 the statistics say nothing.
+    token ratios and no ``support``, those of zero advantage (or zero weight) when entropy_coef and
+    kl_coef are 0. The log-probs of rows left out are not known, so the statistics other than the
+    surrogate are means over the remaining tokens. ``PolicyStats.tokens`` is their number: weigh by
+    it, and not by the mask, to average over micro-batches or processes. Where it is 0 the
+    statistics say nothing.
 
     FLOPs: 6NHV, N the rows that are not left out; 2NHV where no gradient is wanted (no grad mode,
     or nothing requires grad).
@@ -68,9 +73,11 @@ def linear_policy_loss(
     Args:
         hidden: [..., T, H]; weight: [V, H]; bias: [V] or None: as in ``linear_token_logprobs``.
         labels: [..., T], int64, the sampled tokens; −100 does not count, whatever mask says.
-        old_logp, advantages, mask, weights, ref_logp: [..., T], and normalizer: as in
+        old_logp, advantages, mask, importance_weights, ref_logp: [..., T], and normalizer: as in
             ``policy_loss``. Entropy is computed here; entropy_coef needs no tensor.
         temperature, softcap: as in ``token_logprobs``.
+        support: [..., T, K], the tokens that sampling left, as in ``linear_token_logprobs``;
+            ``old_logp`` and ``ref_logp`` must be of the same sets.
         lora, group, compact, deterministic: as in ``linear_token_logprobs``: (A [r, H], B [V, r],
             scale) of an adapter on the head; the ranks that share the vocabulary out, whose loss
             and statistics are the same.
@@ -82,12 +89,13 @@ def linear_policy_loss(
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
+    importance_weights = policy_loss.under_old_name(importance_weights, options)
     head = linear.check_head(hidden, weight, bias, lora)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
     check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
     per_token_inputs = {"old_logp": old_logp, "advantages": advantages}
-    optional = {"ref_logp": ref_logp, "weights": weights}
+    optional = {"ref_logp": ref_logp, "importance_weights": importance_weights}
     per_token_inputs |= {name: x for name, x in optional.items() if x is not None}
     for name, x in per_token_inputs.items():
         check.like(name, x, "labels", labels)
@@ -106,10 +114,11 @@ def linear_policy_loss(
         return None if x is None else check.flat(x.detach(), dtype)
 
     counts = check.flat(mask & (labels != check.IGNORE_INDEX))
-    constants = constant(old_logp), constant(advantages), counts, constant(weights)
+    constants = constant(old_logp), constant(advantages), counts, constant(importance_weights)
     normalizer = aggregate.checked(chosen.aggregation, normalizer, mask, dtype)
+    ids = sets.checked(support, counting)
     labels, per_token = check.flat(labels), check.flat(per_token)
-    if chosen.ratio == "token":
+    if chosen.ratio == "token" and ids is None:
         grad = torch.is_grad_enabled()
         needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
@@ -117,10 +126,9 @@ def linear_policy_loss(
             *how, needs, *chosen.values(),
         )  # fmt: skip
     else:
-        logp, entropy, _ = torch.ops.rlhf_fast.linear_token_logprobs(
-            *head, labels.masked_fill(~counts, check.IGNORE_INDEX).view(-1), divisor,
+        logp, entropy = over_support(
+            head, labels.masked_fill(~counts, check.IGNORE_INDEX).view(-1), ids, divisor,
             None if per_token is None else per_token.view(-1), softcap, True, *how,
-            linear.needs_gradient(head),
         )  # fmt: skip
         entropy = entropy if chosen.entropy_coef else entropy.detach()  # no gradient of zeros
         total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
@@ -139,10 +147,11 @@ def reference(
     mask: Tensor,
     *,
     normalizer: float | Tensor | None = None,
-    weights: Tensor | None = None,
+    importance_weights: Tensor | None = None,
     ref_logp: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    support: Tensor | None = None,
     bias: Tensor | None = None,
     lora: linear.Lora | None = None,
     group: None = None,
@@ -155,22 +164,33 @@ def reference(
     mask = mask & (labels != check.IGNORE_INDEX)
     logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, mask)
     logp, entropy = from_logits.reference(
-        logits, labels, temperature=temperature, softcap=softcap, entropy=True
+        logits,
+        labels.masked_fill(~mask, check.IGNORE_INDEX),
+        temperature=temperature,
+        softcap=softcap,
+        entropy=True,
+        support=support,
     )
-    inputs = {"weights": weights, "entropy": entropy, "ref_logp": ref_logp}
+    inputs = {"importance_weights": importance_weights, "entropy": entropy, "ref_logp": ref_logp}
     loss, stats = policy_loss.reference(
         logp, old_logp, advantages, mask, normalizer=normalizer, **inputs, **options
     )
-    matters = mask & _matters(advantages, weights, o) if o.ratio == "token" else mask
+    matters = mask
+    if o.ratio == "token" and support is None:
+        matters = mask & _matters(advantages, importance_weights, o)
     stayed = policy_loss.reference(logp, old_logp, advantages, matters, **inputs, **options)[1]
     return loss, stayed._replace(surrogate=stats.surrogate)
 
 
-def _matters(advantages: Tensor, weights: Tensor | None, options: PolicyOptions) -> Tensor:
+def _matters(
+    advantages: Tensor, importance_weights: Tensor | None, options: PolicyOptions
+) -> Tensor:
     """Tokens whose loss can have a gradient."""
     if options.entropy_coef or options.kl_coef:
         return torch.ones_like(advantages, dtype=torch.bool)
-    return advantages != 0 if weights is None else (advantages != 0) & (weights != 0)
+    if importance_weights is None:
+        return advantages != 0
+    return (advantages != 0) & (importance_weights != 0)
 
 
 def _forward(
@@ -183,7 +203,7 @@ def _forward(
     old_logp: Tensor,
     advantages: Tensor,
     mask: Tensor,
-    weights: Tensor | None,
+    importance_weights: Tensor | None,
     ref_logp: Tensor | None,
     normalizer: Tensor | None,
     temperature: float,
@@ -199,7 +219,7 @@ def _forward(
     o = PolicyOptions(*options)  # ratio: token
     token_sum = replace(o, aggregation="token-sum").values()
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
-    matters = mask & _matters(advantages, weights, o)
+    matters = mask & _matters(advantages, importance_weights, o)
     coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
@@ -216,7 +236,7 @@ def _forward(
 
         targets = part(labels)
         divisors, weights_, ref_logp_ = (
-            None if x is None else part(x) for x in (per_token, weights, ref_logp)
+            None if x is None else part(x) for x in (per_token, importance_weights, ref_logp)
         )
         logp_, entropy_, norm = vocab_parallel.token_logprobs(
             logits, targets, temperature, divisors, softcap, True, vocabulary
@@ -242,9 +262,11 @@ def _forward(
         grads.add(chunk)
 
     def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
-        return torch.ops.rlhf_fast.policy_loss(
-            logp, old_logp, advantages, mask, weights, entropy, ref_logp, normalizer, *options
-        )[:2]
+        loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
+            logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
+            *options,
+        )  # fmt: skip
+        return loss, stats
 
     total, stats = whole(mask, normalizer, options)
     stats = torch.cat([stats[:1], whole(matters, None, token_sum)[1][1:]])
@@ -260,7 +282,7 @@ def _saved_dtype(hidden: Tensor) -> torch.dtype:
 NEEDS = 18  # the place of needs among the kernel's arguments
 
 
-def _fake(*args):
+def _fake(*args: Any) -> tuple[Tensor, ...]:
     hidden, old_logp = args[0], args[6]
     grads = [
         torch.empty_like(x, dtype=_saved_dtype(hidden)) if needed else hidden.new_empty(0)
@@ -312,7 +334,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     def everything(b: int, t: int, h: int, v: int, **options: Any) -> dict[str, Any]:
         x = draw(b, t, h, v, **options)
         return x | {
-            "weights": torch.rand(b, t, generator=generator) + 0.5,
+            "importance_weights": torch.rand(b, t, generator=generator) + 0.5,
             "ref_logp": x["old_logp"] + 0.3 * torch.randn(b, t, generator=generator),
             "bias": torch.randn(v, generator=generator),
             "temperature": 0.5 + torch.rand(b, t, generator=generator),
@@ -362,7 +384,13 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("adapter, everything", full, adapted)
     row = draw(3, 7, 4, 11, lora=adapter(4, 11), ratio="sequence")
     yield Sample("adapter, sequence", row, (*two, "lora"))
-    inputs = ("hidden", "old_logp", "advantages", "weights", "ref_logp", "temperature")
+    for most in (2, 20):  # made token by token; a chunk's row
+        for ratio in RATIOS:
+            x = everything(3, 9, 8, 33, lora=adapter(8, 33), ratio=ratio)
+            x["support"] = sets.drawn(x["labels"], 33, most, generator)
+            x["support"][~x["mask"]] = 1000  # behind the mask it may hold anything
+            yield Sample(f"support of {most}, {ratio}", x, adapted)
+    inputs = ("hidden", "old_logp", "advantages", "importance_weights", "ref_logp", "temperature")
     for how in ({"compact": True}, {"compact": False}, {"deterministic": True},
                 {"ratio": "sequence"}):  # fmt: skip
         garbage = everything(3, 9, 8, 33, lora=adapter(8, 33), **how)
@@ -408,9 +436,9 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 KERNEL = define_kernel(
     f"linear_policy_loss({linear.HEAD}, Tensor labels, "
-    "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? weights, Tensor? ref_logp, "
-    "Tensor? normalizer, float temperature, Tensor? per_token, float? softcap, bool compact, "
-    f"bool deterministic, str? group, bool[] needs, {PolicyOptions.schema()}) "
+    "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? importance_weights, "
+    "Tensor? ref_logp, Tensor? normalizer, float temperature, Tensor? per_token, float? softcap, "
+    f"bool compact, bool deterministic, str? group, bool[] needs, {PolicyOptions.schema()}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_fake,

@@ -27,10 +27,15 @@ class Part(NamedTuple):
     group: dist.ProcessGroup
     sizes: list[int]  # of each rank's part
 
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """(its first token, how many it has, how many all parts have)."""
+        rank = dist.get_rank(self.group)
+        return sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
+
     def labels(self, labels: Tensor) -> Tensor:
         """Labels of the whole vocabulary -> of this part, ELSEWHERE where they are in another."""
-        rank = dist.get_rank(self.group)
-        first, size, vocab = sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
+        first, size, vocab = self.place
         if check.values_can_be_read(labels):
             check.label_range(labels, vocab)
         here = (labels >= first) & (labels < first + size)
@@ -38,11 +43,49 @@ class Part(NamedTuple):
         own.masked_fill_((labels < 0) | (labels >= vocab), size)  # a GPU's kernel makes it NaN
         return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
 
+    def tokens(self, ids: Tensor) -> Tensor:
+        """Tokens of the whole vocabulary -> of this part, −2 where they are in another; negative
+        ones stay."""
+        first, size, _ = self.place
+        here = (ids >= first) & (ids < first + size)
+        return torch.where(here, ids - first, torch.where(ids < 0, ids, -2))
+
+    def shared(self, x: Tensor) -> Tensor:
+        """x, that all ranks hold and each uses for its part: its gradient is summed over them."""
+        same: Tensor = _Shared.apply(x, self)  # type: ignore[no-untyped-call]
+        return same
+
+    def summed(self, x: Tensor) -> Tensor:
+        """x summed over the ranks, which all do the same with the sum: its gradient is theirs."""
+        total: Tensor = _Summed.apply(x, self)  # type: ignore[no-untyped-call]
+        return total
+
     def sum(self, x: Tensor) -> Tensor:
         """x summed over the ranks, in float32 or better."""
         x = x.to(check.accumulator(x))
         dist.all_reduce(x, group=self.group)
         return x
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        ctx.part = part
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.part.sum(grad.clone()).to(grad.dtype), None
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, part: Part) -> Tensor:
+        return part.sum(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def name(group: dist.ProcessGroup | None) -> str | None:

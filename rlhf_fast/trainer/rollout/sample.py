@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
+    MinPLogitsWarper,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TopKLogitsWarper,
@@ -20,6 +22,7 @@ from transformers import (
 
 from rlhf_fast import token_logprobs
 from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
+from rlhf_fast.ops.support import NO_TOKEN
 from rlhf_fast.trainer.data.rows import Prompt, Text
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
@@ -37,6 +40,12 @@ class Sampling:
     stop_ids: list[int]
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
 
 class Completions(NamedTuple):
@@ -47,6 +56,8 @@ class Completions(NamedTuple):
     logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked
     trunk: Tensor | None = None  # [B, P+T-1, H]: input of the trained layers, if recorded
     hidden: Tensor | None = None  # [B, T, H]: final hidden states tokens were drawn from, likewise
+    # [B, T, K] int32: the tokens that could have been drawn, −1 fills up; None: all of them
+    support: Tensor | None = None
 
 
 class RolloutEngine(Protocol):
@@ -78,6 +89,7 @@ class Rollout:
     ended: Tensor  # [B] bool: the answer ended by a stop token, not by running into T
     trunk: Tensor | None  # [B, P+T-1, H]: input of the trained layers, when a trunk is shared
     hidden: Tensor | None = None  # [B, T, H]: what the policy's body made of them, when it is exact
+    support: Tensor | None = None  # [B, T, K] int32: what each was drawn among; None: every token
 
     @property
     def prompt_length(self) -> int:
@@ -106,10 +118,14 @@ def roll_out(
         )  # fmt: skip
     else:
         done = engine(policy.model, ids, mask, sampling, draws)
+        if done.support is None and sampling.truncates:
+            warnings.warn(
+                "the rollout engine samples among few tokens (top_k, top_p, min_p) and does not "
+                "say among which: log-probs, ratios and KL are taken over the whole vocabulary",
+                stacklevel=2,
+            )
         if done.tokens.size(1) == 0:  # all answers ended at once, and the engine drops the end
-            done = Completions(*(nn.functional.pad(x, (0, 1)) for x in (
-                done.tokens, done.mask, done.logp,
-            )))  # fmt: skip
+            done = Completions(*(F.pad(x, (0, 1)) for x in (done.tokens, done.mask, done.logp)))
     length = done.mask.sum(1, keepdim=True)
     last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
@@ -121,6 +137,7 @@ def roll_out(
         ended=torch.isin(last, stop) & (length.squeeze(1) > 0),
         trunk=done.trunk,
         hidden=done.hidden,
+        support=done.support,
     )
     if policy.trunk_layers and rollout.trunk is None:
         rollout.trunk = run_trunk(policy, rollout)
@@ -160,6 +177,7 @@ def sample(
     logps = torch.zeros(batch, steps, device=ids.device)
     attention = torch.cat([mask, answered], 1)
     trunk = hidden = None
+    sets: list[tuple[Tensor, Tensor]] = []  # of each step: rows, their tokens [rows, K]
 
     live = torch.arange(batch, device=ids.device)  # rows still being written
     new_ids, new_positions = ids, positions(mask)
@@ -193,7 +211,9 @@ def sample(
                 logits = cap * torch.tanh(logits / cap)
             if divisor != 1:
                 logits = logits / divisor
-            token, logp = choose(logits, draws[live, t], sampling)
+            token, logp, among = choose(logits, draws[live, t], sampling)
+            if among is not None:
+                sets.append((live, among))
             tokens[live, t], logps[live, t] = token, logp
             answered[live, t] = attention[live, end] = True
 
@@ -216,7 +236,19 @@ def sample(
         logps[:, :length],
         None if trunk is None else trunk[:, : prompt_length + length - 1],
         None if hidden is None else hidden[:, :length],
+        side_by_side(sets, batch) if sets else None,
     )
+
+
+def side_by_side(sets: list[tuple[Tensor, Tensor]], batch: int) -> Tensor:
+    """(rows, sets [rows, K]) of T steps -> [batch, T, largest K] int32, filled up with −1."""
+    most = max(ids.size(1) for _, ids in sets)
+    support = torch.full(
+        (batch, len(sets), most), NO_TOKEN, dtype=torch.int32, device=sets[0][1].device
+    )
+    for t, (rows, ids) in enumerate(sets):
+        support[rows, t, : ids.size(1)] = ids.int()
+    return support
 
 
 @contextmanager
@@ -238,18 +270,34 @@ def linear_forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return thin_linear(x, layer.weight, layer.bias)
 
 
-def choose(logits: Tensor, draw: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Logits [B, V], draw [B] uniform in [0, 1) -> (token [B], its log-prob as sampled [B])."""
+def choose(
+    logits: Tensor, draw: Tensor, sampling: Sampling
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Logits [B, V], draw [B] uniform in [0, 1) -> (token [B], its log-prob as sampled [B], the
+    tokens it was drawn among [B, K], filled up with −1; None where that is all of them).
+
+    Truncation as transformers' generate does it: top_k, then top_p of what that left, then min_p.
+    """
     if sampling.temperature == 0:
         token = logits.argmax(-1)
-        return token, token_logprobs(logits, token)
+        return token, token_logprobs(logits, token), None
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if sampling.top_k:
         logits = TopKLogitsWarper(sampling.top_k)(None, logits)
     if sampling.top_p < 1:
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
-    return torch.ops.rlhf_fast.draw_tokens(logits.contiguous(), draw.double())
+    if sampling.min_p:
+        logits = MinPLogitsWarper(sampling.min_p)(None, logits)
+    token, logp = torch.ops.rlhf_fast.draw_tokens(logits.contiguous(), draw.double())
+    return token, logp, tokens_left(logits) if sampling.truncates else None
+
+
+def tokens_left(logits: Tensor) -> Tensor:
+    """The tokens of each row of logits [B, V] that are not −inf, likeliest first: [B, K]."""
+    left = logits > -torch.inf
+    ids = logits.topk(int(left.sum(-1).max())).indices
+    return ids.masked_fill(~left.gather(-1, ids), NO_TOKEN)
 
 
 def decodes_exactly(policy: Policy) -> bool:
@@ -279,8 +327,9 @@ def run_trunk(policy: Policy, rollout: Rollout) -> Tensor:
     return Packing(attention).unpack(recorded[0]) if policy.packed else recorded[0]
 
 
-def widen(rollout: Rollout, length: int) -> Rollout:
-    """The same answers with room for `length` tokens: shares of several processes fit together."""
+def widen(rollout: Rollout, length: int, sets: int = 0) -> Rollout:
+    """The same answers with room for `length` tokens, and for `sets` in what each was drawn among:
+    shares of several processes fit together."""
     more = length - rollout.mask.size(1)
     return Rollout(
         ids=F.pad(rollout.ids, (0, more)),
@@ -290,7 +339,13 @@ def widen(rollout: Rollout, length: int) -> Rollout:
         ended=rollout.ended,
         trunk=None if rollout.trunk is None else F.pad(rollout.trunk, (0, 0, 0, more)),
         hidden=None if rollout.hidden is None else F.pad(rollout.hidden, (0, 0, 0, more)),
+        support=None if rollout.support is None else widened(rollout.support, more, sets),
     )
+
+
+def widened(support: Tensor, steps: int, sets: int) -> Tensor:
+    """The same sets with room for so many more steps, and for sets of so many tokens."""
+    return F.pad(support, (0, sets - support.size(2), 0, steps), value=NO_TOKEN)
 
 
 def answer_hidden(

@@ -12,18 +12,19 @@ from rlhf_fast.trainer.rewards.functions import source_of
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.run.folder import Run
 
-FILE = "contents.json"
+CONTENTS = "contents.json"
 OF_A_MODEL = ("*.safetensors", "*.bin", "*.gguf", "*.json", "*.model", "*.txt", "*.jinja")
 
 
-def check_contents(run: Run, named: dict[str, Any]) -> None:
-    """Refuse to continue a run whose data or models are others by now, and say where code is.
+def check_contents(run: Run, named: dict[str, Any]) -> dict[str, str]:
+    """The digests to keep, in CONTENTS, once the run has begun. Refuses to continue a run whose
+    data or models are others by now, and says where code is.
 
-    named: {option: Rows, or the text it was given, or a list of such}; None is left out. A run that
-    begins keeps the digests, in contents.json, and so does one of a version that kept none.
+    named: {option: Rows, or the text it was given, or a list of such}; None is left out. A run of a
+    version that kept none goes on.
     """
     now = digests(named)
-    before = (run.load(FILE) or {}) if run.exists else {}
+    before = (run.load(CONTENTS) or {}) if run.exists else {}
     for name, digest in now.items():
         if digest == before.get(name, digest):
             continue
@@ -33,9 +34,9 @@ def check_contents(run: Run, named: dict[str, Any]) -> None:
         raise InputError(
             f"{name} has changed since the run in output_dir={run.folder} began: its contents are "
             "others under the same name. Bring them back, begin again with --overwrite, or delete "
-            f"{run.folder / FILE} to go on with what is there now"
+            f"{run.folder / CONTENTS} to go on with what is there now"
         )
-    run.save(FILE, now)
+    return now
 
 
 def digests(named: dict[str, Any]) -> dict[str, str]:

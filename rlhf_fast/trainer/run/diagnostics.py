@@ -69,8 +69,8 @@ def kl_is_negative(rows: Rows) -> str | None:
     if kls and (kls[-1] < -1 or (len(kls) == 3 and max(kls) < -0.05)):
         return (
             f"the KL from the reference is negative ({kls[-1]:.2f} nats a sequence): the answers "
-            "are not samples of the policy they are measured under (top_k, top_p, a temperature or "
-            "stop tokens that differ), and the policy is paid for that"
+            "are not samples of the policy they are measured under (an engine with a temperature, "
+            "a truncation or stop tokens of its own), and the policy is paid for that"
         )
     return None
 

@@ -34,8 +34,8 @@ from rlhf_fast.trainer.run.plot import is_plot
 
 # In the order of deletion: what says how far the run has come goes first. Left by a kill, the rest
 # belongs to no run and is deleted when the next one begins.
-RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "before.json", "after.json",
-           "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
+RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "contents.json", "before.json",
+           "after.json", "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
 
 
 class Stateful(Protocol):

@@ -1,0 +1,87 @@
+"""What the values of a config are checked for: each check names the fields that it is of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from os import PathLike
+from typing import Any
+
+from rlhf_fast.ops.check import LARGEST, SMALLEST
+
+from .errors import InputError
+
+
+def at_least(config: Any, low: float, *names: str) -> None:
+    check(config, lambda value: value >= low, f"at least {low}", names)
+
+
+def at_most(config: Any, high: float, *names: str) -> None:
+    check(config, lambda value: value <= high, f"at most {high}", names)
+
+
+def above_zero(config: Any, *names: str) -> None:
+    check(config, lambda value: value > 0, "above 0", names)
+
+
+def below_one(config: Any, *names: str) -> None:
+    check(config, lambda value: value < 1, "below 1", names)
+
+
+def finite(config: Any, *names: str) -> None:
+    check(config, lambda value: True, "or unset", names)
+
+
+def in_ranges(config: Any, ranges: dict[str, dict[str, float | None]]) -> None:
+    for name, bounds in ranges.items():
+        low, high, above = bounds["low"], bounds["high"], bounds["above"]
+        finite(config, name)
+        if low is not None:
+            check(config, lambda value, low=low: value >= low, f"at least {low:g}", [name])
+        if high is not None:
+            check(config, lambda value, high=high: value <= high, f"at most {high:g}", [name])
+        if above is not None:
+            check(config, lambda value, above=above: value > above, f"above {above:g}", [name])
+
+
+def seed_in_range(config: Any) -> None:
+    at_least(config, 0, "seed")
+    at_most(config, 2**32 - 1, "seed")
+
+
+def paths_as_text(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, PathLike):
+            setattr(config, f.name, str(value))
+        elif isinstance(value, list | tuple) and any(isinstance(x, PathLike) for x in value):
+            setattr(config, f.name, [str(x) if isinstance(x, PathLike) else x for x in value])
+
+
+def not_empty(config: Any) -> None:
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, str) and not value.strip():
+            raise InputError(f"{f.name} is empty: expected text")
+
+
+def one_of(config: Any) -> None:
+    for f in fields(config):
+        value, choices = getattr(config, f.name), f.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise InputError(f"{f.name}={value}: expected one of {', '.join(choices)}")
+
+
+def check(config: Any, holds: Any, expected: str, names: Iterable[str]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and holds(value)):
+            raise InputError(f"{name}={value}: expected a finite number, {expected}")
+        if value and not SMALLEST <= abs(value) <= LARGEST:
+            raise InputError(
+                f"{name}={value}: expected a number that float32 can compute with, "
+                f"{SMALLEST:g} to {LARGEST:g}"
+            )
