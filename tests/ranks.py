@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
+from rlhf_fast.ops import support as sets
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -181,6 +182,11 @@ def parts_in_one_op(rank: int, op: str) -> None:
             check(x, first)
             with rf.chunk_budget(8 * 14 * 4):  # several chunks, as many on both ranks
                 check(x, first)
+    for most in (2, V // 2):  # sets made token by token; in a chunk, some of them in one part
+        for first, how in ((3, {}), (14, options), (V - 2, {})):
+            x = head(op, slice(0, 0), **how)
+            draws = torch.Generator().manual_seed(most)
+            check(x | {"support": sets.drawn(x["labels"], V, most, draws)}, first)
     if op == "linear_token_kl":
         alone = {"ref_weight": None, "ref_bias": None, "ref_lora": None}
         check(head(op, slice(0, 3), **alone), 3)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from .. import check
 from ..support import outside
+from . import pages
 
 if TYPE_CHECKING:
     from .vocab_parallel import Part
@@ -70,12 +71,14 @@ def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
 
 
 def release_memory() -> None:
-    """Give back the memory that the linear ops keep between calls: the last call's chunk of logits.
+    """Give back the memory that the linear ops keep between calls: the last call's chunk of logits
+    and, on CPU, that of a large gradient of ``weight`` that is gone.
 
     A backward that would have used those logits again computes them anew. On CPU the memory goes
     back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).
     """
     _memory.clear()
+    pages.release()
 
 
 def most_rows(vocab: int, element_size: int, device_type: str) -> int:
@@ -453,7 +456,7 @@ class Gradients:
         self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
         self.hidden = torch.zeros_like(head.hidden, dtype=self.dtype) if needs.hidden else None
         self.weight, self.down, self.up = (
-            torch.empty_like(x, dtype=self.accumulator) if needed and x is not None else None
+            pages.empty_like(x, self.accumulator) if needed and x is not None else None
             for x, needed in (
                 (head.weight, needs.weight), (head.down, needs.down), (head.up, needs.up)
             )

@@ -15,7 +15,7 @@ from .. import check
 from ..registry import define_kernel, save_for_backward
 from ..support import capped, positions
 from . import chunks as linear
-from . import vocab_parallel
+from . import pages, vocab_parallel
 
 # A set is small if the vocabulary is this many times as large: above it a row's share of the three
 # products of the whole head costs more than reading its own rows of the head.
@@ -134,7 +134,7 @@ def _autograd(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, ids = ctx.saved_tensors
     needs = ctx.needs_input_grad
     d_hidden = torch.empty_like(hidden) if needs[0] else None
-    d_weight = torch.empty_like(weight) if needs[1] else None
+    d_weight = pages.empty_like(weight) if needs[1] else None
     d_bias = torch.empty_like(bias) if needs[2] else None
     torch.ops.rlhf_fast.support_logits_backward(
         grad.contiguous(), hidden, weight, ids, d_hidden, d_weight, d_bias
