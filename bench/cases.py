@@ -28,7 +28,8 @@ def variant(
     shapes: tuple[Shape, ...] | None = None,
 ) -> Op:
     """``change``: of the base's arguments at a shape, those that are other. With ``kept`` in the
-    shape, the percentage of rows that matter, bytes and FLOPs are of those rows alone."""
+    shape, the percentage of rows that matter, bytes and FLOPs are of those rows alone; with K, the
+    tokens of each row, of those tokens alone."""
     op = REGISTRY[base]
 
     def workload(shape: Shape, generator: torch.Generator, device: str, dtype: torch.dtype):
@@ -39,7 +40,8 @@ def variant(
     def of_kept(count: Callable[[Shape, int], tuple[int, int]]):
         def counted(shape: Shape, element_size: int) -> tuple[int, int]:
             n = shape.get("N", 0) * shape.get("kept", 100) // 100
-            return count(shape | {"N": n}, element_size)
+            tokens = {"V": shape["K"]} if "K" in shape else {}
+            return count(shape | tokens | {"N": n}, element_size)
 
         return counted
 
@@ -61,6 +63,15 @@ def matters(rows: Tensor, shape: Shape) -> Tensor:
     """[N], True in ``kept`` percent of the rows, evenly spread."""
     at = torch.arange(shape["N"], device=rows.device)
     return at * shape["kept"] // 100 != (at + 1) * shape["kept"] // 100
+
+
+def _among_few(x: dict[str, Any], shape: Shape) -> dict[str, Any]:
+    """Tokens that were drawn among K, any of the vocabulary's."""
+    labels = x["labels"]
+    generator = torch.Generator(labels.device).manual_seed(0)
+    scores = torch.rand(*labels.shape, shape["V"], generator=generator, device=labels.device)
+    scores.scatter_(-1, labels.unsqueeze(-1), 2.0)
+    return {"support": scores.topk(shape["K"]).indices}
 
 
 def _right_padded(x: dict[str, Any], shape: Shape) -> dict[str, Any]:
@@ -130,18 +141,25 @@ _VARIANTS = (
         lambda x, s: {"labels": x["labels"].where(matters(x["labels"], s), -100)},
         half(_HEAD),
     ),
+    *(
+        variant(op, "support", _among_few, tuple(shape | {"K": 50} for shape in _HEAD))
+        for op in ("linear_policy_loss", "linear_token_logprobs", "linear_token_kl")
+    ),
     variant("gae", "right-padded", _right_padded),
     policy_and_value(),
 )
 OPS: dict[str, Op] = REGISTRY | {op.name: op for op in _VARIANTS}
 
-# The arguments with which a variant that drops rows drops none.
+# The arguments with which a variant that drops rows or tokens drops none.
 DENSE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "linear_policy_loss:masked": lambda x: {"mask": torch.ones_like(x["mask"])},
     "linear_policy_loss:zero-advantage": lambda x: {
         "advantages": x["advantages"].where(x["advantages"] != 0, 1.0)
     },
     "linear_token_logprobs:masked": lambda x: {"labels": x["labels"].clamp(min=0)},
+    "linear_policy_loss:support": lambda x: {"support": None},
+    "linear_token_logprobs:support": lambda x: {"support": None},
+    "linear_token_kl:support": lambda x: {"support": None},
 }
 
 # ------------------------------------------------------------------------------------- the suites

@@ -73,7 +73,7 @@ def _bare_gemms(op: Op) -> Function | None:
 
 
 def _all_rows(op: Op) -> Function | None:
-    """Ours where every row matters: what a variant that drops rows has to beat."""
+    """Ours where every row and token matters: what a variant that drops some has to beat."""
     change = DENSE.get(op.name)
     return change and (lambda **arguments: op.function(**arguments | change(arguments)))
 

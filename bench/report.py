@@ -65,6 +65,8 @@ CPU_GOALS = (
          "all-rows", at_most=0.6),
     Goal("half of its advantages zero", "linear_policy_loss:zero-advantage",
          _HEAD | {"kept": 50}, BOTH, "all-rows", at_most=0.6),
+    Goal("tokens drawn among 50", "linear_policy_loss:support", _HEAD | {"K": 50}, BOTH,
+         "all-rows", times=20),
     Goal("GAE", "gae:right-padded", {"B": 256, "T": 1024}, FORWARD, "verl", 50),
     Goal("", "gae:right-padded", {"B": 256, "T": 1024}, FORWARD, "OpenRLHF", 50),
     Goal("policy + value loss, all statistics", _PAIR, _BATCH, BOTH, "eager", 5),

@@ -92,6 +92,36 @@ def test_clip_options_reach_the_loss(configured, seen):
     assert all(c["kl_coef"] == 0 and c["importance_weights"] is None for c in seen)
 
 
+TRUNCATED = [{}, {"top_k": 3}, {"top_p": 0.6}, {"min_p": 0.3}, {"top_k": 9, "top_p": 0.8}]
+
+
+@pytest.mark.parametrize("options", [*TRUNCATED, {"top_k": 3, "temperature": 1.7, "bf16": True}])
+def test_before_the_first_update_all_ratios_are_1(configured, seen, options):
+    """That of policy and old policy, that of rollout and trainer, and the one of policy and
+    reference, which are the same model: whatever sampling left out."""
+    config = configured(
+        steps=1, epochs=1, minibatches=1, tis_cap=2.0, eval_prompts=2, estimator="reinforce",
+        trainable_layers=1, beta=0.1, **options,
+    )  # fmt: skip
+    ppo.train(config)
+    (call,), row = seen, metrics(config)[0]
+    one = 1e-2 if config.bf16 else 1e-5
+    assert row["val/ratio"] == pytest.approx(1, abs=one)
+    assert row["val/rollout_ratio_max"] == pytest.approx(1, abs=10 * one)
+    weights = call["importance_weights"]
+    torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=10 * one)
+    assert row["objective/kl"] == pytest.approx(0, abs=10 * one)
+    assert (call["support"] is None) == (not set(options) - {"temperature", "bf16"})
+
+
+def test_an_engine_that_does_not_say_what_it_left_out(configured):
+    def silent(*given):
+        return sample(*given)._replace(support=None)
+
+    with pytest.warns(UserWarning, match="samples among few tokens .* does not say among which"):
+        ppo.train(configured(steps=1, top_k=3), engine=silent)
+
+
 def test_kl_in_the_loss(configured, seen):
     config = configured(steps=1, kl_in="loss", kl_estimator="k3", beta=0.3, estimator="reinforce")
     ppo.train(config)

@@ -224,13 +224,16 @@ def test_no_draw_takes_an_impossible_token():
     assert token.tolist() == [1, 2] and torch.isfinite(logp).all()
 
 
-@pytest.mark.parametrize("options", [{"top_k": 2}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.7}])
-def test_top_k_and_top_p(options):
+@pytest.mark.parametrize(
+    "options", [{"top_k": 2}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.7}, {"min_p": 0.5}]
+)
+def test_truncation(options):
     """Probabilities .5 .3 .1 .1: each option leaves the first two, renormalised."""
     logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(100, -1)
     draws = (torch.arange(100) + 0.5) / 100
-    token, logp, _ = choose(logits, draws, Sampling(1, 1.0, [], **options))
+    token, logp, among = choose(logits, draws, Sampling(1, 1.0, [], **options))
     assert set(token.tolist()) == {0, 1}
+    assert among.shape == (100, 2) and (among.sort(-1).values == torch.tensor([0, 1])).all()
     torch.testing.assert_close(logp.exp(), torch.tensor([0.625, 0.375])[token])
 
 

@@ -28,7 +28,7 @@ def launch_ddp(config: PPOConfig | RewardConfig) -> CompletedProcess:
     "options",
     [
         # 3 rows a minibatch: the two processes never have the same share of it
-        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True},
+        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True, "top_p": 0.8},
         # 1 row a minibatch: one process has nothing to learn from
         {"minibatches": 12, "estimator": "rloo", "samples_per_prompt": 2, "trainable_layers": 2},
     ],

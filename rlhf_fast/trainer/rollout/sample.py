@@ -345,7 +345,7 @@ def widen(rollout: Rollout, length: int, sets: int = 0) -> Rollout:
 
 def widened(support: Tensor, steps: int, sets: int) -> Tensor:
     """The same sets with room for so many more steps, and for sets of so many tokens."""
-    return F.pad(support, (0, sets - support.size(2), 0, steps), value=NO_TOKEN)
+    return F.pad(support, (0, max(0, sets - support.size(2)), 0, steps), value=NO_TOKEN)
 
 
 def answer_hidden(
