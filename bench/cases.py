@@ -164,7 +164,8 @@ DENSE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 # ------------------------------------------------------------------------------------- the suites
 
-# H100 rows of the README, the most important first: what is interrupted has measured the most.
+# H100 rows of docs/performance.md, the most important first, so that a run that is interrupted
+# has measured those.
 GPU_HEADLINES: tuple[tuple[str, Shape], ...] = (
     ("linear_policy_loss", {"N": 8192, "H": 4096, "V": 131072}),
     ("linear_policy_loss", {"N": 8192, "H": 896, "V": 151936}),

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in 8 minutes by estimate: builds with nvcc, runs the tests
-# marked gpu, looks for bad memory accesses and races in the CUDA sources, measures the README's GPU
-# rows.
+# marked gpu, looks for bad memory accesses and races in the CUDA sources, measures the GPU
+# rows of docs/performance.md.
 #
 #   bench/gpu.sh                  all of it
 #   bench/gpu.sh tests measured   some of: built tests checked measured

@@ -1,5 +1,5 @@
-"""The plots, made from the record and from nothing else: bars of time and memory, the distance to
-the device's ceilings, curves, errors."""
+"""The plots, made from the record and from nothing else: time and memory beside the peers, the
+distance to the device's ceilings, curves, errors."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ COLORS = {
     "bare-GEMMs": "#8c8c8c",
     "all-rows": "#c7c7c7",
 }
+LINE = 0.21  # inches of a line of a plot with a line for each row
 AXES = {"N": "rows N", "V": "vocabulary V", "H": "hidden size H", "T": "steps T",
         "kept": "percent of the rows that matter"}  # fmt: skip
 
@@ -42,14 +43,14 @@ def draw(record: Record, folder: Path) -> list[Path]:
     """Write the plots that the record's suite has; their paths."""
     suite = record.get("suite", "ops")
     plots = {"scale": [_curves], "accuracy": [_errors], "step": [_steps]}.get(
-        suite, [bars, _distance]
+        suite, [_times, _ceilings]
     )
     paths = []
     for plot in plots:
         figure = plot(record)
         if figure is None:
             continue
-        paths.append(folder / f"{suite}{'-ceilings' if plot is _distance else ''}.png")
+        paths.append(folder / f"{suite}{'-ceilings' if plot is _ceilings else ''}.png")
         figure.savefig(paths[-1], dpi=130)
         plt.close(figure)
     return paths
@@ -58,13 +59,13 @@ def draw(record: Record, folder: Path) -> list[Path]:
 def headline(row: Record, record: Record, names: Iterable[str], path: Path) -> Path:
     """One shape, time and memory side by side: what the README shows at a glance."""
     cells = {name: row["cells"][name] for name in names if "seconds" in row["cells"].get(name, {})}
-    bare = row["cells"]["bare-GEMMs"]["seconds"]["median"]
+    bare = row["cells"]["bare-GEMMs"]["ratio"]["median"]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(9, 0.9 + 0.34 * len(cells)), sharey=True, layout="constrained"
     )
     labels = ["rlhf_fast" if name == "ours" else name for name in cells]
     colors = [_color(name) for name in cells]
-    times = [cell["seconds"]["median"] / bare for cell in cells.values()]
+    times = [cell.get("ratio", {"median": 1.0})["median"] / bare for cell in cells.values()]
     memory = [cell.get("memory", {}).get("extra", float("nan")) / 2**20 for cell in cells.values()]
     for axis, values, form, title in (
         (left, times, "{:.2f}×", "time over the three bare matrix products"),
@@ -88,93 +89,119 @@ def headline(row: Record, record: Record, names: Iterable[str], path: Path) -> P
     return path
 
 
-def bars(record: Record) -> Any:
-    """Horizontal bars, a group for each op, shape and pass; REFUSED and failed are written out."""
+def _times(record: Record) -> Any:
+    """A line for each op, shape and pass: a dot for each contestant's time over ours, and one for
+    its memory."""
     rows = [row for row in record["rows"] if "failed" not in row]
-    peers = [p for p in record["peers"] if any(p in row["cells"] for row in rows)]
-    groups = []  # (row, its contestants), in the table's order from the top
-    for row in rows:
-        groups.append((row, [name for name in ("ours", *peers) if name in row["cells"]]))
-    count = sum(len(names) for _, names in groups)
-    height = max(3.0, 1.6 + 0.19 * count + 0.16 * len(groups))
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, height), sharey=True, width_ratios=(3, 1.3), layout="constrained"
-    )
-    y, ticks, labels = 0.0, [], []
-    for row, names in groups:
-        top = y
-        for name in names:
-            _time_bar(left, y, name, row["cells"][name], _color(name))
-            growth = row["cells"][name].get("memory")
-            if growth:
-                _memory_bar(right, y, growth["extra"] / 2**20, _color(name))
-            y += 1
-        ticks.append((top + y - 1) / 2)
-        labels.append(f"{row['op']} · {row['pass']}\n{spelled(row['shape'])} {row['dtype']}")
-        y += 0.9
-
-    left.set_yticks(ticks, labels, fontsize=8)
-    left.set_ylim(y - 0.4, -1)
-    left.set_xscale("log")
-    left.axvline(1, color=OURS, linewidth=1, zorder=0)
-    low, high = left.get_xlim()
-    left.set_xlim(min(low, 0.5), high * 3)  # room for the numbers
-    left.set_xlabel("time / ours (log scale); right of the line: slower than ours")
-    if not any("memory" in cell for row in rows for cell in row["cells"].values()):
-        right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center")
-    right.set_xscale("symlog", linthresh=1)
-    right.set_xlim(0, max(10, right.get_xlim()[1] * 6))
-    right.set_xlabel("extra memory, MiB (log scale):\npeak beyond inputs,\noutputs and gradients")
-    left.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    left.xaxis.set_major_formatter("{x:g}×")
-    left.xaxis.set_minor_locator(ticker.NullLocator())
-    right.xaxis.set_major_formatter("{x:g}")
-    for axis in (left, right):
-        axis.grid(axis="x", linewidth=0.4, alpha=0.5)
-    _finish(figure, record, ())
-    return figure
-
-
-def _distance(record: Record) -> Any:
-    """Each contestant's time over what the device's ceiling allows for the op's bytes and FLOPs:
-    a roofline on which every op, of GEMMs or of memory, has its place."""
-    top = record["ceilings"]
-    figure, axis = plt.subplots(figsize=(10, 7), layout="constrained")
     seen: list[str] = []
-    ideals = []
-    for row in record["rows"]:
-        if "rate" not in row or row["pass"] == "forward" and _has_backward(row, record):
-            continue
-        ideal = row["flops"] / top["gemm"] if row["flops"] else row["bytes"] / top["copy"]
-        ideals.append(ideal)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 1.6 + LINE * len(rows)), sharey=True, width_ratios=(2.2, 1),
+        layout="constrained",
+    )  # fmt: skip
+    for y, row in enumerate(rows):
         for name, cell in row["cells"].items():
-            if "seconds" not in cell or cell.get("yardstick"):
+            if "refused" not in cell and name == "ours":
+                _dot(left, 1, y, name)
+            elif "ratio" in cell:
+                spread = cell["ratio"]
+                left.plot([spread["q1"], spread["q3"]], [y, y], color=_color(name), linewidth=1)
+                _dot(left, spread["median"], y, name)
+            else:
                 continue
             seen += [] if name in seen else [name]
-            marker = "D" if name == "ours" else "o"
-            axis.plot(
-                ideal, cell["seconds"]["median"], marker, color=_color(name),
-                markersize=8 if name == "ours" else 5, zorder=3 if name == "ours" else 2,
-            )  # fmt: skip
-        label = f"{row['op']}\n{spelled(row['shape'])}"
-        ours = row["cells"]["ours"]["seconds"]["median"]
-        axis.annotate(label, (ideal, ours), (6, -4), textcoords="offset points", fontsize=6,
-                      va="top", color="#555555")  # fmt: skip
-    if not ideals:
-        plt.close(figure)
-        return None
-    ends = [min(ideals) / 3, max(ideals) * 3]
-    for times, style in ((1, "-"), (10, ":"), (100, ":")):
-        axis.plot(ends, [x * times for x in ends], style, color="#333333", linewidth=1, zorder=1)
-        text = "the ceiling" if times == 1 else f"{times}×"
-        axis.annotate(text, (ends[0], ends[0] * times), (2, 4), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
-    axis.set(xscale="log", yscale="log", ylabel="seconds measured (log scale)",
-             xlabel="seconds at the device's ceiling: FLOPs / its GEMM rate, or bytes / its copy "
-             "bandwidth (log scale)")  # fmt: skip
-    axis.grid(linewidth=0.4, alpha=0.5)
+            if "memory" in cell:
+                _dot(right, cell["memory"]["extra"] / 2**20, y, name)
+        _tell_refused(left, y, row)
+    times = [row["cells"].get("ours", {}).get("seconds") for row in rows]
+    labels = [
+        _line(row) + (f" · {time(x['median'])}" if x else "")
+        for row, x in zip(rows, times, strict=True)
+    ]
+    _lines(left, labels)
+    left.set_xscale("log")
+    left.axvline(1, color=OURS, linewidth=1, zorder=0)
+    left.set_xlim(min(left.get_xlim()[0], 0.5), max(left.get_xlim()[1], 5))
+    left.set_xlabel(
+        "time over that of rlhf_fast (log scale);\nright of the line: slower", fontsize=8
+    )
+    _ticks(left)
+    if not right.lines:
+        right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center")
+    right.set_xscale("symlog", linthresh=10)
+    right.set_xlim(-1, max(100, right.get_xlim()[1] * 1.5))
+    right.set_xlabel(
+        "extra memory, MiB (log scale): peak\nbeyond inputs, outputs and gradients", fontsize=8
+    )
+    right.xaxis.set_major_formatter("{x:g}")
+    right.tick_params(axis="x", labelsize=8)
+    right.grid(linewidth=0.4, alpha=0.5)
     _finish(figure, record, seen)
     return figure
+
+
+def _ceilings(record: Record) -> Any:
+    """Each contestant's time over what the device's ceilings allow for the op's bytes and FLOPs."""
+    top = record["ceilings"]
+    rows = [row for row in record["rows"] if "rate" in row]
+    rows = [row for row in rows if row["pass"] != "forward" or not _has_backward(row, record)]
+    if not rows:
+        return None
+    seen: list[str] = []
+    figure, axis = plt.subplots(figsize=(10, 1.6 + LINE * len(rows)), layout="constrained")
+    for y, row in enumerate(rows):
+        ideal = row["flops"] / top["gemm"] if row["flops"] else row["bytes"] / top["copy"]
+        for name, cell in row["cells"].items():
+            if "seconds" in cell and not cell.get("yardstick"):
+                seen += [] if name in seen else [name]
+                _dot(axis, cell["seconds"]["median"] / ideal, y, name)
+    _lines(axis, [_line(row) for row in rows])
+    axis.set_xscale("log")
+    axis.axvline(1, color="#333333", linewidth=1, zorder=0)
+    axis.set_xlim(min(axis.get_xlim()[0], 0.8), max(axis.get_xlim()[1], 5))
+    axis.set_xlabel(
+        "time over the device's ceiling (log scale): FLOPs at its rate of matrix products, or\n"
+        "bytes at its copy bandwidth; left is better",
+        fontsize=8,
+    )
+    _ticks(axis)
+    _finish(figure, record, seen)
+    return figure
+
+
+def _line(row: Record) -> str:
+    return f"{row['op']} · {row['pass']} · {spelled(row['shape'])} · {row['dtype']}"
+
+
+def _dot(axis: Any, x: float, y: float, name: str) -> None:
+    ours = name == "ours"
+    axis.plot(x, y, "D" if ours else "o", color=_color(name), markersize=6 if ours else 5,
+              zorder=3 if ours else 2)  # fmt: skip
+
+
+def _lines(axis: Any, labels: list[str]) -> None:
+    """One line of text for each y, from the top."""
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _ticks(axis: Any) -> None:
+    """At 1, 2 and 5 where there is room for them."""
+    low, high = axis.get_xlim()
+    subs = (1, 2, 5) if high < 100 * low else (1,)
+    axis.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
+    axis.xaxis.set_major_formatter("{x:g}×")
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.tick_params(axis="x", labelsize=8)
+    axis.grid(linewidth=0.4, alpha=0.5)
+
+
+def _tell_refused(axis: Any, y: float, row: Record) -> None:
+    """Who was wrong has no place on the line, and is named at its end."""
+    names = ["rlhf_fast" if name == "ours" else name for name, cell in row["cells"].items()
+             if "refused" in cell]  # fmt: skip
+    if names:
+        axis.text(0.995, y, f"REFUSED: {', '.join(names)}", transform=axis.get_yaxis_transform(),
+                  ha="right", va="center", fontsize=7, color="#b2182b")  # fmt: skip
 
 
 def _has_backward(row: Record, record: Record) -> bool:
@@ -255,7 +282,10 @@ def _errors(record: Record) -> Any:
     axis.set_yticks(range(len(rows)), labels, fontsize=7)
     axis.invert_yaxis()
     axis.set_xscale("log")
-    axis.set_xlabel("relative error against float64 (log scale; left is better; ✕: refused)")
+    axis.set_xlabel(
+        "relative error against float64 (log scale; left is better; ✕: refused)", fontsize=8
+    )
+    axis.tick_params(axis="x", labelsize=8)
     axis.grid(linewidth=0.4, alpha=0.5)
     _finish(figure, record, seen)
     return figure
@@ -268,7 +298,10 @@ def _steps(record: Record) -> Any:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 1.6 + 0.6 * len(done)), sharey=True, layout="constrained"
     )
-    names = [f"{name}\n{cell['critic']}" for name, cell in done.items()]
+    names = [
+        f"{'rlhf_fast' if name.startswith('ours') else 'TRL'}\n{cell['critic']}"
+        for name, cell in done.items()
+    ]
     colors = [OURS if "ours" in name else COLORS["TRL"] for name in done]
     samples, texts = [], []
     for cell in done.values():
@@ -307,8 +340,8 @@ def _finish(figure: Any, record: Record, names: Iterable[str], note: str = "") -
         for name in names
     ]
     if handles:
-        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 7),
-                      frameon=False)  # fmt: skip
+        figure.legend(handles=handles, loc="outside upper center", ncols=min(len(handles), 9),
+                      frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.4)  # fmt: skip
     m, top = record["machine"], record.get("ceilings")
     text = (
         f"{m['device']}, {m['threads']} threads, load {m['load']} · torch {m['torch']} · "
@@ -322,37 +355,3 @@ def _finish(figure: Any, record: Record, names: Iterable[str], note: str = "") -
             f"{top['gemm'] / 1e9:.0f} GFLOP/s"
         )
     figure.supxlabel(text, fontsize=7, color="#555555")
-
-
-def _time_bar(axis: Any, y: float, name: str, cell: dict[str, Any], color: str) -> None:
-    """A bar from 1, quartiles as its whisker, the number at its end; or why there is none."""
-    note = {"va": "center", "fontsize": 7, "color": "#b2182b", "clip_on": True}
-    if "refused" in cell:  # hatched over the whole width, so that no length can be read off it
-        across = axis.get_yaxis_transform()
-        axis.barh(y, 1, height=0.9, color="white", edgecolor="#f4a582", hatch="////",
-                  transform=across)  # fmt: skip
-        text = axis.text(1.06, y, f"{name} REFUSED: {cell['refused']}", **note)
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-        return
-    if "failed" in cell:
-        axis.text(1.06, y, f"{name} failed: {cell['failed'][:90]}", **note)
-        return
-    if name == "ours":
-        axis.plot(1, y, "D", color=color, markersize=4)
-        if "seconds" in cell:
-            text = f"rlhf_fast {time(cell['seconds']['median'])}"
-            axis.text(1.06, y, text, va="center", fontsize=7)
-        return
-    if "ratio" not in cell:
-        return
-    x = cell["ratio"]
-    spread = [[x["median"] - x["q1"]], [x["q3"] - x["median"]]]
-    axis.barh(y, x["median"] - 1, left=1, height=0.9, color=color, xerr=spread,
-              error_kw={"linewidth": 0.8, "ecolor": "#333333"})  # fmt: skip
-    text = f"{name} {x['median']:.3g}×" + (" (other work)" if cell.get("yardstick") else "")
-    axis.text(max(x["q3"], 1) * 1.06, y, text, va="center", fontsize=7)
-
-
-def _memory_bar(axis: Any, y: float, mebibytes: float, color: str) -> None:
-    axis.barh(y, mebibytes, height=0.9, color=color)
-    axis.text(max(mebibytes, 0.02) * 1.05, y, f" {mebibytes:.1f}", va="center", fontsize=7)

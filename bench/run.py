@@ -10,8 +10,8 @@
 Contestants run in one process, interleaved in rotated order, warm, on inputs that outgrow the
 cache; times are medians with quartiles, and what counts are the ratios of one run. Whoever differs
 from the op's reference in float64 is REFUSED: it gets an error, not a time. On a GPU the rows of
-the README's GPU table come first; an interrupted run keeps what it has measured. ``--keep NAME``
-puts the record where ``bench/report.py`` makes the README's tables from it.
+docs/performance.md's GPU table come first; an interrupted run keeps what it has measured. ``--keep
+NAME`` puts the record where ``bench/report.py`` makes its tables from it.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
 ``compute_approx_kl`` and ``RemoteExperienceMaker.get_advantages_and_returns`` in every module of
 OpenRLHF that uses them; each may also be used by itself. OpenRLHF computes its losses in Ray's
 worker processes, so a call in the script that starts the training changes nothing: let Ray call it
-in each worker, before anything else runs there::
+in each worker, before anything else runs there:
 
     ray job submit --runtime-env-json \\
         '{"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.patch"}' \\

@@ -1,6 +1,6 @@
 """verl's losses and log-probs on the kernels of this package.
 
-Importing this module registers, in verl's own registries, what its config then selects by name::
+Importing this module registers, in verl's own registries, what its config then selects by name:
 
     VERL_USE_EXTERNAL_MODULES=rlhf_fast.integrations.verl python -m verl.trainer.main_ppo \\
         actor_rollout_ref.actor.policy_loss.loss_mode=rlhf_fast

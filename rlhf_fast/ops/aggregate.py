@@ -1,7 +1,7 @@
 """How per-token losses [B, T] become one number: the four aggregations, for every loss.
 
 Each is Σ_b c_b Σ_t mask·x, so a loss and its gradient need one coefficient a row (n_b: row b's
-counting tokens; N: ``normalizer``, or this call's own count where it is None)::
+counting tokens; N: ``normalizer``, or this call's own count where it is None):
 
     token-mean            c_b = 1 / N           N = Σ_b n_b tokens
     seq-mean-token-mean   c_b = 1 / (N n_b)     N = rows with at least one counting token

@@ -18,7 +18,7 @@ def group_advantages(
 ) -> Tensor:
     """Each response's advantage over the other responses to its prompt, from their scores alone.
 
-    With the mean and the (unbiased) standard deviation of the response's own group::
+    With the mean and the (unbiased) standard deviation of the response's own group:
 
         grpo      (score − mean) / (std + eps)        Shao et al., arXiv:2402.03300, sec. 4.1.2
         rloo      score − mean of the group's others  Ahmadian et al., arXiv:2402.14740, sec. 3

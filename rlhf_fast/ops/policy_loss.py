@@ -99,7 +99,7 @@ def policy_loss(
     the true one, through that mean. Where w·A is the same at all of a row's counting tokens it
     equals that of GSPO-token (eq. 13-14), which verl uses.
 
-    ``loss`` sets the first term of L_t; sg(·) is a constant to the gradient::
+    ``loss`` sets the first term of L_t; sg(·) is a constant to the gradient:
 
         ppo         −w_t min(ρ_t A_t, clip(ρ_t) A_t)
         cispo       −w_t sg(clip(ρ_t)) A_t logp_t    MiniMax, arXiv:2506.13585, eq. 4-5
@@ -112,7 +112,7 @@ def policy_loss(
         old_logp: [..., T], nats, stored when the tokens were sampled; a constant.
         advantages: [..., T]; a constant.
         mask: [..., T] bool, True = counts. Masked positions may hold anything.
-        normalizer: > 0; the global count under gradient accumulation or data parallelism, a
+        normalizer: above 0: the global count under gradient accumulation or data parallelism, a
             float or a 0-dim tensor (of which 0 gives a loss of 0); None: this call's own count.
         importance_weights: [..., T], w_t on the surrogate; constants.
         entropy: [..., T], nats, with gradient; needed for entropy_coef, else only a statistic.

@@ -19,7 +19,7 @@ LOWEST_EXPONENT = -1000.0  # e^x − 1 is −1 there
 def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
     """Per-token KL estimate from two log-probs of the same sampled token.
 
-    With d = logp − ref_logp, for tokens drawn from π (Schulman, http://joschu.net/blog/kl-approx.html)::
+    With d = logp − ref_logp, for tokens drawn from π (Schulman, http://joschu.net/blog/kl-approx.html):
 
         k1 = d              unbiased, may be negative
         k2 = d² / 2         biased, ≥ 0; its gradient is that of KL

@@ -58,7 +58,7 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each label under softmax(logits), without a [..., V] temporary.
 
-    With z = softcap·tanh(logits / softcap) / temperature (no tanh when softcap is None)::
+    With z = softcap·tanh(logits / softcap) / temperature (no tanh when softcap is None):
 
         logp = z[label] − logsumexp(z)          entropy = −Σ_v p_v log p_v,   p = softmax(z)
 
@@ -73,9 +73,9 @@ def token_logprobs(
         logits: [..., V], float32, bfloat16, float16 or float64; any strides. A last dimension
             that is not contiguous is copied.
         labels: [...], int64; −100 marks a row to ignore (logp 0, entropy 0, gradient 0).
-        temperature: > 0, the divisor of the logits; a float, or a tensor [...] of one per token
+        temperature: above 0, the divisor of the logits; a float, or a tensor [...] of one per token
             (no gradient flows to it).
-        softcap: > 0, Gemma's bound on the logits; None for none.
+        softcap: above 0, Gemma's bound on the logits; None for none.
         entropy: return the entropy too, with its gradient.
         support: [..., K], int64 or int32: the tokens of each row's set, each once, the label among
             them; −1 fills a row up. A row of −1 alone has no set: its p is over the whole

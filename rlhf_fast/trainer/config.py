@@ -348,13 +348,13 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
     )
     min_p: float = option(
-        "sampling", 0.0, help="sample among tokens at least this times as likely as the likeliest"
+        "sampling", 0.0, help="sample only among tokens whose p is at least this times the largest"
     )
     rollout_engine: str | None = option(
         "sampling",
         None,
-        help="what samples, `module:function` or `file.py:function` (see rollout.RolloutEngine); "
-        "unset: rlhf_fast's own decoding",
+        help="what samples, `module:function` or `file.py:function` (see RolloutEngine in "
+        "rlhf_fast/trainer/rollout/sample.py); unset: rlhf_fast's own decoding",
     )
     tis_cap: float | None = option(
         "objective",
@@ -622,7 +622,7 @@ class GenerateConfig:
         "sampling", 1.0, help="sample among the likeliest tokens that together have this p"
     )
     min_p: float = option(
-        "sampling", 0.0, help="sample among tokens at least this times as likely as the likeliest"
+        "sampling", 0.0, help="sample only among tokens whose p is at least this times the largest"
     )
     keep_special_tokens: bool = option(
         "sampling", False, help="write the special tokens of an answer, too (<think>, tool calls)"

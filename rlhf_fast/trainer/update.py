@@ -11,7 +11,8 @@ from rlhf_fast.trainer.distributed.fsdp import gathered
 
 
 class Stepper:
-    """For whole weights and for FSDP's shards; DeepSpeed's engine does it in zero.py.
+    """For whole weights and for FSDP's shards; DeepSpeed's engine does it in
+    distributed/deepspeed.py.
 
     sum_up: sums tensors over the processes, in place.
     """

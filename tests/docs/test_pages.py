@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import runpy
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import rlhf_fast
 from rlhf_fast import info
 from rlhf_fast.trainer.cli import COMMANDS
 from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
@@ -84,6 +86,23 @@ def test_every_file_that_is_named_exists() -> None:
         named = re.findall(rf"`({folders}/[\w./-]*)`", text)
         missing += [(page, x) for x in named if not (ROOT / x).exists()]
     assert missing == []
+
+
+def test_every_page_is_on_the_site_and_in_the_index() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"- {page.name}\n" in nav, page.name
+        assert page.name == "index.md" or f"]({page.name})" in TEXTS["docs/index.md"], page.name
+
+
+def test_docstrings_are_markdown() -> None:
+    """As the API reference shows them: a description that begins with > would be a quotation, and
+    the :: of reStructuredText stays as it is."""
+    for name in rlhf_fast.__all__:
+        said = inspect.getdoc(getattr(rlhf_fast, name)) or ""
+        if not name.startswith("_"):
+            assert f"::: rlhf_fast.{name}\n" in TEXTS["docs/api.md"], name
+            assert re.findall(r"(?m)^ *[\w, ]+: >.*|.*::$", said) == [], name
 
 
 def test_contributing_names_every_folder() -> None:

@@ -242,7 +242,7 @@ TRAINER = [
            "    return advantages, returns", ESTIMATE),
     Mutant("control: a step of any size", "rlhf_fast/trainer/schedule.py",
            "error = min(max(kl / target - 1, -0.2), 0.2)", "error = kl / target - 1",
-           "tests/trainer/test_control.py"),
+           "tests/trainer/test_schedule.py"),
     Mutant("schedule: no step", "rlhf_fast/trainer/schedule.py",
            "self.after(self.updates + 1)", "self.after(self.updates)",
            "tests/trainer/test_ppo_options.py -k 'warm or schedule or lr or step'"),

@@ -42,7 +42,7 @@ def linear_token_kl(
     """Log-probs of the labels under policy and reference, and the exact KL between the two.
 
     With z = softcap·tanh(x / softcap) / temperature (no tanh when softcap is None) of the policy's
-    logits x = hidden @ weight.T + bias, y the same of the reference's, p and q their softmax::
+    logits x = hidden @ weight.T + bias, y the same of the reference's, p and q their softmax:
 
         logp = log p[label]        reverse: kl = KL(p ‖ q) = Σ_v p_v (log p_v − log q_v)
         ref_logp = log q[label]    forward: kl = KL(q ‖ p) = Σ_v q_v (log q_v − log p_v)
@@ -78,8 +78,9 @@ def linear_token_kl(
             without ``lora``.
         direction: "reverse", KL(p ‖ q), or "forward", KL(q ‖ p).
         bias, ref_bias: [V] or None.
-        temperature: > 0, the divisor of both logits; a float or a tensor [...] of one per token.
-        softcap: > 0, the bound on both logits; None for none.
+        temperature: above 0, the divisor of both logits; a float, or a tensor [...] of one per
+            token.
+        softcap: above 0, the bound on both logits; None for none.
         support: [..., K], the tokens that sampling left, as in ``linear_token_logprobs``: p and q
             are then both softmax over the same set, and the KL is between those two.
         lora: (A [r, H], B [V, r], scale): an adapter on the policy's head that has not been
@@ -96,7 +97,8 @@ def linear_token_kl(
 
     Raises:
         TypeError, ValueError: an argument of wrong type, shape, dtype or device; an unknown
-            direction; a label outside [0, V) (on CUDA checked only under ``rlhf_fast.debug()``).
+            direction; a label outside [0, V), or a set that does not hold it (on CUDA checked only
+            under ``rlhf_fast.debug()``).
     """
     check.choice("direction", direction, DIRECTIONS)
     head = linear.check_head(hidden, weight, bias, lora)

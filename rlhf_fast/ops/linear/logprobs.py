@@ -56,8 +56,9 @@ def linear_token_logprobs(
         bias: [V] or None.
         temperature, softcap, entropy: as in ``token_logprobs``.
         support: as in ``token_logprobs``: [..., K], the tokens that sampling left. With a ``group``
-            they are tokens of the whole vocabulary. A set of at most V/16 tokens is made from its
-            own rows of ``weight``; a larger one, like the whole vocabulary, in a chunk.
+            they are tokens of the whole vocabulary. A set of at most V/16 tokens (with a softcap,
+            any set) is made from its own rows of ``weight``; a larger one in a chunk of logits,
+            like the whole vocabulary.
         lora: (A [r, H], B [V, r], scale): an adapter on the head that has not been merged; the
             logits gain scale · (hidden @ A.T) @ B.T, A and B their gradients. Sharded (FSDP2) as
             ``weight`` may be.

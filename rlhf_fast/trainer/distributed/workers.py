@@ -83,8 +83,9 @@ class Workers:
         # accelerate takes CPUs only when told to, even where there is nothing else.
         cpu = (self.device.type if alone else config.device) == "cpu"
         cpu = cpu or not torch.accelerator.is_available()
-        # The engine is ours to make (zero.py). Accelerate would ignore it on CPUs; on GPUs it would
-        # have transformers cut up every model that is loaded, where the config asks for stage 3.
+        # The engine is ours to make (deepspeed.py). Accelerate would ignore it on CPUs; on GPUs it
+        # would have transformers cut up every model that is loaded, where the config asks for
+        # stage 3.
         with patch_environment(ACCELERATE_USE_DEEPSPEED="false"):
             self.accelerator = Accelerator(
                 cpu=cpu, log_with=tracker_names(config) or None, project_dir=config.output_dir

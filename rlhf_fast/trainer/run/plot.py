@@ -17,6 +17,7 @@ PANELS = (
 )
 SIGNATURE = "rlhf-fast plot"  # in the PNG: such a file may be drawn anew
 SMOOTH_FROM = 20  # steps
+ACROSS = 3  # panels side by side: what a page is wide enough for
 NAN = float("nan")
 
 
@@ -28,11 +29,14 @@ def plot(metrics: list[Row], path: Path) -> None:
     panels = [(key, title) for key, title in PANELS if any(key in row for row in metrics)]
     if not panels:
         raise InputError(f"{path.parent} has no metrics of a PPO run to plot")
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
+    across = min(len(panels), ACROSS)
+    down = math.ceil(len(panels) / across)
+    figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (key, title) in zip(grid, panels, strict=False):
         draw(axes, [row["step"] for row in metrics], [number(row.get(key)) for row in metrics])
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
