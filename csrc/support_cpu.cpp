@@ -31,8 +31,16 @@ int64_t position(const int64_t* ids, int64_t most, int64_t label, int64_t row, i
   return tokens == 0 ? kIgnoreIndex : found;
 }
 
-// ids [N, K], labels [N] int64 -> [N] int64.
-Tensor support_positions(const Tensor& ids, const Tensor& labels, int64_t vocabulary, bool) {
+// What is wrong with a row, for a caller that cannot read values, as a compiled graph.
+void check_position(int64_t at, int64_t label, int64_t vocabulary, int64_t row) {
+  STD_TORCH_CHECK(at != kLabelOutside, "support: row ", row, " does not hold its label, ", label);
+  STD_TORCH_CHECK(at != kIdOutside, "support: row ", row, " holds a token outside [0, ", vocabulary,
+                  ") that is not -1");
+  STD_TORCH_CHECK(at != kIdTwice, "support: row ", row, " holds a token twice");
+}
+
+// ids [N, K], labels [N] int64 -> [N] int64. told: the caller says what is wrong.
+Tensor support_positions(const Tensor& ids, const Tensor& labels, int64_t vocabulary, bool told) {
   const int64_t rows = ids.size(0), most = ids.size(1);
   const int64_t *from = data<int64_t>(ids), *label = data<int64_t>(labels);
   Tensor out = torch::stable::new_empty(labels, {rows});
@@ -45,6 +53,9 @@ Tensor support_positions(const Tensor& ids, const Tensor& labels, int64_t vocabu
                     : position(from + row * most, most, label[row], row, vocabulary, seen);
     }
   });
+  for (int64_t row = 0; row < rows && !told; ++row) {
+    check_position(to[row], label[row], vocabulary, row);
+  }
   return out;
 }
 

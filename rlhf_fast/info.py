@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -75,8 +76,15 @@ def markdown() -> str:
     return "\n".join(lines)
 
 
+class Parser(argparse.ArgumentParser):
+    """One line for a wrong flag, as the other commands have it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
 def flag_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="rlhf-fast info",
         description="Show what was built and what runs where.",
         add_help=False,

@@ -36,14 +36,30 @@ def debug() -> Iterator[None]:
 
 
 def describe(x: object) -> str:
+    """What came, in one line of any length that a person reads."""
     if isinstance(x, Tensor):
-        return f"a {str(x.dtype).removeprefix('torch.')} tensor {list(x.shape)} on {x.device}"
-    return f"{type(x).__name__} {x!r}"
+        kind = str(x.dtype).removeprefix("torch.")
+        if not is_strided(x):
+            layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+            return f"a {layout} {kind} tensor on {x.device}"
+        return f"a {kind} tensor {list(x.shape)} on {x.device}"
+    return f"{type(x).__name__} {short(repr(x))}"
+
+
+def short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
+def is_strided(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def tensor(name: str, x: object) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+    if not is_strided(x):
+        raise TypeError(f"{name} must be a dense, strided tensor, got {describe(x)}")
 
 
 def floating(name: str, x: Tensor) -> None:
@@ -151,7 +167,10 @@ def cumulative_lengths(x: Tensor, other_name: str, other: Tensor) -> None:
         return
     n = other.numel()
     if int(x[0]) != 0 or int(x[-1]) != n or bool((x.diff() < 0).any()):
-        raise ValueError(f"cu_seqlens must rise from 0 to {n}, the length of {other_name}; got {x}")
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to {n}, the length of {other_name}; "
+            f"got {short(str(x.tolist()))}"
+        )
 
 
 # What an option of a float32 computation may be, beside 0: float32 ends at 1e-38 and 3e38, and what
@@ -206,7 +225,7 @@ def process_group(name: str, x: object) -> None:
 
 def choice(name: str, x: object, choices: tuple[str, ...]) -> None:
     if x not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {x!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}; got {short(repr(x))}")
 
 
 def accumulator(*tensors: Tensor | None) -> torch.dtype:

@@ -16,7 +16,7 @@ from .registry import define_kernel
 NO_TOKEN = -1  # fills a row up
 # In place of the label's position in its row, as the kernel says it.
 WRONG = {
-    -1: "must hold the label in each row (or no token at all), labels{at} is {label}",
+    -1: "must hold the label in each row (or no token at all), {label}, got {ids}",
     -2: "must hold tokens in [0, {vocab}), or {nothing} to fill a row up, got {ids}",
     -3: "must hold each token once, got {ids}",
 }
@@ -32,8 +32,8 @@ def checked(support: Tensor | None, labels: Tensor) -> Tensor | None:
         raise TypeError(f"support must be int64 or int32, got {check.describe(support)}")
     if support.dim() != labels.dim() + 1 or support.shape[:-1] != labels.shape:
         raise ValueError(
-            f"support must be {[*labels.shape, 'K']}, the shape of labels and K tokens, got "
-            f"{check.describe(support)}"
+            f"support must be [{', '.join(map(str, [*labels.shape, 'K']))}], the shape of labels "
+            f"and K tokens, got {check.describe(support)}"
         )
     check.same_device("support", support, "labels", labels)
     if support.shape[-1] == 0:
@@ -45,19 +45,24 @@ def checked(support: Tensor | None, labels: Tensor) -> Tensor | None:
 
 def positions(ids: Tensor, labels: Tensor, vocab: int) -> Tensor:
     """Where in its row of ids [N, K] each label [N] stands, [N]; IGNORE_INDEX where it is ignored
-    or the row is empty. Values that are wrong are an error where values can be read."""
-    look = check.values_can_be_read(ids)
-    found: Tensor = torch.ops.rlhf_fast.support_positions(ids, labels.contiguous(), vocab, look)
-    if look:
-        wrong = (found < 0) & (found != check.IGNORE_INDEX)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            text = WRONG[int(found[row])].format(
-                at=f"[{row}]", label=int(labels[row]), vocab=vocab, nothing=NO_TOKEN,
-                ids=f"{ids[row].tolist()[:20]} in row {row}",
-            )  # fmt: skip
-            raise ValueError(f"support {text}")
+    or the row is empty. Values that are wrong are an error where values can be read; inside
+    torch.compile the kernel's own, on a CPU."""
+    told = check.values_can_be_read(ids)
+    found: Tensor = torch.ops.rlhf_fast.support_positions(ids, labels.contiguous(), vocab, told)
+    if told:
+        _check_positions(found, ids, labels, vocab)
     return found
+
+
+def _check_positions(found: Tensor, ids: Tensor, labels: Tensor, vocab: int) -> None:
+    wrong = (found < 0) & (found != check.IGNORE_INDEX)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        text = WRONG[int(found[row])].format(
+            label=int(labels[row]), vocab=vocab, nothing=NO_TOKEN,
+            ids=f"{check.short(str(ids[row].tolist()))} in row {row}",
+        )  # fmt: skip
+        raise ValueError(f"support {text}")
 
 
 def taken(logits: Tensor, ids: Tensor, softcap: float | None) -> Tensor:
@@ -107,21 +112,25 @@ def drawn(labels: Tensor, vocab: int, most: int, generator: torch.Generator) -> 
     return ids.flip(-1)
 
 
-def _positions(ids: Tensor, labels: Tensor, vocab: int, look: bool) -> Tensor:
+def _positions(ids: Tensor, labels: Tensor, vocab: int, told: bool) -> Tensor:
     hit = ids == labels.unsqueeze(-1)
     found = hit.to(torch.int8).argmax(-1) if ids.shape[-1] else labels.new_zeros(labels.shape)
     found = found.masked_fill(~hit.any(-1), -1)
-    if look:
+    on_cpu = ids.device.type == "cpu"
+    if told or on_cpu:
         in_order = ids.sort(-1).values
         twice = ((in_order[:, 1:] == in_order[:, :-1]) & (in_order[:, 1:] >= 0)).any(-1)
         found = found.masked_fill(twice, -3)
         found = found.masked_fill(((ids < NO_TOKEN) | (ids >= vocab)).any(-1), -2)
     nothing = (ids == NO_TOKEN).all(-1) | (labels == check.IGNORE_INDEX)
-    return found.masked_fill(nothing, check.IGNORE_INDEX)
+    found = found.masked_fill(nothing, check.IGNORE_INDEX)
+    if on_cpu and not told:
+        _check_positions(found, ids, labels, vocab)
+    return found
 
 
 KERNEL = define_kernel(
-    "support_positions(Tensor ids, Tensor labels, int vocab, bool look) -> Tensor",
+    "support_positions(Tensor ids, Tensor labels, int vocab, bool told) -> Tensor",
     fallback=_positions,
-    fake=lambda ids, labels, vocab, look: torch.empty_like(labels),
+    fake=lambda ids, labels, vocab, told: torch.empty_like(labels),
 )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import fields
 from os import PathLike
@@ -11,6 +13,13 @@ from typing import Any
 from rlhf_fast.ops.check import LARGEST, SMALLEST
 
 from .errors import InputError
+from .flags import COMMAS
+
+# Options that are or may be paths.
+PATHS = {
+    "model", "data", "eval_data", "output_dir", "value_model", "reward", "judge", "rollout_engine",
+    "run", "output",
+}  # fmt: skip
 
 
 def at_least(config: Any, low: float, *names: str) -> None:
@@ -59,11 +68,27 @@ def paths_as_text(config: Any) -> None:
             setattr(config, f.name, [str(x) if isinstance(x, PathLike) else x for x in value])
 
 
-def not_empty(config: Any) -> None:
+def texts_of_a_config(config: Any) -> None:
+    """Text is there, and where it is a name of a file or folder the system can look for it."""
     for f in fields(config):
         value = getattr(config, f.name)
-        if isinstance(value, str) and not value.strip():
+        if isinstance(value, str) and not value.strip(" ,\t\n" if f.name in COMMAS else None):
             raise InputError(f"{f.name} is empty: expected text")
+        for text in value if isinstance(value, list | tuple) else [value]:
+            if not isinstance(text, str):
+                continue
+            if "\0" in text:
+                raise InputError(f"{f.name}={text!r}: expected text without a NUL character")
+            if f.name in PATHS and too_long(text):
+                raise InputError(f"{f.name}={text[:40]}…: longer than the name of a file can be")
+
+
+def too_long(path: str) -> bool:
+    try:
+        os.lstat(os.path.expanduser(path))
+    except OSError as error:
+        return error.errno == errno.ENAMETOOLONG
+    return False
 
 
 def one_of(config: Any) -> None:

@@ -22,10 +22,10 @@ from .checks import (
     below_one,
     finite,
     in_ranges,
-    not_empty,
     one_of,
     paths_as_text,
     seed_in_range,
+    texts_of_a_config,
 )
 from .errors import InputError
 
@@ -118,7 +118,7 @@ class RunConfig:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
-        not_empty(self)
+        texts_of_a_config(self)
         one_of(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
@@ -639,7 +639,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         paths_as_text(self)
-        not_empty(self)
+        texts_of_a_config(self)
         seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", "min_p")

@@ -93,6 +93,8 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         file = FlagParser(add_help=False, allow_abbrev=False)
         file.add_argument("--config")
         named, argv = file.parse_known_args(argv)
+        if "\0" in (named.config or ""):
+            raise InputError(f"config={named.config!r}: expected text without a NUL character")
         if named.config is not None:  # the file's values come first, so later flags win
             argv = yaml_flags(Path(named.config), config_class) + argv
 
@@ -134,6 +136,8 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
         raise InputError(f"config={path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise InputError(f"config={path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise InputError(f"config={path} is not YAML of options: it is nested too deep") from None
     known = {f.name: f for f in fields(config_class)}
     values: dict[str, yaml.Node] = {}
     for key, value in node.value:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlhf_fast.trainer.config import GenerateConfig
-from rlhf_fast.trainer.data.rows import Prompt, pad, start, tokenize
+from rlhf_fast.trainer.data.rows import Prompt, check_characters, pad, start, tokenize
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.loading import context_length, load_causal_lm, pick_device
 from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer, stop_tokens
@@ -16,6 +16,7 @@ from rlhf_fast.trainer.rollout.sample import Sampling, decode, sample
 @quiet()
 def generate(config: GenerateConfig) -> list[str]:
     """`config.samples` answers, without the prompt."""
+    check_characters(config.prompt, "prompt")
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.model, field="model", trust=config.trust_remote_code)
     model = load_causal_lm(config.model, device, trust=config.trust_remote_code)

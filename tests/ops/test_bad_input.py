@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import rlhf_fast as rf
+from rlhf_fast.ops import support
+from rlhf_fast.ops.registry import OPS
 
 x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
 logits, labels = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -348,6 +350,35 @@ CASES += [
         r"hidden must be \[..., T, H\]",
     ),
 ]
+SETS = labels[..., None]  # of one token, the label
+WRONG_SETS = {  # what a set may not hold, and what is said of it
+    "4, -2": "must hold tokens in .*got .4, -2. in row 0",
+    "0, 5": r"must hold tokens in \[0, 5\)",
+    f"0, {2**40}": "must hold tokens in",
+    "3, 4": "must hold the label in each row .*, 0, got .3, 4. in row 0",
+    "0, 1, 0": "must hold each token once, got .0, 1, 0. in row 0",
+}
+
+
+def sets_of(tokens: str) -> torch.Tensor:
+    return torch.tensor([int(token) for token in tokens.split(",")]).expand(2, 3, -1)
+
+
+CASES += [
+    (name, FULL[name], {"support": support}, kind, f"^support {message}")
+    for name in tuple(FULL)
+    for support, kind, message in [
+        (labels.tolist(), TypeError, "must be a tensor, got list"),
+        (SETS.float(), TypeError, "must be int64 or int32, got a float32"),
+        (SETS.bool(), TypeError, "must be int64 or int32, got a bool"),
+        (labels, ValueError, r"must be \[2, 3, K\]"),
+        (SETS[:, :2], ValueError, r"must be \[2, 3, K\]"),
+        (SETS[None], ValueError, r"must be \[2, 3, K\]"),
+        (SETS.to("meta"), ValueError, "must be on the device of labels"),
+        (torch.arange(999).expand(2, 3, -1), ValueError, r"must hold tokens in.{,160}$"),
+        *((sets_of(tokens), ValueError, said) for tokens, said in WRONG_SETS.items()),
+    ]
+]
 LOSSES = ("policy_loss", "linear_policy_loss")
 FULL["policy_loss"] = (x, x, x, mask)
 CASES += [
@@ -413,6 +444,41 @@ def test_a_bad_label_inside_a_compiled_graph_is_caught_by_the_kernel() -> None:
     compiled = torch.compile(rf.token_logprobs, fullgraph=True, backend="aot_eager")
     with pytest.raises(RuntimeError, match="outside|out of bounds"):
         compiled(logits, outside(7))
+
+
+@pytest.mark.parametrize("name", tuple(FULL)[:3])  # the loss calls linear_token_logprobs's
+def test_a_wrong_set_inside_a_compiled_graph_is_caught_by_the_kernel(name: str) -> None:
+    """Before it is read: a token outside the vocabulary would be read beside the head."""
+    op = getattr(rf, name)
+    compiled = torch.compile(
+        lambda sets: op(*FULL[name], support=sets), fullgraph=True, backend="aot_eager"
+    )
+    for tokens in WRONG_SETS:
+        with pytest.raises((RuntimeError, ValueError), match="support:? "):
+            compiled(sets_of(tokens))
+
+
+@pytest.mark.parametrize("tokens", WRONG_SETS)
+def test_a_wrong_set_is_caught_where_there_is_no_kernel(tokens: str) -> None:
+    with pytest.raises(ValueError, match=f"^support {WRONG_SETS[tokens]}"):
+        support.KERNEL.fallback(sets_of(tokens).flatten(0, 1), labels.flatten(), 5, False)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("name", OPS)
+def test_tensors_that_are_not_strided_are_refused(name: str) -> None:
+    """Sparse ones and nested ones, in every argument, with what came in one line."""
+    drawn = list(OPS[name].samples(torch.Generator().manual_seed(0)))
+    most = max(drawn, key=lambda sample: sum(map(torch.is_tensor, sample.arguments.values())))
+    for argument, value in most.arguments.items():
+        if not torch.is_tensor(value):
+            continue
+        rows = list(value.reshape(-1, 1))
+        others = [value.to_sparse(), torch.nested.nested_tensor(rows)]
+        others.append(torch.nested.nested_tensor(rows, layout=torch.jagged))
+        for other in (*others, value.tolist(), value.numpy()):
+            with pytest.raises(TypeError, match=rf"^{argument} must be .{{,140}}$"):
+                OPS[name].function(**{**most.arguments, argument: other})
 
 
 def test_chunk_budget_is_checked() -> None:

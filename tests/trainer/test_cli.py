@@ -28,6 +28,7 @@ def test_help_of_a_command(name, capsys):
         (["generate", "--model", "/no/where", "--prompt", "x"], "model=/no/where: there is no"),
         (["plot", "--run", "/no/where"], "run=/no/where has no metrics.jsonl"),
         (["ppo", "--stepps", "3"], "--steps"),
+        (["generate", "--model", "m", "--prompt", "a \udc80"], r"prompt has '\udc80', expected"),
     ],
 )
 def test_errors_are_one_line(argv, message, capsys):
@@ -35,6 +36,13 @@ def test_errors_are_one_line(argv, message, capsys):
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert message in captured.err
+
+
+def test_a_wrong_flag_of_info_is_one_line(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["info", "--markdwon"])
+    assert done.value.code == 2
+    assert capsys.readouterr().err == "rlhf-fast info: unrecognized arguments: --markdwon\n"
 
 
 def test_a_plot_takes_no_folders_place(tmp_path, capsys):

@@ -54,6 +54,7 @@ def test_yaml_gives_values_and_flags_win(tmp_path):
         ("no: 1", "unknown key no"),
         ("--- {steps: 1}\n--- {steps: 2}", "is not YAML: expected a single document"),
         ("caf\xe9: 1", "is not UTF-8 text: "),
+        ("steps: " + "[" * 5000, "nested too deep"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -120,9 +121,31 @@ def test_paths_are_taken_as_their_text():
     assert RewardConfig(model="m", data=Path("d"), output_dir="o").data == "d"
 
 
-def test_missing_yaml():
-    with pytest.raises(InputError, match="config=nowhere.yaml cannot be read"):
-        parse_ppo("--config", "nowhere.yaml")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere.yaml", "config=nowhere.yaml cannot be read"),
+        ("x" * 300, "cannot be read: File name too long"),
+        ("a\0b", r"config='a\\x00b': expected text without a NUL"),
+    ],
+)
+def test_a_yaml_that_is_not_there(name, message):
+    with pytest.raises(InputError, match=message):
+        parse_ppo("--config", name)
+
+
+NAMES = ["model", "data", "output_dir", "value_model", "judge", "rollout_engine", "reward"]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "split", "lora_target_modules"])
+def test_text_that_no_name_can_have(name):
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o", "lora_r": 2}
+    with pytest.raises(InputError, match=rf"{name}='a\\x00b': expected text without a NUL"):
+        PPOConfig(**(required | {name: ["a\0b"] if name == "reward" else "a\0b"}))
+    if name in NAMES:
+        for long in ("x" * 300, "x/" * 3000):
+            with pytest.raises(InputError, match=f"{name}=x.*: longer than the name of a file"):
+                PPOConfig(**(required | {name: [long] if name == "reward" else long}))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +220,8 @@ def test_options_that_contradict_each_other(options, names):
         ({"seed": 2**32}, "seed=4294967296: expected a finite number, at most 4294967295"),
         ({"output_dir": ""}, "output_dir is empty"),
         ({"judge": " "}, "judge is empty"),
+        ({"report_to": ","}, "report_to is empty"),
+        ({"lora_r": 2, "lora_target_modules": " , ,"}, "lora_target_modules is empty"),
         ({"reward": ["a", ""]}, "reward is empty"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0"),
         ({"missing_eos_score": float("nan")}, "missing_eos_score=nan"),

@@ -164,6 +164,10 @@ def test_pair_formats(pairs_of, tiny_tokenizer):
         ),
         ({"chosen": "good", "rejected": "bad", "margin": "x"}, "row 2: margin is 'x', expected a"),
         ({"chosen": "good", "rejected": None}, "row 2: rejected is None"),
+        (
+            {"chosen": "good \ud83d", "rejected": "bad"},
+            r"row 2: chosen has '.ud83d', expected text",
+        ),
         ({"chosen": "good", "rejected": "bad", "margin": math.nan}, "row 2: margin is nan"),
     ],
 )
@@ -287,6 +291,12 @@ def test_batches_cover_every_row_once_an_epoch(size, batch):
     assert all(sorted(p) == list(range(size)) for p in passes)
     assert len({tuple(p) for p in passes}) > 1  # shuffled anew
     assert batch_indices(size, batch, 5, seed=1) != batch_indices(size, batch, 5, seed=2)
+
+
+@pytest.mark.parametrize("prompt", ["a \ud83d", [message("user", "a \ud83d")]])
+def test_half_a_character_of_json(prompts_of, prompt):
+    with pytest.raises(InputError, match=r"row 1: prompt has '.ud83d', expected text of whole"):
+        prompts_of([{"prompt": "the film"}, {"prompt": prompt}])
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "saved"])

@@ -125,15 +125,16 @@ def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_fo
     draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
     rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), Sampling(4, 0.6, []), draws)
     assert (rollout.hidden is not None) == decoded
+    rollout.mask[0, 2:] = False  # as of an answer that ended: what is behind it is nobody's
     with torch.no_grad():  # before any update: the reference is the policy
         measured = measure(policy, rollout, config(temperature=0.6))
         exact = torch.log_softmax(policy.model(rollout.ids).logits[:, 2:-1].double() / 0.6, -1)
     logp = exact.gather(2, rollout.labels[..., None]).squeeze(-1)
+    torch.testing.assert_close(rollout.logp.double(), logp, rtol=1e-4, atol=1e-5)
+    logp, entropy = logp * rollout.mask, -(exact.exp() * exact).sum(-1) * rollout.mask
     torch.testing.assert_close(measured.logp.double(), logp, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(measured.ref_logp.double(), logp, rtol=1e-4, atol=1e-5)
-    entropy = -(exact.exp() * exact).sum(-1)
     torch.testing.assert_close(measured.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rollout.logp.double(), logp, rtol=1e-4, atol=1e-5)
 
 
 def test_a_held_out_prompt_is_not_trained_on():

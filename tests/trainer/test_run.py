@@ -295,6 +295,23 @@ def test_what_changes_and_may_is_told(make, capsys):
     assert Run(make(device="auto", save_every=7)).changed == {}  # told once
 
 
+def test_the_optimizers_options_are_those_of_now(make):
+    """A checkpoint brings its moments back, not what it was told to do with them."""
+    run, weights, _, counter = start(make())
+    run.begin()
+    weights["w"].requires_grad_()
+    weights["w"].grad = torch.ones(1000)
+    before = torch.optim.AdamW(weights.values(), lr=0.1, weight_decay=0.5, betas=(0.5, 0.6))
+    before.step()
+    run.log({"step": 1})
+    run.save_checkpoint(1, weights, before, counter=counter)
+    options = {"lr": 0.2, "weight_decay": 0.0, "betas": (0.9, 0.99), "eps": 1e-3}
+    now = torch.optim.AdamW(weights.values(), **options)
+    assert start(make())[0].restore(weights, now, counter=counter) == 1
+    assert {name: now.param_groups[0][name] for name in options} == options
+    torch.testing.assert_close(now.state_dict()["state"], before.state_dict()["state"])
+
+
 def test_what_would_be_another_run_is_refused(make):
     advance(make())
     with pytest.raises(InputError) as error:

@@ -225,12 +225,22 @@ def need_columns(rows: Rows, names: Sequence[str], source: str) -> None:
             )
 
 
+def check_characters(text: str, what: str) -> None:
+    """No half of a pair of UTF-16, which JSON and bytes that are not UTF-8 can bring."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise InputError(f"{what} has {half!r}, expected text of whole characters") from None
+
+
 def check_texts(texts: dict[str, Any], where: str) -> None:
     """Every column's value is text, or every one a conversation."""
     for name, value in texts.items():
         if isinstance(value, str):
             if not value.strip():
                 raise InputError(f"{where}: {name} is empty, expected text")
+            check_characters(value, f"{where}: {name}")
         elif isinstance(value, list) and value:
             for message in value:
                 if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -241,6 +251,7 @@ def check_texts(texts: dict[str, Any], where: str) -> None:
                             f"{where}: {name} has a message with {key} {message[key]!r}, "
                             "expected text"
                         )
+                    check_characters(message[key], f"{where}: {name}")
         else:
             raise InputError(
                 f"{where}: {name} is {value!r}, expected text or a list of role/content messages"
