@@ -70,11 +70,6 @@ def on_a_gpu(x: object) -> object:
     return x.contiguous() if isinstance(x, Tensor) and x.dim() == 3 and x.stride(2) != 1 else x
 
 
-def float32_or_wider(hidden: Tensor) -> torch.dtype:
-    """As linear.logits_dtype on a GPU."""
-    return torch.promote_types(hidden.dtype, torch.float32)
-
-
 def call(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     result = op.function(**arguments(sample, dtype))
     outputs = result if isinstance(result, tuple) else (result,)
@@ -140,7 +135,7 @@ class Specializations:
     def collect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch, InLaunchersOnly():
             patch.setattr(JITFunction, "run", lambda fn, *a, **k: self.catch(fn, *a, **k))
-            patch.setattr(linear, "logits_dtype", float32_or_wider)
+            patch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
             for i in range(len(BACKWARD_CONFIGS)):
                 patch.setattr(tuning, "fastest", lambda configs, *_, i=i: configs[i])
                 for self.large, op, sample, dtype in calls():

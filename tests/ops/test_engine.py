@@ -158,9 +158,9 @@ def test_autocast_runs_the_head_in_its_dtype() -> None:
     hidden, weight, labels = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logp = rf.linear_token_logprobs(hidden, weight, labels)
-        plain = torch.nn.functional.linear(hidden, weight)
-    assert logp.dtype == torch.float32 and plain.dtype == torch.bfloat16
-    torch.testing.assert_close(logp, rf.token_logprobs(plain, labels))
+    rounded = rf.linear_token_logprobs(hidden.bfloat16().float(), weight.bfloat16().float(), labels)
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp, rounded)
     logp.sum().backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
@@ -308,11 +308,14 @@ def test_on_a_gpu_every_row_of_a_chunk_starts_at_a_boundary_of_16_bytes(monkeypa
         torch.testing.assert_close(x, y)
 
 
-def test_on_a_gpu_logits_of_16_bit_operands_are_float32() -> None:
+def test_logits_of_16_bit_operands_are_float32() -> None:
+    """Their gradient too on a CPU; on a GPU it is what the products take."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
         assert linear.logits_dtype(on_a_gpu) == torch.float32
-    assert linear.logits_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.bfloat16
+        assert linear.dlogits_dtype(on_a_gpu) == dtype
+        assert linear.dlogits_dtype(torch.zeros(1, dtype=dtype)) == torch.float32
+    assert linear.dlogits_dtype(torch.zeros(1).double()) == torch.float64
 
 
 class AsOnAGPU(TorchDispatchMode):
@@ -361,7 +364,7 @@ LINEAR_OPS = {"linear_token_logprobs": 1, "linear_policy_loss": 1, "linear_token
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_a_gradient_in_16_bits_takes_no_pass_of_its_own(op: str, monkeypatch) -> None:
     """All that goes over a chunk of float32 logits are the row kernels and the products."""
-    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
     _, mode = gradients_of_float32_logits(op, trained=False)  # the product of dW widens on CPU
     assert mode.passes == [("mm", torch.float32)] * LINEAR_OPS[op]
 
@@ -380,7 +383,7 @@ class RoundedAfterwards(linear.Gradients):
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, monkeypatch) -> None:
-    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
     options = {"deterministic": deterministic, "trained": True}
     with rf.chunk_budget(20 * V * 4):  # the last chunk is smaller than the others
         ours, _ = gradients_of_float32_logits(op, **options)
@@ -392,13 +395,13 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, mon
 
 def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) -> None:
     """The numbers of the same operands in float32."""
-    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
     generator = torch.Generator().manual_seed(2)
     hidden, weight, labels = inputs(requires_grad=False)
     shapes = (V,), (3, H), (V, 3)
     parts = [hidden, weight, *(torch.randn(*shape, generator=generator) for shape in shapes)]
     x, w, bias, down, up = (y.bfloat16() for y in parts)
-    low = x @ down.t()  # rounded on a GPU too, before the last product
+    low = x.float() @ down.float().t()  # on a GPU it is rounded before the last product
     with AsOnAGPU():
         narrow = rf.linear_token_logprobs(x, w, labels, bias=bias)
         (chunk,) = linear.chunks(linear.Head(x, w, bias, down, up), labels >= 0)

@@ -553,7 +553,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(vocab, apart, out_apar
 @pytest.mark.parametrize("name, i, dtype", cases((torch.bfloat16,), ENGINES))
 def test_engines_with_float32_logits_of_16_bit_operands(name, i, dtype, monkeypatch) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(linear, "logits_dtype", lambda hidden: torch.float32)
+    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
     run(nth_sample(name, i), OPS[name], dtype)
 
 

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # GPU: 2048 rows at V=131072; not measured on a GPU yet.
 CPU_ROWS = 512
 GPU_BYTES = 2**30
+# Rows of a 16-bit head that a CPU widens at a time.
+TILE = 2048
 # Rows of every chunk of a deterministic call, a lone row's too.
 DETERMINISTIC_ROWS = 128
 
@@ -372,7 +374,7 @@ def make_logits(head: Head, hidden: Tensor, out: Tensor) -> None:
             if head.bias is not None:
                 out.add_(head.bias)
         if head.down is not None and head.up is not None:
-            _accumulate(out, hidden @ head.down.t(), head.up.t(), first=False)
+            _accumulate(out, _product(hidden, head.down.t()), head.up.t(), first=False)
 
 
 def as_they_are(device: torch.device) -> torch.autocast:
@@ -383,15 +385,19 @@ def as_they_are(device: torch.device) -> torch.autocast:
 
 
 def logits_dtype(hidden: Tensor) -> torch.dtype:
-    """Float32 out of 16-bit operands on CUDA; elsewhere the operands' own, as in eager PyTorch.
+    """Float32, out of 16-bit operands too; float64 of float64.
 
     Logits in bfloat16 would halve their bytes, and lose what a ratio near 1 is made of: of
     SmolLM2-135M's head on 240 tokens of text, log-probs move by 0.016 nats on average and 0.11 at
     most, in float32 by 1e-6 and 1.4e-5.
     """
-    if hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return hidden.dtype
+    return check.accumulator(hidden)
+
+
+def dlogits_dtype(hidden: Tensor) -> torch.dtype:
+    """Of the logits' gradient: what the products of a GPU take, on a CPU that of the logits, whose
+    place it takes."""
+    return hidden.dtype if hidden.is_cuda else logits_dtype(hidden)
 
 
 def chunk_buffer(
@@ -438,7 +444,7 @@ class Gradients:
     float16 has 5 bits of exponent: dlogits of a mean over many tokens would be rounded to 0, those
     of a large loss scale to infinity. So ``fit`` divides each row's incoming gradient by a power of
     two (the row's unit) that brings it near 1, and the products' results are multiplied by it again
-    in float32.
+    in float32. On a CPU dlogits are float32, and nothing of the kind is needed.
     """
 
     def __init__(
@@ -471,7 +477,7 @@ class Gradients:
     ) -> tuple[Tensor | None, ...]:
         """The incoming gradients [1, n] of a chunk's rows; for float16 each in its row's unit.
         temperature: the logits' divisor, and so that of dlogits."""
-        if self.head.hidden.dtype != torch.float16:
+        if dlogits_dtype(self.head.hidden) != torch.float16:
             return gradients
         sizes = torch.stack([g.abs() for g in gradients if g is not None]).amax(0) / temperature
         exponents = torch.frexp(sizes).exponent.clamp(-100, 100) - 4  # sizes become 8 to 16
@@ -499,7 +505,7 @@ class Gradients:
         return self._padded(chunk)[: chunk.logits.shape[0]]
 
     def _padded(self, chunk: Chunk) -> Tensor:
-        dtype = self.head.hidden.dtype
+        dtype = dlogits_dtype(self.head.hidden)
         if chunk.padded.dtype == dtype:
             return chunk.padded
         rows, vocab = chunk.padded.shape
@@ -515,7 +521,7 @@ class Gradients:
         with as_they_are(dlogits.device):
             d_low = None  # of hidden @ down.T
             if head.up is not None and (self.hidden is not None or self.down is not None):
-                d_low = padded @ head.up
+                d_low = _product(padded, head.up)
             if self.hidden is not None:
                 self._add_hidden(self.hidden, chunk, padded, d_low)
             if self.weight is not None:
@@ -524,7 +530,7 @@ class Gradients:
                 own = d_low[: dlogits.shape[0]]
                 _accumulate(self.down, own.t(), hidden, self.first)
             if self.up is not None and head.down is not None:
-                _accumulate(self.up, dlogits.t(), hidden @ head.down.t(), self.first)
+                _accumulate(self.up, dlogits.t(), _product(hidden, head.down.t()), self.first)
             if self.bias is not None and units is not None:
                 _accumulate(self.bias.unsqueeze(-1), dlogits.t(), units, first=False)
         if self.bias is not None and units is None:
@@ -536,8 +542,8 @@ class Gradients:
     ) -> None:
         rows, n = chunk.rows, chunk.logits.shape[0]
         in_place = isinstance(rows, slice) and padded.shape[0] == n and self.row_units is None
-        shape = padded.shape[0], total.shape[1]
-        d_x = total[rows] if in_place else self.head.hidden.new_empty(shape)
+        in_place &= total.dtype == padded.dtype
+        d_x = total[rows] if in_place else padded.new_empty(padded.shape[0], total.shape[1])
         _accumulate(d_x, padded, self.head.weight, first=True)
         if d_low is not None and self.head.down is not None:
             _accumulate(d_x, d_low, self.head.down, first=False)
@@ -564,10 +570,35 @@ class Gradients:
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total (+)= a @ b, accumulated in total's dtype; the first product overwrites."""
-    wide: dict[str, Any] = {} if a.dtype == total.dtype else {"out_dtype": total.dtype}
-    if wide and not total.is_cuda:  # CPU has no float32 product of 16-bit operands: widen them
-        a, b, wide = a.to(total.dtype), b.to(total.dtype), {}
+    wide: dict[str, Any] = {}
+    if not a.dtype == b.dtype == total.dtype:
+        if not total.is_cuda:
+            return _accumulate_widened(total, a, b, first)
+        wide = {"out_dtype": total.dtype}
     if first:
         torch.mm(a, b, **wide, out=total)
     else:
         torch.addmm(total, a, b, **wide, out=total)
+
+
+def _accumulate_widened(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """The same of 16-bit operands on a CPU, which has no float32 product of them: a part of the
+    head at a time is widened, and used while it is in the cache."""
+    a, (inner, columns) = a.to(total.dtype), b.shape
+    if columns > max(inner, TILE):  # b: the head, turned over
+        for start in range(0, columns, TILE):
+            tile = slice(start, start + TILE)
+            _accumulate(total[:, tile], a, b[:, tile].to(total.dtype), first)
+        return
+    for start in range(0, max(inner, 1), TILE):
+        tile = slice(start, start + TILE)
+        _accumulate(total, a[:, tile], b[tile].to(total.dtype), first)
+        first = False
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of an adapter's low rank: on a CPU in float32, or wider, where any of it is."""
+    if a.is_cuda:
+        return a @ b
+    dtype = check.accumulator(a, b)
+    return a.to(dtype) @ b.to(dtype)
