@@ -363,8 +363,9 @@ def _machine_line(record: Record) -> str:
 def _pictures(records: list[Record]) -> Iterator[str]:
     texts = {
         "ops": "time of the peers over ours, and extra memory",
-        "ops-ceilings": "seconds measured against seconds at the device's ceiling",
+        "ops-ceilings": "each op's time over what the device's ceilings allow",
         "linear": "the linear ops at three vocabularies: time and extra memory",
+        "linear-ceilings": "the linear ops' time over what the device's ceilings allow",
         "scale": "time and memory against N, V, H, T and the share of rows that matter",
         "step": "a PPO step: samples a second and peak memory",
         "accuracy": "errors against float64 by op and dtype, the backward from random gradients",

@@ -8,9 +8,9 @@ What is replaced, in every module of TRL that uses it:
 - ``selective_log_softmax``, ``entropy_from_logits``, ``selective_log_softmax_and_entropy``: one
   read of the logits instead of several [..., V] temporaries;
 - the fused head of GRPO, RLOO and AsyncGRPO (TRL 1.16; in 1.12 of AsyncGRPO alone) by
-  ``linear_token_logprobs``. On a CPU too, prompt and padding tokens leave before the head. SFT, DPO
-  and KTO ask the head for more (``is_top1``, ``mean_logits``) and keep TRL's own for that, as does
-  a head that DeepSpeed ZeRO-3 has sharded;
+  ``linear_token_logprobs``, which leaves prompt and padding tokens out of the head's products, on a
+  CPU too. SFT, DPO and KTO ask the head for more (``is_top1``, ``mean_logits``) and keep TRL's own
+  for that, as does a head that DeepSpeed ZeRO-3 has sharded;
 - the loss of RewardTrainer;
 - ``masked_mean`` and ``masked_whiten`` of PPOTrainer (TRL 1.12).
 

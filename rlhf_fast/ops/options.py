@@ -137,7 +137,7 @@ class PolicyOptions:
 
 
 def meaning(f: Any) -> str:
-    """One sentence of an option: what it may be, its default, what it does."""
+    """One sentence of an option: what it may be, what it does."""
     signs = {"low": "≥", "high": "≤", "above": "above"}
     bounds = [f"{signs[k]} {v:g}" for k, v in f.metadata["range"].items() if v is not None]
     may_be = ", ".join(f.metadata["choices"] or bounds)

@@ -1,6 +1,6 @@
 """Whether the packages that the trainer stands on are there, and go together.
 
-What they say of each other themselves is a traceback, or blames something else.
+Their own message about a missing or wrong package is a traceback, or names another one.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from rlhf_fast.trainer.rollout.sample import (
 
 @dataclass
 class Measured:
-    """Of the answers' tokens, each [B, T], under the weights that sampled them."""
+    """What is said of the answers' tokens, each [B, T], by the weights that sampled them."""
 
     logp: Tensor
     entropy: Tensor  # nats

@@ -70,8 +70,8 @@ def with_variance(means: dict[str, float]) -> dict[str, float]:
 
 
 class UpdateMetrics:
-    """Of the updates of a step, each made of a minibatch in parts: sums of the parts' losses, means
-    of the statistics over the tokens that are known."""
+    """Metrics of a step's updates, each made of a minibatch in parts: sums of the parts' losses,
+    means of the statistics over the tokens that are known."""
 
     def __init__(self, device: torch.device, *, critic: bool) -> None:
         self.device = device
@@ -81,7 +81,7 @@ class UpdateMetrics:
         self.updates = self.skipped = 0
 
     def begin(self) -> None:
-        """A minibatch."""
+        """A minibatch begins."""
         self.known = Means(self.statistics, self.device)
         self.sums = dict.fromkeys(self.losses, torch.zeros((), device=self.device))
 
@@ -112,12 +112,12 @@ class UpdateMetrics:
 
     @property
     def loss(self) -> Tensor:
-        """The minibatch's."""
+        """The minibatch's loss."""
         return self.sums["loss"]
 
     @property
     def kl(self) -> Tensor:
-        """Of the minibatch, from the policy that sampled it: mean of ½(log ratio)²."""
+        """The minibatch's KL from the policy that sampled it: mean of ½(log ratio)²."""
         return self.known["policy/approxkl_avg"]
 
     def end(self, norm: Tensor, made: bool) -> None:
@@ -146,8 +146,10 @@ def unmoved(old: Measured, mask: Tensor) -> dict[str, float]:
 def of_the_answers(
     columns: dict[str, Tensor], scores: Tensor, batch: Batch, beta: float
 ) -> dict[str, float]:
-    """Of a step's answers, before it was learnt from them. columns: each scorer's scores [B];
-    scores [B]: as they are learnt from."""
+    """Metrics of a step's answers, before anything is learnt from them.
+
+    columns: each scorer's scores [B]; scores [B]: as they are learnt from.
+    """
     rollout, old, mask = batch.rollout, batch.old, batch.mask
     kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask).mean().item()  # nats a sequence
     row = {

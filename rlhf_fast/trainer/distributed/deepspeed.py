@@ -107,7 +107,7 @@ def engine_config(asked: dict[str, Any], config: RunConfig) -> dict[str, Any]:
 
 
 class ZeroStepper:
-    """As Stepper, by DeepSpeed's engine; and its optimizer as one of whole weights."""
+    """A Stepper that runs DeepSpeed's engine, and shows its optimizer as one of whole weights."""
 
     def __init__(self, policy: Policy, adam: torch.optim.AdamW, config: dict[str, Any]) -> None:
         on_cpu = policy.model.device.type == "cpu"

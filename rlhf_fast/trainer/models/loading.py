@@ -49,7 +49,7 @@ def load_model(
     new_head: bool = False,
     **kwargs,
 ) -> PreTrainedModel:
-    """In float32, dropout off. Weights that are missing or of another shape are an error.
+    """A model in float32, dropout off. Weights that are missing or of another shape are an error.
 
     new_head: a classifier's head need not be there, or may be of another size; `model.new_head`
         then says whether it was drawn anew.

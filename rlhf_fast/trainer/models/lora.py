@@ -24,7 +24,7 @@ class LoRA:
 
 
 def add_adapters(model: PreTrainedModel, lora: LoRA) -> None:
-    """Only they train from here on; until they learn, they add zero."""
+    """From here on the adapters alone train; until they have learnt, they add zero."""
     check_peft(f"lora_r={lora.r}")
     from peft import LoraConfig
 

@@ -239,5 +239,5 @@ def check_architecture(policy: Policy, name: str) -> None:
 
 
 def close(a: Tensor, b: Tensor, bf16: bool) -> bool:
-    """Of hidden states: the same but for rounding (bfloat16's alone is 0.005 in SmolLM2-135M)."""
+    """Whether hidden states are equal but for rounding (bfloat16's is 0.005 in SmolLM2-135M)."""
     return bool((a - b).norm() <= (0.05 if bf16 else 1e-3) * b.norm())

@@ -15,8 +15,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(name: str, *, field: str, trust: bool = False) -> PreTrainedTokenizerBase:
-    """As it was saved: nothing here needs a pad token (see data.pad), so it keeps the one it has,
-    or goes without."""
+    """The tokenizer as it was saved: nothing here needs a pad token (see data.pad), so it keeps the
+    one it has, or goes without."""
     source = resolve(name, field)
     if Path(source).is_dir() and not any(Path(source, f).exists() for f in TOKENIZER_FILES):
         raise InputError(f"{field}={name} has no tokenizer: save one there with save_pretrained")

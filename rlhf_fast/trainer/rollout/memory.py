@@ -42,7 +42,7 @@ class Memory:
         self.passes = 0
 
     def arguments(self, mask: Tensor) -> dict[str, Any]:
-        """Of the next pass; mask [b, t]: the real ones among all tokens up to it."""
+        """Arguments of the next pass; mask [b, t]: the real ones among all tokens up to it."""
         given: dict[str, Any] = {"use_cache": self.way is not Way.NONE}
         if self.cache is not None:
             given[self.name] = self.cache

@@ -43,7 +43,7 @@ def check(
     optimizer: torch.optim.Optimizer,
     parts: Iterable[str],
 ) -> None:
-    """That it is of this step of what is trained here, and whole."""
+    """Check that it is whole, of this step and of what is trained here."""
     if not isinstance(state, dict):
         raise Damaged("is not a checkpoint of a run")
     missing = {"step", "weights", "optimizer", *parts} - state.keys()

@@ -55,7 +55,7 @@ def save_tensors(state: dict[str, Any], path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Until the bytes are on the disk a rename may survive a power cut and they may not."""
+    """Wait until the bytes are on the disk: a power cut may keep a rename and lose them."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

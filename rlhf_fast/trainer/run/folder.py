@@ -172,7 +172,7 @@ class Run:
             )
 
     def begin(self) -> None:
-        """After everything the user gave has been checked."""
+        """Begin to write, after everything the user gave has been checked."""
         if not self.writes:
             return
         try:
@@ -210,7 +210,7 @@ class Run:
             remove(path)
 
     def delete(self, name: str) -> None:
-        """What has been checked to be ours."""
+        """Delete what has been checked to be ours."""
         if name != "checkpoints":
             remove(self.folder / name)
             self.owned.forget(name)
@@ -343,7 +343,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         parts: dict[str, Stateful],
     ) -> dict[str, Any]:
-        """Of this step; the parts take their state, which they check themselves."""
+        """Load this step's checkpoint into the parts, each of which checks its own state."""
         path = self.checkpoints()[step]
         try:
             state = checkpoints.read(path)

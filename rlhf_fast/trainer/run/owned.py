@@ -84,7 +84,7 @@ class Owned:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Of a file, or of all files of a folder; of what is neither nothing that could be equal."""
+    """Of a file, or of each file of a folder; None stands for what is neither, links included."""
     if path.is_dir():
         parts = (p for p in sorted(path.rglob("*")) if p.is_symlink() or not p.is_dir())
         return {str(part.relative_to(path)): checksum(part) for part in parts}
