@@ -1,0 +1,61 @@
+"""16-bit operands of the linear ops: what comes out is the exact result, rounded once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import rlhf_fast as rf
+
+N, H, V = 48, 96, 3000
+Numbers = tuple[list[Tensor], list[Tensor]]  # outputs, gradients of hidden and weight
+
+
+@pytest.fixture
+def given() -> dict[str, Tensor]:
+    """A peaked head, as a trained model's is: each label is its row's likeliest token."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = 3 * torch.randn(1, N, H, generator=generator)
+    weight = torch.randn(V, H, generator=generator) / H**0.5
+    labels = (hidden @ weight.t()).argmax(-1)
+    advantages = torch.randn(1, N, generator=generator)
+    return {"hidden": hidden, "weight": weight, "labels": labels, "advantages": advantages}
+
+
+def run(op: str, x: dict[str, Tensor], dtype: torch.dtype, wide: torch.dtype) -> Numbers:
+    """Of operands rounded to dtype and computed in `wide`."""
+    hidden, weight = (x[k].to(dtype).to(wide).requires_grad_() for k in ("hidden", "weight"))
+    labels, advantages = x["labels"], x["advantages"]
+    if op == "linear_token_logprobs":
+        logp, entropy = rf.linear_token_logprobs(hidden, weight, labels, entropy=True)
+        outputs, total = [logp, entropy], (advantages * (logp + 0.1 * entropy)).sum()
+    elif op == "linear_token_kl":
+        outputs = list(rf.linear_token_kl(hidden, weight, labels, hidden.detach().flip(1)))
+        total = (advantages * (outputs[0] + 0.1 * outputs[2])).sum()
+    else:
+        old = torch.zeros_like(advantages)
+        # kl_coef: a gradient in every row; a total with a factor, which a backward has not as 1
+        loss, stats = rf.linear_policy_loss(
+            hidden, weight, labels, old, advantages, old == 0, ref_logp=old - 0.3, kl_coef=0.1
+        )
+        outputs, total = [loss, stats.entropy], 3 * loss
+    total.backward()
+    return [y.detach().double() for y in outputs], [hidden.grad.double(), weight.grad.double()]
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss"])
+def test_the_result_is_rounded_once(op: str, dtype: torch.dtype, given) -> None:
+    outputs, gradients = run(op, given, dtype, dtype)
+    exact_outputs, exact_gradients = run(op, given, dtype, torch.float64)
+    for got, exact in zip(outputs, exact_outputs, strict=True):
+        assert error(got, exact) < 2e-6
+    # the policy loss's saved gradients are rounded before the factor that comes with the backward
+    times = 1.5 if op == "linear_policy_loss" and dtype == torch.bfloat16 else 1.1
+    for got, exact in zip(gradients, exact_gradients, strict=True):
+        assert error(got, exact) <= times * error(exact.to(dtype).double(), exact)
