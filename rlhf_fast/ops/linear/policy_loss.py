@@ -52,9 +52,9 @@ def linear_policy_loss(
     last chunk). Here each chunk of rows goes from logits to loss to gradient before the next one
     begins. The gradient takes the place of the logits, and the gradients of ``hidden`` and
     ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
-    gradient. (Gradients of bfloat16 inputs are rounded to bfloat16 before that multiplication, and
-    once more after it unless its factor is a power of two. Those of float16 inputs stay in float32
-    until then, since a loss scale arrives with the incoming gradient.)
+    gradient. (On a GPU gradients of bfloat16 inputs are rounded to bfloat16 before that
+    multiplication, and once more after it unless its factor is a power of two. All others stay in
+    float32 until then; a loss scale arrives with the incoming gradient.)
 
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
     its log-probs are, so ``ratio="sequence"`` runs the two ops one after the other. So does
@@ -275,8 +275,11 @@ def _forward(
 
 def _saved_dtype(hidden: Tensor) -> torch.dtype:
     """Of the gradients between forward and backward: they come before a GradScaler's loss scale,
-    without which float16 cannot hold them."""
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    without which float16 cannot hold them. Those of bfloat16 stay in the float32 that they are
+    summed in on a CPU; on a GPU its memory is wanted."""
+    if hidden.dtype == torch.bfloat16 and hidden.is_cuda:
+        return hidden.dtype
+    return check.accumulator(hidden)
 
 
 NEEDS = 18  # the place of needs among the kernel's arguments
