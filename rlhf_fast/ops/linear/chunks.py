@@ -48,8 +48,8 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     It holds for this thread's calls of linear ops and for their backward. Small chunks save memory
     and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
     not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
-    GPU. There the logits of 16-bit inputs are float32 and their gradient, in 16 bits, has memory of
-    its own: half as much again. A chunk's memory is kept: on CPU for the next call, on a GPU from
+    GPU. Logits are float32; of 16-bit inputs on a GPU their gradient, in 16 bits, has memory of its
+    own: half as much again. A chunk's memory is kept: on CPU for the next call, on a GPU from
     a forward to its backward, which uses the logits in it again. ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
