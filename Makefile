@@ -5,6 +5,9 @@ VENV ?= .venv
 PINS ?= -c constraints.txt
 TORCH ?= $(shell sed -n 's/^torch==/==/p' constraints.txt)
 BIN := $(VENV)/bin
+# Most tests are bound by one Python process: two at a time, with a thread each, take half the time.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
@@ -58,11 +61,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 # Everything again on lower instruction sets, where other roundings appear: twice make test's time.
 test-levels: install
-	$(BIN)/python tests/levels.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/levels.py -- -n $(WORKERS) --dist worksteal
 
 # Mistakes made on purpose, one at a time, in a copy: which of them do the tests not notice?
 mutants: install
@@ -73,7 +76,7 @@ mutants: install
 test-latest:
 	$(MAKE) VENV=.venv-latest PINS= TORCH= install
 	.venv-latest/bin/python -m pip install --upgrade torch transformers peft accelerate datasets
-	.venv-latest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-latest/bin/python $(PYTEST)
 
 # The wheel, built beside the torch of .venv, beside the oldest and the newest one of pyproject.toml.
 wheel-test: $(VENV)/built

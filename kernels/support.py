@@ -80,10 +80,10 @@ def support_tokens_kernel(
         while same == token:
             at = tl.load(order + entry)
             g = tl.load(grad + at)
-            inside = (h < H) & (g != 0)
-            x = tl.load(hidden + at // K * H + h, mask=inside, other=0.0)
-            total += tl.where(inside, g * x.to(total.dtype), 0.0)
-            of_bias += g
+            if g != 0:
+                x = tl.load(hidden + at // K * H + h, mask=h < H, other=0.0)
+                total += g * x.to(total.dtype)
+                of_bias += g
             entry += 1
             same = tl.load(tokens + entry, mask=entry < n, other=-1)
         if d_weight is not None:

@@ -81,6 +81,17 @@ def own_draws():
     random.seed(0)
 
 
+@pytest.fixture
+def two_threads():
+    """`make test` gives a process one thread; the kernels share their work out over two."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     """One token a word; ids: <pad> 0, <eos> 1, <unk> 2, then WORDS."""

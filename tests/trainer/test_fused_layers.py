@@ -13,6 +13,7 @@ from rlhf_fast.trainer.rollout.fused_layers import FusedLayers, fused_layers
 from rlhf_fast.trainer.rollout.kv_cache import growing_cache
 from rlhf_fast.trainer.rollout.sample import Sampling, roll_out, sample
 
+pytestmark = pytest.mark.usefixtures("two_threads")
 CPU = torch.device("cpu")
 # rows, width, query heads, key-value heads, head size, inner width, room, tokens; around the 8
 # floats of a vector and the 16 rows of a product
