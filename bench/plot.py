@@ -337,6 +337,9 @@ def _time_bar(axis: Any, y: float, name: str, cell: dict[str, Any], color: str) 
     if "failed" in cell:
         axis.text(1.06, y, f"{name} failed: {cell['failed'][:90]}", **note)
         return
+    if "skipped" in cell:
+        axis.text(1.06, y, f"{name}: {cell['skipped']}", **(note | {"color": "#555555"}))
+        return
     if name == "ours":
         axis.plot(1, y, "D", color=color, markersize=4)
         if "seconds" in cell:
