@@ -264,9 +264,11 @@ def out_of_memory(error: BaseException) -> bool:
 def _stopped(error: Exception, peer: Peer, settings: Settings) -> Cell:
     """{"skipped" or "failed": one line}. A peer that is not here, or that a quick run has no time
     for, has not failed."""
+    if isinstance(error, foreign.NotHere):
+        return {"skipped": str(error)}
     if isinstance(error, ImportError) and peer.distribution:
         if foreign.version(peer.distribution) is None:
-            return {"skipped": "not installed: make bench"}
+            return {"skipped": foreign.NOT_INSTALLED}
     if out_of_memory(error):
         return {"failed": "out of memory"}
     cause: BaseException | None = error  # a compiler wraps what stopped it in errors of its own
