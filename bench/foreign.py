@@ -19,7 +19,12 @@ from pathlib import Path
 from types import ModuleType
 
 FOLDER = Path(__file__).resolve().parent / ".peers"
-HOW = "pip install --no-deps --target bench/.peers -r bench/peers.txt"
+NOT_INSTALLED = "not installed: make bench"
+
+
+class NotHere(Exception):
+    """A peer that cannot run here, and why: it has not failed."""
+
 
 Placeholders = Mapping[str, Mapping[str, object]]
 
@@ -35,7 +40,7 @@ def load(
     if not (FOLDER / library).is_dir():
         spec = importlib.util.find_spec(library)
         if spec is None or spec.origin is None:
-            raise ImportError(f"{library} is not in bench/.peers: {HOW}")
+            raise NotHere(NOT_INSTALLED)
         folder = Path(spec.origin).parent.parent
     with _on_path(folder), _standing_in(folder, library, bare, placeholders or {}):
         return importlib.import_module(name)

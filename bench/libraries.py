@@ -23,7 +23,7 @@ Function = Callable[..., Any]
 
 def gpu_only(x: Tensor) -> None:
     if x.device.type == "cpu":
-        raise NotImplementedError("runs on GPUs only")
+        raise foreign.NotHere("runs on GPUs only")
 
 
 def with_plain_loss(logprobs: Function) -> Function:
@@ -65,7 +65,7 @@ def torch_linear(hidden: Tensor, weight: Tensor, labels: Tensor, *, entropy: boo
 def trl() -> ModuleType:
     library = foreign.load("trl.trainer.utils")
     if not hasattr(library, "selective_log_softmax_and_entropy"):  # as the TRL with a PPOTrainer
-        raise ImportError(f"needs the TRL of bench/peers.txt: {foreign.HOW}")
+        raise foreign.NotHere(foreign.NOT_INSTALLED)
     return library
 
 

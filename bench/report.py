@@ -213,7 +213,7 @@ _YARDSTICKS = {"bare-GEMMs": "its three bare matrix products", "all-rows": "all 
 def _reached(goal: Goal, row: Record | None) -> str:
     cell = row["cells"].get(goal.peer, {}) if row else {}
     if "ratio" not in cell:
-        return cell.get("refused") or cell.get("failed") or NOT_MEASURED
+        return cell.get("refused") or cell.get("failed") or cell.get("skipped", NOT_MEASURED)
     ratio = cell["ratio"]["median"]
     if goal.times is not None:
         return _bold(f"{ratio:.3g}×", ratio >= goal.times)
@@ -241,7 +241,9 @@ def _head(cell: Record | None, bare: float | None) -> str:
     if cell is None or bare is None:
         return NOT_MEASURED
     if "seconds" not in cell:
-        return "refused" if "refused" in cell else cell.get("failed", NOT_MEASURED)
+        if "refused" in cell:
+            return "refused"
+        return cell.get("failed") or cell.get("skipped", NOT_MEASURED)
     times = cell.get("ratio", {"median": 1.0})["median"] / bare
     memory = f", {cell['memory']['extra'] / 2**20:.0f} MiB" if "memory" in cell else ""
     return f"{times:.2f}×{memory}"
@@ -283,7 +285,7 @@ def _times(cell: Record | None) -> str:
         return ""
     if "ratio" in cell:
         return f"{cell['ratio']['median']:.3g}×" + ("†" if "rounded" in cell else "")
-    return "refused" if "refused" in cell else "failed"
+    return next(what for what in ("refused", "failed", "skipped") if what in cell)
 
 
 def _step(runs: Runs) -> Record | None:

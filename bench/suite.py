@@ -6,6 +6,7 @@ A record is plain JSON; the table and the plot are made from it and from nothing
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import time
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from rlhf_fast.ops.registry import Op, Sample
 
-from . import inputs, measure, memory, oracle
+from . import foreign, inputs, measure, memory, oracle
 from .inputs import BOTH
 from .peers import Peer
 
@@ -133,9 +134,9 @@ def _one_pass(
             with deadline(None if peer.name == "ours" else settings.patience_for(peer)):
                 _check(cell, function, judged, kind, truth, ours=peer.name == "ours")
         except Exception as error:  # whatever it is, it costs this cell and not the run
-            cell["failed"] = _reason(error)
+            cell |= _stopped(error, peer, settings)
         cells[peer.name] = cell
-        if not {"refused", "failed"} & cell.keys():
+        if not {"refused", "failed", "skipped"} & cell.keys():
             functions[peer.name] = function
 
     row: Record = {"copies": len(samples), "rounds": 0, "cells": cells}
@@ -244,11 +245,13 @@ def deadline(seconds: float | None) -> Iterator[None]:
 
     before = signal.signal(signal.SIGALRM, late)
     signal.setitimer(signal.ITIMER_REAL, seconds)
+    logging.disable(logging.ERROR)  # a compiler that is stopped logs where, in pages
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        logging.disable(logging.NOTSET)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -258,14 +261,24 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
-    """One line; a compiler wraps what stopped it in errors of its own, so it is searched for."""
+def _stopped(error: Exception, peer: Peer, settings: Settings) -> Cell:
+    """{"skipped" or "failed": one line}. A peer that is not here, or that a quick run has no time
+    for, has not failed."""
+    if isinstance(error, foreign.NotHere):
+        return {"skipped": str(error)}
+    if isinstance(error, ImportError) and peer.distribution:
+        if foreign.version(peer.distribution) is None:
+            return {"skipped": foreign.NOT_INSTALLED}
     if out_of_memory(error):
-        return "out of memory"
-    cause: BaseException | None = error
+        return {"failed": "out of memory"}
+    cause: BaseException | None = error  # a compiler wraps what stopped it in errors of its own
     while cause is not None and not isinstance(cause, TimeoutError):
         cause = cause.__cause__ or cause.__context__
-    if cause is None:
-        cause = error
+    if cause is not None and peer.compiles and settings.ends < float("inf"):
+        return {"skipped": "left out by --quick"}
+    return {"failed": _reason(cause or error)}
+
+
+def _reason(cause: BaseException) -> str:
     text = str(cause).strip() or "no message"
     return f"{type(cause).__name__}: {text.splitlines()[0][:200]}"

@@ -85,14 +85,19 @@ def _rows(record: Record, console: Console) -> None:
 def _troubles(record: Record, console: Console) -> None:
     """Each reason once, with the rows it is of."""
     found: dict[str, list[str]] = {}
+    skipped: dict[str, dict[str, None]] = {}  # reason: the peers
     for row in record["rows"]:
         where = f"{row['op']} {spelled(row['shape'])} {row['pass']}"
         for name, cell in row["cells"].items():
             for what in ("refused", "failed"):
                 if what in cell:
                     found.setdefault(f"{name} {what.upper()}: {cell[what]}", []).append(where)
+            if "skipped" in cell:
+                skipped.setdefault(cell["skipped"], {})[name] = None
         if "memory_failed" in row:
             found.setdefault(f"memory not measured: {row['memory_failed']}", []).append(where)
+    for reason, peers in skipped.items():
+        console.print(f"{', '.join(peers)}: {reason}", highlight=False)
     for reason, rows in found.items():
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         console.print(
@@ -156,7 +161,7 @@ def _ours(cell: Record) -> str:
 
 def _told(cell: Record) -> bool:
     """Where ours is wrong there is nothing to be faster than."""
-    return bool({"refused", "failed", "ratio"} & cell.keys())
+    return bool({"refused", "failed", "skipped", "ratio"} & cell.keys())
 
 
 def _peer(cell: Record) -> str:
@@ -164,6 +169,8 @@ def _peer(cell: Record) -> str:
         return "[bold red]REFUSED[/]"
     if "failed" in cell:
         return "[red]failed[/]"
+    if "skipped" in cell:
+        return "[dim]–[/]"
     x = cell["ratio"]
     marks = ("*" if "outputs" in cell else "") + ("†" if "rounded" in cell else "")
     spread = (x["q3"] - x["q1"]) / 2 / x["median"]

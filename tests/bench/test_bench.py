@@ -206,15 +206,19 @@ def test_what_float64_cannot_hold_is_checked_at_fewer_rows(monkeypatch):
         assert row["shape"] == shape and row["cells"]["eager"]["ratio"]["median"] > 0
 
 
-def test_absent_libraries_cost_their_cells(monkeypatch, tmp_path):
+def test_absent_libraries_are_said_to_be_absent(monkeypatch, tmp_path):
+    """They have not failed."""
     monkeypatch.setattr(foreign, "FOLDER", tmp_path)
+    monkeypatch.setattr(foreign, "installed", lambda distribution: None)
     for name, library in (("TRL", "trl"), ("verl", "verl"), ("OpenRLHF", "openrlhf")):
         monkeypatch.setitem(sys.modules, library, None)  # as if not installed
         (row,) = suite.compare(
             OPS["token_logprobs"], {"N": 4, "V": 9}, [PEERS[name]], last_pass(settings())
         )
-        assert "--target bench/.peers" in row["cells"][name]["failed"]
+        assert row["cells"][name] == {"skipped": "not installed: make bench"}
         assert "seconds" in row["cells"]["ours"]
+        text = shown({"peers": [name], "rows": [row]}, tmp_path)
+        assert f"{name}: not installed: make bench" in text and "failed" not in text.lower()
 
 
 def last_pass(one):
@@ -434,6 +438,19 @@ def test_failing_peers_cost_their_cell():
     assert "more than 1 s" in cells["slow"]["failed"]
     assert "nothing like it" not in cells
     assert cells["eager"]["ratio"]["median"] > 0
+
+
+def test_who_compiles_too_long_for_a_quick_run_is_left_out(tmp_path):
+    def hangs(op):
+        return lambda **_: time.sleep(30)
+
+    one = settings()
+    one.ends = time.monotonic()
+    peers = [Peer("slow", hangs, compiles=True)]
+    (row,) = suite.compare(OPS["gae"], SHAPES["gae"], peers, one)
+    assert row["cells"]["slow"] == {"skipped": "left out by --quick"}
+    text = shown({"peers": ["slow"], "rows": [row]}, tmp_path)
+    assert "slow: left out by --quick" in text and "failed" not in text.lower()
 
 
 def test_failing_ours_costs_the_row(tmp_path):

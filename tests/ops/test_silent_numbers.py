@@ -282,6 +282,21 @@ def test_no_number_at_all(x):
 
 @both
 @either_dtype
+@pytest.mark.parametrize("size", [1e-3, 1e-5, 1e-7])
+def test_k3_and_its_slope_near_0(kernels, dtype, size):
+    """e^(−d) − 1 of a small d keeps no digit where the exponential is taken first."""
+    d = (torch.linspace(-1, 1, 21, dtype=dtype) * size).requires_grad_()
+    with kernels():
+        kl = rf.token_kl(d, torch.zeros_like(d), "k3")
+        kl.sum().backward()
+    exact = d.detach().double()
+    rounding = 4 * torch.finfo(dtype).eps * size
+    torch.testing.assert_close(kl.double(), exact + torch.expm1(-exact), rtol=0, atol=rounding)
+    torch.testing.assert_close(d.grad.double(), -torch.expm1(-exact), rtol=0, atol=rounding)
+
+
+@both
+@either_dtype
 def test_k3_rises_with_the_gap_and_points_back(kernels, dtype):
     gaps = [0.0, -1e-3, -1.0, -19.0, -19.99, -20.0, -20.01, -25.0, -1e3, -1e9, -INF]
     d = torch.tensor(gaps, dtype=dtype, requires_grad=True)

@@ -137,6 +137,27 @@ def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_fo
     torch.testing.assert_close(measured.entropy.double(), entropy, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("decoded", [True, False], ids=["hidden states kept", "measured anew"])
+def test_measured_log_probs_are_those_of_the_tokens_that_were_left(decoded, tiny_policy_folder):
+    policy = load_policy(tiny_policy_folder, device=torch.device("cpu"), trainable_layers=2)
+    policy.exact_decoding = decoded
+    prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    few = Sampling(4, 1.0, [], top_k=3)
+    rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), few, draws)
+    with torch.no_grad():
+        measured = measure(policy, rollout, config(top_k=3))
+        z = policy.model(rollout.ids).logits[:, 2:-1].double().topk(3)
+    at = (z.indices == rollout.labels[..., None]).int().argmax(-1, keepdim=True)
+    logp = z.values.log_softmax(-1)
+    for found in (rollout.logp, measured.logp, measured.ref_logp):
+        torch.testing.assert_close(
+            found.double(), logp.gather(2, at).squeeze(-1), atol=1e-5, rtol=1e-4
+        )
+    entropy = -(logp.exp() * logp).sum(-1)
+    torch.testing.assert_close(measured.entropy.double(), entropy, atol=1e-5, rtol=1e-4)
+
+
 def test_a_held_out_prompt_is_not_trained_on():
     """In no row that has it again; unless there are too few different ones."""
     prompts = [Prompt([i], str(i), {}) for i in (1, 2, 1, 3, 2, 4)]

@@ -244,6 +244,20 @@ def test_other_step_sizes_from_a_resume_on(configured, capsys):
     assert "going on with steps=4 (before: 2)" in text
 
 
+def test_every_step_and_every_seed_has_its_own_draws(configured, monkeypatch):
+    seeds, real = [], ppo.sample_answers
+
+    def recorded(policy, batch, config, generator, **options):
+        seeds.append((generator.initial_seed(), torch.initial_seed()))
+        return real(policy, batch, config, generator, **options)
+
+    monkeypatch.setattr(ppo, "sample_answers", recorded)
+    for seed in (0, 1):
+        ppo.train(configured(f"seed {seed}", steps=2, seed=seed))
+    for drawn in zip(*seeds, strict=True):
+        assert len(set(drawn)) == len(drawn) == 4
+
+
 def test_failing_reward_function_costs_no_learnt_step(configured, reward):
     config = configured(reward=reward("fails_later"), steps=8)
     with pytest.raises(InputError, match="fails_later returned nan for row 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,17 @@ def test_adaptive_kl_is_used_and_logged(configured):
         assert row["objective/rlhf_reward"] == pytest.approx(paid, abs=1e-5)
         beta *= 1 + min(max(row["objective/kl"] / 0.01 - 1, -0.2), 0.2)
     assert beta > 0.5
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}])
+def test_a_first_update_starts_at_the_ratio_1_among_the_tokens_left(configured, options):
+    config = configured(steps=1, epochs=1, minibatches=1, **options)
+    ppo.train(config)
+    (row,) = metrics(config)
+    assert row["val/ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert row["policy/approxkl_avg"] == pytest.approx(0.0, abs=1e-9)
+    if "top_k" in options:
+        assert 0 < row["policy/entropy_avg"] <= math.log(3)
 
 
 def test_early_stop_on_kl(configured):

@@ -225,16 +225,30 @@ def test_no_draw_takes_an_impossible_token():
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": 2}, {"top_p": 0.7}, {"top_k": 3, "top_p": 0.7}, {"min_p": 0.5}]
+    "options",
+    [
+        {"top_k": 2},
+        {"top_p": 0.7},
+        {"min_p": 0.5},
+        {"top_k": 3, "top_p": 0.7},
+        {"top_k": 3, "min_p": 0.5},
+        {"top_p": 0.85, "min_p": 0.5},
+    ],
 )
-def test_truncation(options):
-    """Probabilities .5 .3 .1 .1: each option leaves the first two, renormalised."""
+def test_top_k_top_p_and_min_p(options):
+    """Probabilities .5 .3 .1 .1: each option leaves the first two, renormalised, and says so."""
     logits = torch.tensor([0.5, 0.3, 0.1, 0.1]).log().expand(100, -1)
     draws = (torch.arange(100) + 0.5) / 100
     token, logp, among = choose(logits, draws, Sampling(1, 1.0, [], **options))
     assert set(token.tolist()) == {0, 1}
-    assert among.shape == (100, 2) and (among.sort(-1).values == torch.tensor([0, 1])).all()
     torch.testing.assert_close(logp.exp(), torch.tensor([0.625, 0.375])[token])
+    assert torch.equal(among, torch.tensor([[0, 1]]).expand(100, -1))
+
+
+def test_sets_of_other_sizes_are_filled_up():
+    logits = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.05, 0.85, 0.0]]).log()
+    _, _, among = choose(logits, torch.tensor([0.5, 0.5]), Sampling(1, 1.0, [], top_p=0.7))
+    assert among.tolist() == [[0, 1], [2, -1]]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +263,19 @@ def test_the_temperature_comes_before_top_p(temperature, top_p, left):
     shares = torch.bincount(token, minlength=3) / 100
     torch.testing.assert_close(shares, torch.tensor(left), rtol=0, atol=0.011)
     torch.testing.assert_close(logp.exp(), torch.tensor(left)[token], rtol=0, atol=1e-3)
+
+
+def test_each_token_is_drawn_by_its_own_number(policy):
+    """The one at which the cumulated probability passes it, in the order of the vocabulary."""
+    draws = torch.rand(3, 6, generator=torch.Generator().manual_seed(3))
+    ids, mask = pad(PROMPTS, side="left")
+    rollout = roll_out(policy, ids, mask, Sampling(6, 1.0, []), draws)
+    with torch.no_grad():
+        hidden = answer_hidden(policy.body, rollout, slice(None))
+        logits = policy.head(hidden).double() / logit_divisor(policy.model)
+    cumulated = logits.softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulated, draws.double()[..., None], right=True).squeeze(-1)
+    assert torch.equal(rollout.labels, drawn) and len(drawn.unique()) > 3
 
 
 def test_an_answer_does_not_depend_on_its_neighbours(policy):
@@ -316,6 +343,11 @@ def test_wider_rollouts_are_the_same_answers(policy):
     torch.testing.assert_close(
         a[rollout.mask], b[:, : a.size(1)][rollout.mask], atol=1e-5, rtol=1e-5
     )
+    rollout.support = rollout.labels[..., None].int()
+    wide = widen(rollout, 9, sets=4).support
+    length = rollout.mask.size(1)
+    assert torch.equal(wide[:, :length, :1], rollout.support) and wide.shape == (3, 9, 4)
+    assert (wide[:, :, 1:] == -1).all() and (wide[:, length:] == -1).all()  # of no token
 
 
 def test_the_cache_goes_by_the_name_that_the_model_has_for_it():
