@@ -209,7 +209,7 @@ TRAINER = [
         logits = TopPLogitsWarper(sampling.top_p)(None, logits)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
-""", "tests/trainer/test_rollout.py -k 'truncation or temperature'"),
+""", "tests/trainer/test_rollout.py -k 'top_p or temperature'"),
     Mutant("files: no fsync before the rename", "rlhf_fast/trainer/run/files.py",
            "    for path in files:\n        flush(path)\n", "", "tests/trainer/test_files.py"),
     Mutant("files: only the folder is flushed", "rlhf_fast/trainer/run/files.py",
