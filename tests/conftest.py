@@ -212,7 +212,13 @@ def reward(tmp_path):
 
 
 @pytest.fixture
-def configured(write_jsonl, tiny_policy_folder, tmp_path, reward):
+def undrawn(monkeypatch) -> None:
+    """A run's plot is an empty file: drawing it takes half of a tiny run's time."""
+    monkeypatch.setattr("rlhf_fast.trainer.ppo.plot", lambda rows, path: path.touch())
+
+
+@pytest.fixture
+def configured(undrawn, write_jsonl, tiny_policy_folder, tmp_path, reward):
     """configured("folder", **options) -> a PPOConfig that trains a tiny model in seconds."""
     from rlhf_fast.trainer.config import PPOConfig
 

@@ -17,7 +17,7 @@ from rlhf_fast.trainer import ppo
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.run.folder import read_metrics
 
-KILLS = 24
+KILLS = 12
 REWARD = """
 import random
 
@@ -62,7 +62,8 @@ def outcome(config: PPOConfig) -> tuple:
 
 
 def test_killed_at_random_moments(config, monkeypatch):
-    """24 kills spread over the run's length; with save_every=1 many fall into a checkpoint."""
+    """In each twelfth of the run's length one; with save_every=1 many fall into a checkpoint.
+    test_run.py kills before every single operation on the disk."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(
@@ -84,14 +85,16 @@ def test_killed_at_random_moments(config, monkeypatch):
     assert expected[0][-1]["objective/kl_coef"] != 0.05
 
     chance = random.Random(0)
-    kills, finished = 0, 0
-    while kills < KILLS or not finished:
+    moments = [length * (i + chance.random()) / KILLS for i in range(KILLS)]
+    chance.shuffle(moments)
+    finished = 0
+    while moments or not finished:
         child = start("killed")
-        child.join(chance.uniform(0, length) if kills < KILLS else None)
+        child.join(moments[-1] if moments else None)
         child.kill()
         child.join()
         if child.exitcode == -signal.SIGKILL:
-            kills += 1
+            moments.pop()
             continue
         assert child.exitcode == 0
         assert outcome(config("killed")) == expected

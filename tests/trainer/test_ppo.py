@@ -15,6 +15,7 @@ from rlhf_fast.trainer import setup
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import Run, read_metrics
+from rlhf_fast.trainer.run.plot import plot
 
 
 def metrics(config: PPOConfig) -> list[dict[str, float]]:
@@ -28,8 +29,9 @@ def weights(config: PPOConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("layers", [None, 2])
-def test_learns_a_reward(configured, reward, layers):
+def test_learns_a_reward(configured, reward, layers, monkeypatch):
     """Every sign matters: flip one of the loss, the advantages or the scores and this fails."""
+    monkeypatch.setattr(ppo, "plot", plot)  # which other tests leave out
     config = configured(
         trainable_layers=layers, steps=25, batch_size=32, beta=0.01, judge=reward("negative")
     )
