@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
+from rlhf_fast.ops import support
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -181,6 +182,11 @@ def parts_in_one_op(rank: int, op: str) -> None:
             check(x, first)
             with rf.chunk_budget(8 * 14 * 4):  # several chunks, as many on both ranks
                 check(x, first)
+    x = head(op, slice(0, 0))
+    x["support"] = support.drawn(x["labels"], V, 6, torch.Generator().manual_seed(0))
+    for first in (1, 14):
+        check(x, first)  # through the chunks
+        check(x | {"softcap": 4.0}, first)  # token by token
     if op == "linear_token_kl":
         alone = {"ref_weight": None, "ref_bias": None, "ref_lora": None}
         check(head(op, slice(0, 3), **alone), 3)
