@@ -1,5 +1,7 @@
 """A token for a draw, against the cumulated probabilities in float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -43,6 +45,16 @@ def test_the_ends_of_the_draws(size: int, draw_tokens) -> None:
     token, logp = draw_tokens(logits, draws)
     assert token.tolist() == [size + 1, size] + 198 * [2 * size - 2]
     assert torch.isfinite(logp).all()
+
+
+@pytest.mark.parametrize("draw_tokens", [draw_tokens, module.reference], ids=["C++", "PyTorch"])
+@pytest.mark.parametrize("nothing", [-200.0, float("-inf")])
+def test_a_sum_that_never_comes_to_the_target(nothing: float, draw_tokens) -> None:
+    """One by one, 2^-54 added to 1 is lost; in lanes it is not, so the total is out of reach."""
+    logits = torch.full((1, 500), nothing)
+    logits[:, 0], logits[:, 1:400] = 0.0, -54 * math.log(2)
+    token, logp = draw_tokens(logits, torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert token.item() < 400 and logp.item() > -100
 
 
 def test_the_rows_beside_a_row_do_not_change_it() -> None:

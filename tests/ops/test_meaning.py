@@ -432,7 +432,8 @@ def test_value_loss_by_hand() -> None:
 
 
 def test_pairwise_loss_is_ln_2_at_a_tie_and_positive_everywhere() -> None:
-    tie, _ = rf.pairwise_loss(torch.zeros(3), torch.zeros(3))
+    tie, of_ties = rf.pairwise_loss(torch.zeros(3), torch.zeros(3))
+    assert of_ties.accuracy == 0  # neither side is above the other
     assert tie.item() == pytest.approx(math.log(2))
     right, stats = rf.pairwise_loss(torch.tensor([9.0]), torch.tensor([-9.0]))
     wrong, _ = rf.pairwise_loss(torch.tensor([-200.0]), torch.tensor([200.0]))

@@ -390,3 +390,24 @@ def test_parts_weighed_by_their_tokens_are_the_whole(micro):
     for name in ("entropy", "ratio_mean", "old_kl_k2", "clipfrac"):
         i = whole._fields.index(name)
         torch.testing.assert_close(totals[i] / stayed, whole[i])
+
+
+@pytest.mark.parametrize("most", [None, 3, 65])
+def test_a_row_that_the_loss_leaves_out_may_be_anything(most: int | None) -> None:
+    """With a set made token by token, with one that goes through a chunk, with none."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(65, 8, generator=generator)
+    labels = torch.randint(65, (6,), generator=generator)
+    sets = None if most is None else (labels[:, None] + torch.arange(most)) % 65
+    found = []
+    for kept in (slice(0, 6), slice(0, 5)):
+        given = hidden.clone()
+        given[5] = math.nan
+        leaves = [given[kept].requires_grad_(), weight.clone().requires_grad_()]
+        logp, entropy = rf.linear_token_logprobs(
+            *leaves, labels[kept], entropy=True, support=None if sets is None else sets[kept]
+        )
+        found.append(torch.autograd.grad((logp + 0.1 * entropy)[:5].sum(), leaves))
+    assert (found[0][0][5] == 0).all()
+    torch.testing.assert_close(found[0][0][:5], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])

@@ -98,7 +98,7 @@ def test_nothing_waits_without_compaction(op: str) -> None:
 
 
 def test_memory_is_that_of_a_chunk_and_the_gradients() -> None:
-    """Beyond inputs and gradients: float32 dW and its rows, logits and their gradient in 16 bits."""
+    """Beyond inputs and gradients: dW in float32, logits, and their gradient in 16 bits."""
     n, width, vocab, rows = 64, 16, 4096, 16
     with device.pretended(), linear.chunk_budget(rows * vocab * 4):
         hidden = torch.randn(1, n, width, device="cuda").bfloat16().requires_grad_()

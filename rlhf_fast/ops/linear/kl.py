@@ -129,7 +129,8 @@ def linear_token_kl(
         found = whole_heads(flat)
     else:
         rows = few.rows(head, flat, ids, softcap, ranks)
-        scale = divisor if per_token is None else per_token.unsqueeze(-1)
+        # Cloned: the division saves it, and cannot if it was made under inference_mode().
+        scale = divisor if per_token is None else per_token.clone().unsqueeze(-1)
         nothing = (rows.at == check.IGNORE_INDEX).unsqueeze(-1)
         log_p, log_q = (
             torch.log_softmax(rows.logits(x).masked_fill(nothing, 0.0) / scale, -1)
