@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,23 +35,20 @@ from triton.runtime import interpreter  # noqa: E402
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's 0/0 under a mask
 
 
-def patched_once_a_launch() -> None:
-    """Triton patches its language anew at each call of one jit function by another, which takes
-    half of the time here; what is patched already stays so to the end of the launch."""
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+def patched_once() -> None:
+    """Triton patches its language at each launch and each call of one jit function by another,
+    which takes half of the time here; nothing else uses the language in this process, so that it
+    may stay patched."""
+    patch, patched, nothing = interpreter._patch_lang, set(), interpreter._LangPatchScope()
 
     def once(function):
         languages = {x for x in function.__globals__.values() if x is tl or x is tl.core}
-        if languages <= patched:
-            return None  # of a call inside a launch, and not looked at
-        patched.update(languages)
-        return patch(function)
+        if not languages <= patched:
+            patched.update(languages)
+            patch(function)
+        return nothing  # to restore
 
-    def launched(*args, **kwargs):
-        patched.clear()
-        return launch(*args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
+    interpreter._patch_lang = once
 
 
 def scanned_by_doubling(self, inputs: list) -> list:
@@ -67,7 +65,11 @@ def scanned_by_doubling(self, inputs: list) -> list:
     return [self.to_tensor(x, y.dtype) for x, y in zip(values, inputs, strict=True)]
 
 
-patched_once_a_launch()
+patched_once()
+# Without debug=True the check for overflows of int32 is worked out, and its result thrown away.
+interpreter.interpreter_builder.options = replace(
+    interpreter.interpreter_builder.options, sanitize_overflow=False
+)
 interpreter.ScanOps.generic_scan = scanned_by_doubling
 
 

@@ -99,4 +99,5 @@ def test_killed_at_random_moments(config, monkeypatch):
         assert child.exitcode == 0
         assert outcome(config("killed")) == expected
         finished += 1
+        moments[-1:] = [0.8 * moment for moment in moments[-1:]]  # this one came too late
         shutil.rmtree(config("killed").output_dir)
