@@ -138,11 +138,11 @@ def test_the_losses_differ(one_update):
             assert (a[name] - b[name]).abs().max() > 1e-2 * a[name].abs().max()
 
 
-def two_ops(hidden, weight, labels, *constants, temperature, softcap, bias, **options):
+def two_ops(hidden, weight, labels, *constants, temperature, softcap, bias, support, **options):
     """linear_policy_loss as two: the logits made again for the backward, all tokens kept."""
     logp, entropy = linear_token_logprobs(
         hidden, weight, labels.masked_fill(~constants[-1], -100), temperature=temperature,
-        softcap=softcap, bias=bias, entropy=True,
+        softcap=softcap, bias=bias, support=support, entropy=True,
     )  # fmt: skip
     return policy_loss(logp, *constants, entropy=entropy, **options)
 
