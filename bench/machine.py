@@ -24,6 +24,11 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
     return {
         "device": _device_name(device),
         "kind": device.type,
+        **(
+            {"instructions": torch.backends.cpu.get_cpu_capability()}
+            if device.type == "cpu"
+            else {}
+        ),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -39,7 +44,7 @@ def folder(described: dict[str, str | int | float], device: torch.device) -> Pat
     """bench/results/<device>: where the runs of this device are kept."""
     name = str(described["device"])
     if device.type == "cpu":
-        name += f" {described['threads']} threads"
+        name += f" {described['instructions']} {described['threads']} threads"
     return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

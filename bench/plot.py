@@ -344,7 +344,8 @@ def _finish(figure: Any, record: Record, names: Iterable[str], note: str = "") -
                       frameon=False, fontsize=8, handlelength=1.2, columnspacing=1.4)  # fmt: skip
     m, top = record["machine"], record.get("ceilings")
     text = (
-        f"{m['device']}, {m['threads']} threads, load {m['load']} · torch {m['torch']} · "
+        f"{m['device']} {m.get('instructions', '')}".strip()
+        + f", {m['threads']} threads, load {m['load']} · torch {m['torch']} · "
         f"triton {m['triton']} · commit {m['commit']}"
     )
     if note:

@@ -353,11 +353,17 @@ def _gpu(runs: Runs) -> Iterator[str]:
             )
 
 
+def _device(record: Record) -> str:
+    """Whose times can stand in one picture; runs of 0.1 do not say their instructions."""
+    m = record["machine"]
+    return " ".join(x for x in (m["device"], m.get("instructions")) if x)
+
+
 def _machine_line(record: Record) -> str:
     m = record["machine"]
     versions = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
     return (
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
+        f"{_device(record)}, {m['threads']} threads, torch {m['torch']}, commit {m['commit']}, "
         f"{m['date']}" + (f" ({versions})" if versions else "")
     )
 
@@ -378,14 +384,18 @@ def _pictures(records: list[Record]) -> Iterator[str]:
 
 
 def draw(records: list[Record], folder: Path = PLOTS) -> list[Path]:
-    """A plot of each suite, of all its runs on one kind of device; those of GPUs in gpu/."""
+    """A plot of each suite, of its runs on the device that has most rows; those of GPUs in gpu/."""
     paths = []
     for gpu in (False, True):
         by_suite: dict[str, list[Record]] = {}
         for record in records:
             if is_gpu(record) == gpu:
                 by_suite.setdefault(record["suite"], []).append(record)
-        for same in by_suite.values():
+        for runs in by_suite.values():
+            of_device: dict[str, list[Record]] = {}
+            for record in runs:
+                of_device.setdefault(_device(record), []).append(record)
+            same = max(of_device.values(), key=lambda records: sum(len(r["rows"]) for r in records))
             target = folder / "gpu" if gpu else folder
             target.mkdir(parents=True, exist_ok=True)
             rows = [row for row, _ in Runs(same, gpu).rows.values()]

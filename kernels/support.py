@@ -1,8 +1,8 @@
 """support_logits and its gradients on the GPU: a program for a row's tokens, or for a token's rows.
 
 Of the head it reads the rows of the tokens that are there, once forward and once for the gradient
-of hidden: 4NKH bytes each in bfloat16 and float32 alike up to the width. The gradient of the weight
-is made token by token: its entries, sorted, lie side by side, and the program of the first of them
+of hidden: NKH elements each time, 2NKH bytes in bfloat16. The gradient of the weight is made token
+by token: its entries, sorted, lie side by side, and the program of the first of them
 adds them up, so nothing is added atomically and the same bits come every time. Not measured on a
 GPU yet.
 """

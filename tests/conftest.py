@@ -81,15 +81,25 @@ def own_draws():
     random.seed(0)
 
 
-@pytest.fixture
-def two_threads():
-    """`make test` gives a process one thread; the kernels share their work out over two."""
-    import torch
+def threads(count):
+    """A fixture: torch's threads in a test."""
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    @pytest.fixture
+    def given():
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(count)
+        yield
+        torch.set_num_threads(before)
+
+    return given
+
+
+# `make test` gives a process one thread; the kernels share their work out over two.
+two_threads = threads(2)
+# For thousands of tiny calls: waking a second thread for each costs more than it computes.
+one_thread = threads(1)
 
 
 @pytest.fixture(scope="session")

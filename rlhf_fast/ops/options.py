@@ -22,12 +22,10 @@ from .token_kl import ESTIMATORS
 RATIOS = ("token", "sequence")
 LOSSES = ("ppo", "cispo", "reinforce")
 
+# A field's type, as kernels' schemas spell it.
 SCHEMA: dict[Any, str] = {
-    "float": "float",
-    "float | None": "float?",
-    "bool": "bool",
-    "str": "str",
-}  # of kernels
+    "float": "float", "float | None": "float?", "bool": "bool", "str": "str",
+}  # fmt: skip
 HERE = "**options: the fields of ``PolicyOptions``."  # in a docstring: they are put here
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -54,7 +54,8 @@ def error(got: Tensor, exact: Tensor) -> float:
 def test_the_result_is_rounded_once(op: str, dtype: torch.dtype, given) -> None:
     outputs, gradients = run(op, given, dtype, dtype)
     exact_outputs, exact_gradients = run(op, given, dtype, torch.float64)
+    float32 = H * 2**-23  # a logit is a sum of H products, in any order; in 16 bits it is 2**-8 off
     for got, exact in zip(outputs, exact_outputs, strict=True):
-        assert error(got, exact) < 2e-6
+        assert error(got, exact) < float32
     for got, exact in zip(gradients, exact_gradients, strict=True):
         assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)

@@ -53,15 +53,6 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def one_thread():
-    """Thousands of tiny calls: waking a second thread for each costs more than it computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @every_sample
 def test_float32(op: Op, sample: Sample, poisoned_memory) -> None:
     check_against_float64(op, sample, torch.float32)

@@ -392,8 +392,9 @@ def test_parts_weighed_by_their_tokens_are_the_whole(micro):
         torch.testing.assert_close(totals[i] / stayed, whole[i])
 
 
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl"])
 @pytest.mark.parametrize("most", [None, 3, 65])
-def test_a_row_that_the_loss_leaves_out_may_be_anything(most: int | None) -> None:
+def test_a_row_that_the_loss_leaves_out_may_be_anything(most: int | None, op: str) -> None:
     """With a set made token by token, with one that goes through a chunk, with none."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(65, 8, generator=generator)
@@ -404,10 +405,13 @@ def test_a_row_that_the_loss_leaves_out_may_be_anything(most: int | None) -> Non
         given = hidden.clone()
         given[5] = math.nan
         leaves = [given[kept].requires_grad_(), weight.clone().requires_grad_()]
-        logp, entropy = rf.linear_token_logprobs(
-            *leaves, labels[kept], entropy=True, support=None if sets is None else sets[kept]
-        )
-        found.append(torch.autograd.grad((logp + 0.1 * entropy)[:5].sum(), leaves))
+        one = (*leaves, labels[kept])
+        those = {} if sets is None else {"support": sets[kept]}
+        if op == "linear_token_kl":
+            logp, _, more = rf.linear_token_kl(*one, leaves[0].detach().flip(-1), **those)
+        else:
+            logp, more = rf.linear_token_logprobs(*one, entropy=True, **those)
+        found.append(torch.autograd.grad((logp + 0.1 * more)[:5].sum(), leaves))
     assert (found[0][0][5] == 0).all()
     torch.testing.assert_close(found[0][0][:5], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1])

@@ -116,15 +116,21 @@ def test_every_pass_covers_the_batch_in_its_own_order():
     assert not torch.equal(passes[0], passes[1])
 
 
-@pytest.mark.parametrize("decoded", [True, False], ids=["hidden states kept", "measured anew"])
-def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_folder):
-    """The policy's, its entropy, and the reference's."""
-    policy = load_policy(tiny_policy_folder, device=torch.device("cpu"), trainable_layers=2)
+def answered(folder, decoded, sampling):
+    """(a policy, two prompts that it has answered), with the hidden states kept if `decoded`."""
+    policy = load_policy(folder, device=torch.device("cpu"), trainable_layers=2)
     policy.exact_decoding = decoded
     prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
     draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), Sampling(4, 0.6, []), draws)
+    rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), sampling, draws)
     assert (rollout.hidden is not None) == decoded
+    return policy, rollout
+
+
+@pytest.mark.parametrize("decoded", [True, False], ids=["hidden states kept", "measured anew"])
+def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_folder):
+    """The policy's, its entropy, and the reference's."""
+    policy, rollout = answered(tiny_policy_folder, decoded, Sampling(4, 0.6, []))
     rollout.mask[0, 2:] = False  # as of an answer that ended: what is behind it is nobody's
     with torch.no_grad():  # before any update: the reference is the policy
         measured = measure(policy, rollout, config(temperature=0.6))
@@ -139,12 +145,7 @@ def test_measured_log_probs_are_those_at_the_temperature(decoded, tiny_policy_fo
 
 @pytest.mark.parametrize("decoded", [True, False], ids=["hidden states kept", "measured anew"])
 def test_measured_log_probs_are_those_of_the_tokens_that_were_left(decoded, tiny_policy_folder):
-    policy = load_policy(tiny_policy_folder, device=torch.device("cpu"), trainable_layers=2)
-    policy.exact_decoding = decoded
-    prompt = torch.tensor([[3, 4, 5], [6, 7, 8]])
-    draws = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    few = Sampling(4, 1.0, [], top_k=3)
-    rollout = roll_out(policy, prompt, torch.ones_like(prompt).bool(), few, draws)
+    policy, rollout = answered(tiny_policy_folder, decoded, Sampling(4, 1.0, [], top_k=3))
     with torch.no_grad():
         measured = measure(policy, rollout, config(top_k=3))
         z = policy.model(rollout.ids).logits[:, 2:-1].double().topk(3)

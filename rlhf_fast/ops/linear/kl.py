@@ -129,14 +129,11 @@ def linear_token_kl(
         found = whole_heads(flat)
     else:
         rows = few.rows(head, flat, ids, softcap, ranks)
-        # Cloned: the division saves it, and cannot if it was made under inference_mode().
-        scale = divisor if per_token is None else per_token.clone().unsqueeze(-1)
-        nothing = (rows.at == check.IGNORE_INDEX).unsqueeze(-1)
-        log_p, log_q = (
-            torch.log_softmax(rows.logits(x).masked_fill(nothing, 0.0) / scale, -1)
-            for x in (head, ref)
-        )
-        found = _of_log_probs(log_p, log_q, rows.at, reverse)
+        of_rows = torch.ops.rlhf_fast.logits_kl(
+            rows.logits(head)[None], rows.logits(ref)[None], rows.at[None], divisor,
+            None if per_token is None else per_token[None].contiguous(), None, reverse,
+        )  # fmt: skip
+        found = tuple(x.view(-1) for x in of_rows[:3])
         if rows.others is not None:
             others = whole_heads(rows.others)
             found = tuple(x + y for x, y in zip(found, others, strict=True))
@@ -214,27 +211,18 @@ def reference(
         z = z / divisor
         return torch.log_softmax(z if support is None else sets.left(z, support, labels), dim=-1)
 
+    def at_label(x: Tensor) -> Tensor:
+        chosen = x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return chosen.masked_fill(~kept, 0.0)
+
     log_p = log_softmax(hidden, weight, bias, lora)
     with torch.no_grad():
         tied = (weight, bias) if ref_weight is None else (ref_weight, ref_bias)
         log_q = log_softmax(ref_hidden, *tied, ref_lora)
-    return _of_log_probs(log_p, log_q, labels, direction == "reverse")
-
-
-def _of_log_probs(
-    log_p: Tensor, log_q: Tensor, labels: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, ref_logp, kl) [...] of two distributions [..., V], 0 where the label is ignored."""
-    kept = labels != check.IGNORE_INDEX
-    # of an ignored row nothing may matter, NaN included
-    log_p, log_q = (x.masked_fill(~kept.unsqueeze(-1), 0.0) for x in (log_p, log_q))
-
-    def at_label(x: Tensor) -> Tensor:
-        return x.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-
-    a, b = (log_p, log_q) if reverse else (log_q, log_p)
+    a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
     gap = (a - b).masked_fill(a.exp() == 0, 0.0)
-    return at_label(log_p), at_label(log_q), (a.exp() * gap).sum(-1)
+    kl = (a.exp() * gap).sum(-1).masked_fill(~kept, 0.0)
+    return at_label(log_p), at_label(log_q), kl
 
 
 # The row kernels: logits of both in, no parameters in sight.
@@ -310,6 +298,32 @@ def _rows_fake(
     new = logits.new_empty(labels.shape, dtype=check.accumulator(logits))
     norm = new.new_empty((2, *labels.shape))
     return new, torch.empty_like(new), torch.empty_like(new), norm, torch.empty_like(norm)
+
+
+def _rows_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ref_logits, labels, ctx.temperature, per_token, ctx.softcap, ctx.reverse = inputs
+    _, ref_logp, kl, norm, ref_norm = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
+    save_for_backward(ctx, logits, ref_logits, labels, per_token, norm, ref_norm, kl)
+
+
+def _rows_autograd(
+    ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None
+) -> tuple[Tensor | None, ...]:
+    """For the rows with a small set; the engine calls both kernels itself."""
+    nothing = (None,) * 6
+    some = grad_kl if grad_logp is None else grad_logp
+    if some is None:
+        return None, *nothing
+    grads = (torch.zeros_like(some) if g is None else g.contiguous() for g in (grad_logp, grad_kl))
+    logits, ref_logits, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
+    out = torch.empty_like(logits)
+    torch.ops.rlhf_fast.logits_kl_backward(
+        *grads, logits, ref_logits, labels, norm, ref_norm, kl, ctx.temperature, per_token,
+        ctx.softcap, ctx.reverse, out,
+    )  # fmt: skip
+    return out, *nothing
 
 
 # The engine.
@@ -607,6 +621,8 @@ ROWS_FORWARD = define_kernel(
     fallback=_rows_forward,
     fake=_rows_fake,
     triton="logits_kl:logits_kl",
+    backward=_rows_autograd,
+    setup_context=_rows_setup_context,
 )
 ROWS_BACKWARD = define_kernel(
     "logits_kl_backward(Tensor grad_logp, Tensor grad_kl, Tensor logits, Tensor ref_logits, "

@@ -30,7 +30,6 @@ class Rows(NamedTuple):
     at: Tensor  # [N], where in its set the label stands; −100 in the other rows
     others: Tensor | None  # [N], the other rows' labels; −100 in the rows above. None: no others
     part: vocab_parallel.Part | None
-
     softcap: float | None
 
     def logits(self, head: linear.Head) -> Tensor:
@@ -47,7 +46,9 @@ def rows(
     vocab = head.weight.shape[0] if part is None else sum(part.sizes)
     at = positions(ids, labels, vocab)
     sizes = (ids >= 0).sum(-1)
-    small = (sizes > 0) & (sizes * (SMALL if softcap is None else 0) <= vocab)
+    small = sizes > 0
+    if softcap is None:
+        small &= sizes * SMALL <= vocab
     others = labels.masked_fill(small, check.IGNORE_INDEX)
     none = check.values_can_be_read(labels) and bool((others == check.IGNORE_INDEX).all())
     ids, at = ids.masked_fill(~small.unsqueeze(-1), -1), at.masked_fill(~small, check.IGNORE_INDEX)
