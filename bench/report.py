@@ -149,13 +149,14 @@ def figures(records: list[Record]) -> str:
     """The README's figures: five lines and a picture."""
     timed = [record for record in records if record["suite"] != "accuracy"]
     runs = Runs(timed, gpu=False)
+    head, run = runs.rows.get(_key("linear_policy_loss", LONG, BOTH), (None, None))
+    where = f"{_device(run)}, {run['machine']['threads']} threads" if run else NOT_MEASURED
     lines = [
         "<!-- written by bench/report.py -->",
         "",
-        "| forward + backward, float32, 2 CPU cores | rlhf_fast | beside |",
+        f"| forward + backward, float32, {where} | rlhf_fast | beside |",
         "|---|---|---|",
     ]
-    head = runs.row("linear_policy_loss", LONG, BOTH)
     cells = head["cells"] if head else {}
     bare = cells.get("bare-GEMMs", {}).get("ratio", {}).get("median")
     others = ", ".join(f"{name} {_head(cells[name], bare)}" for name in HEAD_PEERS if name in cells)
