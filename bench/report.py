@@ -193,7 +193,8 @@ def _goals(runs: Runs) -> Iterator[str]:
     for goal in CPU_GOALS:
         row = runs.row(goal.op, goal.shape, goal.kind)
         if goal.times is not None:
-            want = f"≥ {goal.times:g}× as fast as {goal.peer}"
+            beside = _YARDSTICKS.get(goal.peer, goal.peer)
+            want = f"≥ {goal.times:g}× as fast as {beside}"
         else:
             want = f"≤ {goal.at_most:g}× the time of {_YARDSTICKS[goal.peer]}"
         what = f"| {goal.work} | {spelled(goal.shape)} | {goal.kind} "
