@@ -56,7 +56,7 @@ def flags(config: RunConfig) -> list[str]:
     return [f"--{k}={v}" for k, vs in options.items() for v in vs if v is not None]
 
 
-def runs_file(folder: Path, runs: list[tuple[PPOConfig, dict]]) -> str:
+def runs_file(folder: Path, runs: list[tuple[RunConfig, dict]]) -> str:
     """Runs with their options, as ranks.py reads them."""
     file = folder / "runs.json"
     file.write_text(json.dumps([(asdict(config), options) for config, options in runs]))

@@ -270,18 +270,24 @@ def fail_in_a_group() -> None:
 
 
 def train_each(sharded_by: str, file: str) -> None:
-    """PPO runs one after the other, by the configs in a JSON file, under accelerate's."""
-    from rlhf_fast.trainer import ppo
-    from rlhf_fast.trainer.config import PPOConfig
+    """Runs one after the other, by the configs in a JSON file, under accelerate's launcher."""
+    from rlhf_fast.trainer import ppo, reward
+    from rlhf_fast.trainer.config import PPOConfig, RewardConfig
 
     ppo.plot = lambda rows, path: path.touch()  # drawing takes half of the time
-    look_at_shards() if sharded_by == "fsdp" else look_at_moments()
+    if sharded_by == "fsdp":
+        look_at_shards()
+    if sharded_by == "deepspeed":
+        look_at_moments()
     atexit.register(fail_in_a_group)  # called last, being the first
     with open(file) as runs:
         for config, options in json.load(runs):
-            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(options.get("stage"))
+            os.environ |= options.get("environment", {})  # as accelerate's launcher sets it
             with broken() if options.get("broken") else contextlib.nullcontext():
-                ppo.train(PPOConfig(**config))
+                if "eval_pairs" in config:
+                    reward.train(RewardConfig(**config))
+                else:
+                    ppo.train(PPOConfig(**config))
 
 
 def look_at_shards() -> None:

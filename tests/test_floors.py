@@ -23,7 +23,14 @@ FLOORS = {
     "kernels": ("kernels", {"rlhf_fast", *OF_THE_TRAINER, *FRAMEWORKS}),
     "rlhf_fast.ops": (
         "rlhf_fast/ops",
-        {"rlhf_fast.trainer", "rlhf_fast.integrations", *OF_THE_TRAINER, *FRAMEWORKS},
+        # and what takes longer to import than torch without it: DTensor brings dynamo
+        {
+            "rlhf_fast.trainer",
+            "rlhf_fast.integrations",
+            "torch._dynamo",
+            *OF_THE_TRAINER,
+            *FRAMEWORKS,
+        },
     ),
     "rlhf_fast.integrations": ("rlhf_fast/integrations", {"rlhf_fast.trainer"}),
     "rlhf_fast.trainer": ("rlhf_fast/trainer", {"rlhf_fast.integrations", *FRAMEWORKS}),

@@ -17,8 +17,8 @@ pytest.importorskip("triton", reason="no triton on this machine: its kernels are
 PARTS = (
     "linear_policy_loss",
     "linear and not linear_policy_loss",
-    "not linear and float64",
-    "not linear and not float64",
+    "policy_loss and not linear",
+    "not policy_loss and not linear",
 )
 
 

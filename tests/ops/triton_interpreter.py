@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 
-import numpy as np
 import pytest
 import torch
 from bounds import Draws, allowed
@@ -29,48 +27,11 @@ tl = pytest.importorskip("triton.language")
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)
+from interpreting import faster  # noqa: E402
 from rlhf_fast.kernels import partials  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
 
+faster()
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # numpy's 0/0 under a mask
-
-
-def patched_once() -> None:
-    """Triton patches its language at each launch and each call of one jit function by another,
-    which takes half of the time here; nothing else uses the language in this process, so that it
-    may stay patched."""
-    patch, patched, nothing = interpreter._patch_lang, set(), interpreter._LangPatchScope()
-
-    def once(function):
-        languages = {x for x in function.__globals__.values() if x is tl or x is tl.core}
-        if not languages <= patched:
-            patched.update(languages)
-            patch(function)
-        return nothing  # to restore
-
-    interpreter._patch_lang = once
-
-
-def scanned_by_doubling(self, inputs: list) -> list:
-    """The interpreter's own scan combines one element after the other, some tens of µs each; this
-    one all at once, 1, 2, 4, … lanes apart, which is also how a warp does it."""
-    values, lanes = [x.handle.data for x in inputs], np.arange(inputs[0].handle.data.size)
-    for step in range(lanes.size.bit_length() - 1):
-        before = [np.roll(x, 2**step) for x in values]
-        both = [
-            self.to_tensor(x, y.dtype) for x, y in zip(before + values, 2 * [*inputs], strict=True)
-        ]
-        combined = [x.handle.data for x in self.combine_fn.fn(*both)]
-        values = [np.where(lanes < 2**step, *x) for x in zip(values, combined, strict=True)]
-    return [self.to_tensor(x, y.dtype) for x, y in zip(values, inputs, strict=True)]
-
-
-patched_once()
-# Without debug=True the check for overflows of int32 is worked out, and its result thrown away.
-interpreter.interpreter_builder.options = replace(
-    interpreter.interpreter_builder.options, sanitize_overflow=False
-)
-interpreter.ScanOps.generic_scan = scanned_by_doubling
 
 
 def copied(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -183,37 +144,30 @@ def run(sample: Sample, op: Op, dtype: torch.dtype) -> None:
     assert mode.checked or op.name in ENGINES, "no kernel was called"  # no rows, no call
 
 
-def cases(dtypes: tuple[torch.dtype, ...], ops: list[str]) -> list:
+def all_samples(op: Op) -> list[Sample]:
+    return list(op.samples(torch.Generator().manual_seed(0)))
+
+
+def cases(dtype: torch.dtype, ops: Iterable[str], of: Callable[[Op], list[Sample]]) -> list:
     return [
-        pytest.param(name, i, dtype, id=f"{name}-{sample.name}-{str(dtype).removeprefix('torch.')}")
+        pytest.param(name, sample, dtype, id=f"{name}-{sample.name}-{str(dtype)[6:]}")
         for name in ops
-        for i, sample in enumerate(OPS[name].samples(torch.Generator().manual_seed(0)))
-        for dtype in dtypes
+        for sample in of(OPS[name])
     ]
 
 
-def nth_sample(name: str, i: int) -> Sample:
-    return list(OPS[name].samples(torch.Generator().manual_seed(0)))[i]
-
-
 ENGINES = [name for name in OPS if name.startswith("linear_")]  # loops over the other ops' kernels
-SAMPLES = cases((torch.float32,), ENGINES) + cases(
-    (torch.float32, torch.float64),
-    [name for name, op in OPS.items() if op.kernels and name not in ENGINES],
-)
+KERNELS_OF_THEIR_OWN = [name for name, op in OPS.items() if op.kernels and name not in ENGINES]
+SAMPLES = cases(torch.float32, ENGINES + KERNELS_OF_THEIR_OWN, all_samples)
+# In another dtype a kernel takes the same branches: once through each of them.
+SAMPLES += cases(torch.float64, KERNELS_OF_THEIR_OWN, one_for_each_option)
+SAMPLES += cases(torch.bfloat16, ["token_logprobs"], all_samples)
+SAMPLES += cases(torch.float16, ["token_logprobs"], one_for_each_option)
 
 
-@pytest.mark.parametrize("name, i, dtype", SAMPLES)
-def test_samples(name: str, i: int, dtype: torch.dtype) -> None:
-    run(nth_sample(name, i), OPS[name], dtype)
-
-
-@pytest.mark.parametrize(
-    "name, i, dtype",
-    cases((torch.bfloat16, torch.float16), ["token_logprobs"]),
-)
-def test_16_bit_logits(name: str, i: int, dtype: torch.dtype) -> None:
-    run(nth_sample(name, i), OPS[name], dtype)
+@pytest.mark.parametrize("name, sample, dtype", SAMPLES)
+def test_samples(name: str, sample: Sample, dtype: torch.dtype) -> None:
+    run(sample, OPS[name], dtype)
 
 
 LONG = ({"B": 2, "T": 2100}, {"B": 260, "T": 2}, {"B": 2500}, {"N": 2, "V": 20001, "H": 8})

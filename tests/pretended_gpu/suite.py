@@ -10,11 +10,13 @@ import device
 import pytest
 import torch
 from drawing import arguments, few_for_all_options
+from interpreting import faster
 from torch import Tensor
 
 from rlhf_fast.ops.linear import chunks as linear
 from rlhf_fast.ops.registry import OPS, Op, Sample
 
+faster()
 CASES = [
     pytest.param(op, sample, id=f"{op.name}: {sample.name}")
     for op in OPS.values()
@@ -79,8 +81,9 @@ def test_float32(op: Op, sample: Sample) -> None:
 
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_policy_loss", "linear_token_kl"])
 def test_16_bit_operands(op: str) -> None:
-    """Products of 16-bit operands into float32, and their gradient back in 16 bits."""
-    for sample in few_for_all_options(OPS[op]):
+    """Products of 16-bit operands into float32, and their gradient back in 16 bits: of the samples
+    that have most options."""
+    for sample in few_for_all_options(OPS[op])[:2]:
         compare(OPS[op], sample, torch.bfloat16, 4e-2)
 
 

@@ -19,6 +19,8 @@ from rlhf_fast.trainer.distributed.deepspeed import asked_for, engine_config
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import read_metrics
 
+STAGE = "ACCELERATE_DEEPSPEED_ZERO_STAGE"
+
 
 @pytest.fixture(autouse=True)
 def deepspeed_to_import(monkeypatch) -> None:
@@ -97,7 +99,7 @@ def test_two_processes_give_the_numbers_of_one(
     several["alone", 1] = broken_off(alone, "by_one_then_two")
     several["alone", 2] = broken_off(together, "by_two_then_two")
     list_of = [
-        (config, {"stage": stage, "broken": name == "broken"})
+        (config, {"environment": {STAGE: str(stage)}, "broken": name == "broken"})
         for (name, stage), config in several.items()
     ]
     done = zero_launch(tmp_path, [RANKS, "deepspeed", runs_file(tmp_path, list_of)])

@@ -57,52 +57,43 @@ def test_two_processes_give_the_numbers_of_one(
     }
     critic = configured("critic", **options)
     ppo.train(critic)
+    size_based = {
+        "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "5000",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+    }  # fmt: skip
     several = [
-        replace(critic, output_dir=str(tmp_path / "critic_together")),
-        broken_off(alone, "by_one_then_two"),
-        broken_off(together, "by_two_then_two"),
+        (critic, replace(critic, output_dir=str(tmp_path / "critic_together")), size_based),
+        (alone, broken_off(alone, "by_one_then_two"), size_based),
+        (alone, broken_off(together, "by_two_then_two"), size_based),
     ]
-    done = fsdp_launch(
-        tmp_path,
-        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
-        fsdp_auto_wrap_policy="SIZE_BASED_WRAP",
-        fsdp_min_num_params=5000,
-        fsdp_reshard_after_forward=False,
-    )
+    # The reference is the policy without adapters, or shares its frozen layers.
+    frozen = {
+        "lora": {"lora_r": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
+        "top": {"trainable_layers": 2, "minibatches": 4, "micro_batch_size": 1},
+    }
+    for name, more in frozen.items():
+        one = configured(name, **OPTIONS | more)
+        ppo.train(one)
+        layer_wise = {
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+            "FSDP_RESHARD_AFTER_FORWARD": str(name == "lora").lower(),
+            "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        }
+        both = replace(one, output_dir=str(tmp_path / f"{name}_together"))
+        several.append((one, both, layer_wise))
+        several.append((one, broken_off(one, f"{name}_by_one_then_two"), layer_wise))
+    runs = [(two, {"environment": environment}) for _, two, environment in several]
+    done = fsdp_launch(tmp_path, [RANKS, "fsdp", runs_file(tmp_path, runs)])
     assert done.returncode == 0, done.stderr[-3000:]
+    for one, two, _ in several:
+        assert_same_run(one, two)
+        if "_together" in two.output_dir and one is not critic:
+            by_one = broken_off(two, f"{Path(two.output_dir).name}_then_one")
+            ppo.train(by_one)
+            assert_same_run(one, by_one)
     by_one = broken_off(together, "by_two_then_one")
     ppo.train(by_one)
-    assert_same_run(critic, several[0])
-    for continued in (*several[1:], by_one):
-        assert_same_run(alone, continued)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lora_r": 4, "learning_rate": 1e-2, "max_grad_norm": 0.1},
-        {"trainable_layers": 2, "minibatches": 4, "micro_batch_size": 1},
-    ],
-    ids=["LoRA", "top layers"],
-)
-def test_frozen_weights_are_sharded_too(configured, tmp_path, options):
-    """The reference is the policy without adapters, or shares its frozen layers."""
-    alone = configured("alone", **OPTIONS | options)
-    together = replace(alone, output_dir=str(tmp_path / "together"))
-    ppo.train(alone)
-    several = [together, broken_off(alone, "by_one_then_two")]
-    done = fsdp_launch(
-        tmp_path,
-        [RANKS, "fsdp", runs_file(tmp_path, [(each, {}) for each in several])],
-        fsdp_auto_wrap_policy="TRANSFORMER_BASED_WRAP",
-        fsdp_reshard_after_forward="lora_r" in options,
-        fsdp_activation_checkpointing=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    by_one = broken_off(together, "by_two_then_one")
-    ppo.train(by_one)
-    for run in (*several, by_one):
-        assert_same_run(alone, run)
+    assert_same_run(alone, by_one)
 
 
 @pytest.mark.parametrize(

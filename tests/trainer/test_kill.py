@@ -17,7 +17,7 @@ from rlhf_fast.trainer import ppo
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.run.folder import read_metrics
 
-KILLS = 12
+KILLS = 6
 REWARD = """
 import random
 
@@ -62,7 +62,7 @@ def outcome(config: PPOConfig) -> tuple:
 
 
 def test_killed_at_random_moments(config, monkeypatch):
-    """In each twelfth of the run's length one; with save_every=1 many fall into a checkpoint.
+    """In each sixth of the run's length one; with save_every=1 many fall into a checkpoint.
     test_run.py kills before every single operation on the disk."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     processes = multiprocessing.get_context("forkserver")

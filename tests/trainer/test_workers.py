@@ -9,39 +9,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from launches import assert_same_metrics, flags, launch
+from launches import RANKS, assert_same_metrics, flags, launch, runs_file
 
 from rlhf_fast.trainer import ppo, reward
-from rlhf_fast.trainer.config import PPOConfig, RewardConfig
+from rlhf_fast.trainer.config import RewardConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
 
-def launch_ddp(config: PPOConfig | RewardConfig) -> CompletedProcess:
-    command = "reward" if isinstance(config, RewardConfig) else "ppo"
+def launch_ddp(script: list[str]) -> CompletedProcess:
     options = ["--multi_gpu", "--num_machines=1", "--num_processes=2", "--mixed_precision=no",
                "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
-    return launch(options, ["-m", "rlhf_fast.trainer.cli", command, *flags(config)])
+    return launch(options, script)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        # 3 rows a minibatch: the two processes never have the same share of it
-        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True, "top_p": 0.8},
-        # 1 row a minibatch: one process has nothing to learn from
-        {"minibatches": 12, "estimator": "rloo", "samples_per_prompt": 2, "trainable_layers": 2},
-    ],
-    ids=["uneven shares", "empty shares"],
-)
-def test_two_processes_give_the_numbers_of_one(configured, options):
-    options = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2} | options
-    alone = configured("alone", **options)
+OPTIONS = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2}
+
+
+def test_the_command_in_two_processes_gives_the_numbers_of_one(configured):
+    # 3 rows a minibatch: the two processes never have the same share of it
+    options = OPTIONS | {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True}
+    alone = configured("alone", top_p=0.8, **options)
     device = "cpu" if torch.accelerator.is_available() else "auto"  # auto finds CPUs by itself
-    together = configured("together", **options | {"device": device})
+    together = configured("together", top_p=0.8, device=device, **options)
     together.data = alone.data
     ppo.train(alone)
-    done = launch_ddp(together)
+    done = launch_ddp(["-m", "rlhf_fast.trainer.cli", "ppo", *flags(together)])
     assert done.returncode == 0, done.stderr[-2000:]
     assert "2 processes" in done.stdout  # without --multi_gpu a launch on a CPU starts one
     assert_same_metrics(alone, together)
@@ -50,7 +43,28 @@ def test_two_processes_give_the_numbers_of_one(configured, options):
     assert kept == {"step_2.pt", "step_3.pt"}
 
 
-def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_jsonl, tmp_path):
+FAILS = """
+import os
+calls = 0
+def second(prompts, completions, **columns):
+    global calls
+    calls += 1
+    bad = os.environ['RANK'] == '1' and calls == 2
+    return [float('nan') if bad else 1.0] * len(prompts)
+"""
+
+
+def test_two_processes_give_the_numbers_of_one(
+    configured, tiny_policy_folder, write_jsonl, tmp_path
+):
+    """Run after run in one launch, since starting it takes as long as any of them: shares of
+    nothing, a reward model, and a reward that fails in one process, which ends both."""
+    # 1 row a minibatch: one process has nothing to learn from
+    options = OPTIONS | {"minibatches": 12, "trainable_layers": 2}
+    options |= {"estimator": "rloo", "samples_per_prompt": 2}
+    empty, empties = configured("alone", **options), configured("together", **options)
+    empties.data = empty.data
+    ppo.train(empty)
     rows = [
         {"chosen": "the film " * (i % 3) + "is good", "rejected": "bad plot " * (i % 4) + "was bad",
          "margin": 0.1 * i} for i in range(22)
@@ -64,9 +78,16 @@ def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_j
         for name in ("one", "two")
     )  # fmt: skip
     summary = reward.train(one)
-    done = launch_ddp(two)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 processes" in done.stdout and done.stdout.count("held-out pair accuracy") == 1
+    (tmp_path / "fails.py").write_text(FAILS)
+    fails = configured("fails", reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
+    file = runs_file(tmp_path, [(config, {}) for config in (empties, two, fails)])
+    done = launch_ddp([RANKS, "ddp", file])
+    assert done.returncode != 0
+    assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
+    assert not (Path(fails.output_dir) / "summary.json").exists()
+
+    assert_same_metrics(empty, empties)
+    assert done.stdout.count("held-out pair accuracy") == 1
     alone, shared = (read_metrics(Path(c.output_dir) / "metrics.jsonl") for c in (one, two))
     assert len(alone) == 9
     for a, b in zip(alone, shared, strict=True):
@@ -76,22 +97,6 @@ def test_two_processes_train_the_reward_model_of_one(tiny_policy_folder, write_j
         assert found[name] == pytest.approx(summary[name], rel=1e-3, abs=1e-4), name
     stored = json.loads((Path(two.output_dir) / "model" / "config.json").read_text())
     assert stored["score_mean"] == found["score_mean"]
-
-
-def test_a_reward_that_fails_in_one_process_ends_all(configured, tmp_path):
-    (tmp_path / "fails.py").write_text(
-        "import os\n"
-        "calls = 0\n"
-        "def second(prompts, completions, **columns):\n"
-        "    global calls\n"
-        "    calls += 1\n"
-        "    bad = os.environ['RANK'] == '1' and calls == 2\n"
-        "    return [float('nan') if bad else 1.0] * len(prompts)\n"
-    )
-    config = configured(reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
-    done = launch_ddp(config)
-    assert done.returncode != 0
-    assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
 
 
 def test_batch_that_cannot_be_shared(configured, monkeypatch):
