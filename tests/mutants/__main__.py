@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -61,6 +62,20 @@ def passes(tree: Path, tests: str) -> bool:
     return done.returncode == 0
 
 
+def together(selections: Iterable[str]) -> list[str]:
+    """One run for all selections of the same files: starting one takes as long as its tests."""
+    words: dict[str, set[str]] = {}
+    for selection in selections:
+        files, _, chosen = selection.partition(" -k ")
+        words.setdefault(files, set()).add(shlex.split(chosen)[0] if chosen else "")
+    return [
+        files
+        if "" in some
+        else f"{files} -k {shlex.quote(' or '.join(map('({})'.format, sorted(some))))}"
+        for files, some in words.items()
+    ]
+
+
 def notices(tree: Path, mutant: Mutant) -> bool:
     file = tree / mutant.file
     text = file.read_text(encoding="utf-8")
@@ -81,7 +96,7 @@ def main(words: list[str]) -> None:
         tree = copied(Path(folder).resolve())
         if not build(tree):
             raise SystemExit("the kernels cannot be built")
-        for tests in dict.fromkeys(m.tests for m in chosen):
+        for tests in together(m.tests for m in chosen):
             if not passes(tree, tests):
                 raise SystemExit(f"without any mutant these tests fail: pytest {tests}")
         for mutant in chosen:
