@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from rlhf_fast.trainer import cli
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES, PAGE = ROOT / "examples", ROOT / "docs" / "walkthrough.md"
@@ -46,21 +48,32 @@ def test_every_error_of_the_slides_is_in_the_table_and_in_its_section() -> None:
 
 
 def test_hacking_runs_both_policies_and_writes_its_chapter(
-    tmp_path, write_jsonl, tiny_policy_folder, tiny_reward_folder
+    tmp_path, write_jsonl, tiny_policy_folder, tiny_reward_folder, monkeypatch
 ) -> None:
     pytest.importorskip("vaderSentiment")
+    monkeypatch.syspath_prepend(str(EXAMPLES / "demo"))
+    hacking = importlib.import_module("hacking")
+    commands = []
+
+    def here(*command: object) -> None:  # and not in processes, whose imports take longer
+        commands.append(command)
+        assert command[:3] == ("-m", "rlhf_fast.trainer.cli", "ppo")
+        assert cli.main([*map(str, command[2:])]) == 0
+
+    monkeypatch.setattr(hacking, "run", here)
     page = tmp_path / "walkthrough.md"
     page.write_text(TEXT, encoding="utf-8")
     prompts = write_jsonl([{"prompt": f"the {w} film"} for w in ("good", "bad", "very", "not")] * 3)
     command = [
-        sys.executable, EXAMPLES / "demo" / "hacking.py", "--betas", "0", "0.5",
+        "hacking.py", "--betas", "0", "0.5",
         "--model", tiny_policy_folder, "--reward", tiny_reward_folder, "--data", prompts,
         "--runs", tmp_path / "runs", "--out", tmp_path,
         "--steps", "2", "--batch_size", "4", "--eval_prompts", "4", "--trainable_layers", "2",
         "--max_new_tokens", "4", "--device", "cpu",
     ]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", [*map(str, command)])
+    hacking.main()
+    assert len(commands) == 2
     result = json.loads((tmp_path / "hacking.json").read_text())
     assert [run["beta"] for run in result["runs"]] == [0.0, 0.5]
     for run in result["runs"]:

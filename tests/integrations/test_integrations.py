@@ -10,75 +10,87 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 EXAMPLES = TESTS.parent / "examples"
-BLOCK = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "{framework}":
-            raise ModuleNotFoundError("No module named " + repr(name), name=name)
-
-sys.meta_path.insert(0, Absent())
+# A process for all: in each fork of it another framework is absent, or is another version.
+FORKS = """
+import os, sys, traceback, types
 import rlhf_fast
 assert not [name for name in sys.modules if name.startswith("rlhf_fast.integrations")]
-import rlhf_fast.integrations.{framework}
+
+class Absent:
+    def __init__(self, framework):
+        self.framework = framework
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == self.framework:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+
+for framework, modules in {cases!r}:
+    if not os.fork():
+        if modules is None:
+            sys.meta_path.insert(0, Absent(framework))
+        for name, has in (modules or {{}}).items():
+            sys.modules[name] = module = types.ModuleType(name)
+            module.__path__, module.__version__ = [], "0.0.1"
+            for thing in has:
+                setattr(module, thing, type(thing, (), {{}}))
+        try:
+            __import__("rlhf_fast.integrations." + framework)
+        except BaseException as error:
+            print(*traceback.format_exception_only(error)[-1].splitlines(), flush=True)
+        os._exit(0)
+    os.wait()
 """
 
 
-@pytest.mark.parametrize(
-    "framework, advice",
-    [
-        ("trl", "needs TRL: pip install 'trl==1.12.0', or 1.16.0"),
-        ("verl", "needs verl: pip install verl==0.9.1"),
-        ("openrlhf", "needs OpenRLHF: pip install openrlhf==0.11.2"),
-    ],
-)
-def test_an_absent_framework_is_one_clear_error(framework, advice):
+def last_lines(cases: list[tuple[str, dict | None]]) -> list[str]:
+    """What importing each integration ends in, beside these modules; None: an absent framework."""
     child = subprocess.run(
-        [sys.executable, "-c", BLOCK.format(framework=framework)], capture_output=True, text=True
+        [sys.executable, "-c", FORKS.format(cases=cases)], capture_output=True, text=True
     )
-    last = child.stderr.strip().splitlines()[-1]
-    cause = f"(No module named {framework!r})"  # or of what it imports itself
-    assert last == f"ImportError: rlhf_fast.integrations.{framework} {advice} {cause}"
+    assert child.returncode == 0, child.stderr
+    return child.stdout.splitlines()
 
 
-OTHER = """
-import sys, types
-for name, has in {modules!r}.items():
-    sys.modules[name] = module = types.ModuleType(name)
-    module.__path__, module.__version__ = [], "0.0.1"
-    for thing in has:
-        setattr(module, thing, type(thing, (), {{}}))
-import rlhf_fast.integrations.{framework}
-"""
-
-
-@pytest.mark.parametrize(
-    "framework, modules, absent",
-    [
-        # TRL before 1.10 has no chunked head, OpenRLHF's HEAD no KL_IS_WEIGHT_CLIP
-        ("trl", {"trl.trainer.utils": ["selective_log_softmax"]}, "_ChunkedLogProbFunction"),
-        ("trl", {}, "trl.trainer.utils.selective_log_softmax"),
-        (
-            "openrlhf",
-            {"openrlhf.models.loss": ["PolicyLoss", "ValueLoss"], "openrlhf.models.utils": []},
-            "KL_IS_WEIGHT_CLIP",
-        ),
-        ("openrlhf", {"openrlhf.models.loss": []}, "openrlhf.models.loss.PolicyLoss"),
-        ("verl", {"verl.trainer.ppo.core_algos": []}, "register_policy_loss"),
-    ],
-)
-def test_another_version_is_one_clear_line(framework, modules, absent):
-    parents = {
-        ".".join(name.split(".")[:i]): []
-        for name in [framework, *modules]
-        for i in range(1, name.count(".") + 2)
+def test_an_absent_framework_is_one_clear_error():
+    advice = {
+        "trl": "needs TRL: pip install 'trl==1.12.0', or 1.16.0",
+        "verl": "needs verl: pip install verl==0.9.1",
+        "openrlhf": "needs OpenRLHF: pip install openrlhf==0.11.2",
     }
-    code = OTHER.format(framework=framework, modules=parents | modules)
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    last = child.stderr.strip().splitlines()[-1]
-    assert last.startswith("rlhf_fast.integrations.patching.UnknownSignature: ")
-    assert absent in last and "is not there" in last and "nothing was replaced" in last
+    for (name, needs), last in zip(
+        advice.items(), last_lines([(name, None) for name in advice]), strict=True
+    ):
+        cause = f"(No module named {name!r})"  # or of what it imports itself
+        assert last == f"ImportError: rlhf_fast.integrations.{name} {needs} {cause}"
+
+
+# (framework, the names that its modules have, which one is not there)
+OTHERS = [
+    # TRL before 1.10 has no chunked head, OpenRLHF's HEAD no KL_IS_WEIGHT_CLIP
+    ("trl", {"trl.trainer.utils": ["selective_log_softmax"]}, "_ChunkedLogProbFunction"),
+    ("trl", {}, "trl.trainer.utils.selective_log_softmax"),
+    (
+        "openrlhf",
+        {"openrlhf.models.loss": ["PolicyLoss", "ValueLoss"], "openrlhf.models.utils": []},
+        "KL_IS_WEIGHT_CLIP",
+    ),
+    ("openrlhf", {"openrlhf.models.loss": []}, "openrlhf.models.loss.PolicyLoss"),
+    ("verl", {"verl.trainer.ppo.core_algos": []}, "register_policy_loss"),
+]
+
+
+def test_another_version_is_one_clear_line():
+    cases = []
+    for framework, modules, _ in OTHERS:
+        parents: dict[str, list] = {
+            ".".join(name.split(".")[:i]): []
+            for name in [framework, *modules]
+            for i in range(1, name.count(".") + 2)
+        }
+        cases.append((framework, parents | modules))
+    for (_, _, absent), last in zip(OTHERS, last_lines(cases), strict=True):
+        assert last.startswith("rlhf_fast.integrations.patching.UnknownSignature: ")
+        assert absent in last and "is not there" in last and "nothing was replaced" in last
 
 
 def run_example(name: str, *modules: str) -> list[str]:
