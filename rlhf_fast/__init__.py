@@ -6,6 +6,7 @@ from .ops.gae import gae
 from .ops.gae_packed import gae_packed
 from .ops.group_advantages import group_advantages
 from .ops.kl_penalized_rewards import kl_penalized_rewards
+from .ops.kto_loss import KTOStats, kto_loss
 from .ops.linear.chunks import chunk_budget, release_memory
 from .ops.linear.kl import linear_token_kl
 from .ops.linear.logprobs import linear_token_logprobs
@@ -13,6 +14,7 @@ from .ops.linear.policy_loss import linear_policy_loss
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
 from .ops.policy_loss import PolicyStats, policy_loss
+from .ops.preference_loss import PreferenceStats, preference_loss
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import ValueStats, value_loss
@@ -21,7 +23,9 @@ from .version import __version__
 __path__.append(f"{__path__[0]}/moved")  # modules by the paths they had in 0.1
 
 __all__ = [
+    "KTOStats",
     "PolicyStats",
+    "PreferenceStats",
     "ValueStats",
     "__version__",
     "chunk_budget",
@@ -30,6 +34,7 @@ __all__ = [
     "gae_packed",
     "group_advantages",
     "kl_penalized_rewards",
+    "kto_loss",
     "linear_policy_loss",
     "linear_token_kl",
     "linear_token_logprobs",
@@ -37,6 +42,7 @@ __all__ = [
     "masked_whiten",
     "pairwise_loss",
     "policy_loss",
+    "preference_loss",
     "release_memory",
     "token_kl",
     "token_logprobs",

@@ -12,6 +12,8 @@ from . import (
     token_kl,
     kl_penalized_rewards,
     pairwise_loss,
+    preference_loss,
+    kto_loss,
     masked,
 )
 from .decoding import thin_linear, decoder_layer, draw_tokens

@@ -167,6 +167,36 @@ CASES = [
         ValueError,
         "mask must have the shape of rewards",
     ),
+    ("preference_loss", (x, mask), {}, ValueError, "loss='dpo' needs ref_logp"),
+    ("preference_loss", (x, mask, x), {"loss": "simpo"}, ValueError, "'simpo' has no ref_logp"),
+    (
+        "preference_loss",
+        (x[:1], mask[:1], x[:1]),
+        {},
+        ValueError,
+        r"\[2B, T\], chosen .*, got 1 rows",
+    ),
+    ("preference_loss", (x[0], mask[0], x[0]), {}, ValueError, r"logp must be \[2B, T\]"),
+    ("preference_loss", (x, mask, x), {"beta": 0.0}, ValueError, "beta must be"),
+    ("preference_loss", (x, mask, x), {"loss": "kto"}, ValueError, "loss must be one of dpo, ipo"),
+    (
+        "preference_loss",
+        (x, mask, x),
+        {"loss": "ipo", "margin": 1.0},
+        ValueError,
+        "margin 1.0 has no",
+    ),
+    ("preference_loss", (x, mask, x), {"label_smoothing": 0.6}, ValueError, "label_smoothing must"),
+    ("kto_loss", (x, mask, x, mask), {}, ValueError, r"desirable must be \[B\]"),
+    ("kto_loss", (x, mask, x, x[:, 0]), {}, TypeError, "desirable must be bool"),
+    ("kto_loss", (x, mask, x, mask[:, 0]), {"kl": torch.nan}, ValueError, "kl must be"),
+    (
+        "kto_loss",
+        (x, mask, x, mask[:, 0]),
+        {"kl": x[0]},
+        ValueError,
+        "kl must be a number or a 0-dim",
+    ),
     ("group_advantages", (x, 3), {}, ValueError, r"scores must be \[B\]"),
     ("group_advantages", (x[0], 2), {}, ValueError, "group_size 2 must divide .*, 3"),
     ("group_advantages", (x[0], 1), {}, ValueError, "group_size must be at least 2, got 1"),
@@ -476,7 +506,8 @@ def test_tensors_that_are_not_strided_are_refused(name: str) -> None:
         rows = list(value.reshape(-1, 1))
         others = [value.to_sparse(), torch.nested.nested_tensor(rows)]
         others.append(torch.nested.nested_tensor(rows, layout=torch.jagged))
-        for other in (*others, value.tolist(), value.numpy()):
+        others += [value.tolist()] if value.dim() else []  # a number may be right
+        for other in (*others, value.numpy()):
             with pytest.raises(TypeError, match=rf"^{argument} must be .{{,140}}$"):
                 OPS[name].function(**{**most.arguments, argument: other})
 
