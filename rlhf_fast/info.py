@@ -66,13 +66,10 @@ def implementations(device_type: str) -> dict[str, str]:
 
 def markdown() -> str:
     """The README's op table."""
-    lines = ["| op | what it does | CPU | GPU |", "|---|---|---|---|"]
+    lines = ["| op | what it does |", "|---|---|"]
     for name, op in registry.OPS.items():
-        cpu = "C++" if op.kernels else "PyTorch"
-        gpu = "Triton" if any(k.triton for k in op.kernels) else "PyTorch"
-        if any(kernel.engine for kernel in op.kernels):
-            cpu, gpu = "C++ rows", "Triton rows"
-        lines.append(f"| `{name}` | {op.summary.rstrip('.')} | {cpu} | {gpu} |")
+        plain = "" if op.kernels else " (plain PyTorch)"
+        lines.append(f"| `{name}` | {op.summary.rstrip('.')}{plain} |")
     return "\n".join(lines)
 
 
