@@ -10,12 +10,13 @@ namespace {
 enum { kLoss, kSurrogate, kEntropy, kKl, kCut, kCutLow, kDual, kExcess, kExcess2, kMost, kLog,
        kLog2, kK3, kSums };
 
-enum class Loss { ppo, cispo, reinforce };
+enum class Loss { ppo, cispo, reinforce, sapo };
 
 inline Loss loss_named(const std::string& name) {
   if (name == "ppo") return Loss::ppo;
   if (name == "cispo") return Loss::cispo;
-  STD_TORCH_CHECK(name == "reinforce", "loss must be ppo, cispo or reinforce, got ", name);
+  if (name == "sapo") return Loss::sapo;
+  STD_TORCH_CHECK(name == "reinforce", "unknown loss ", name);
   return Loss::reinforce;
 }
 
@@ -28,6 +29,7 @@ struct PolicySpan {
   S excess_pivot;  // a counting token's ratio - 1
   Estimator estimator;
   Loss loss;
+  S tau_pos, tau_neg;
 };
 
 // What all counting tokens of a row share under a sequence ratio.
@@ -119,6 +121,15 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
         duals += dual;
       }
       slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
+    } else if (kind == Loss::sapo) {
+      const V tau = select(greater(A, zero), zero + s.tau_pos, zero + s.tau_neg);
+      const V x = tau * e.minus_one;
+      const V tail = exponential(x > zero ? -x : x).exp;  // sigmoid by what cannot overflow
+      const V both = one / (one + tail), gate = x > zero ? both : tail * both;
+      surrogate = -A * gate * 4 / tau;
+      slope = -A * ratio * 4 * tail * both * both;
+      slope = raw != log_ratio ? zero : slope;
+      cut = cut_low = zero;
     } else {
       const bool cispo = kind == Loss::cispo;
       const V above = greater(ratio, ceiling), below = greater(floor, ratio);
@@ -200,7 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const MaybeTensor& importance_weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,
     const MaybeTensor& normalizer, double clip_low, double clip_high,
     std::optional<double> dual_clip, double entropy_coef, double kl_coef,
-    std::string kl_estimator, std::string aggregation, std::string ratio, std::string loss) {
+    std::string kl_estimator, std::string aggregation, std::string ratio, std::string loss,
+    double sapo_tau_pos, double sapo_tau_neg) {
   double tokens = 0;
   const std::vector<double> c = coefficients(mask, aggregation, normalizer, &tokens);
   const Units units(logp.size(0), logp.size(1));
@@ -216,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         data<S>(entropy), data<S>(ref_logp), bits(mask), mutable_data<S>(d_logp),
         mutable_data<S>(d_entropy), S(clip_low), S(clip_high), S(dual_clip.value_or(0)),
         S(entropy_coef), S(kl_coef), S(0), estimator(kl_estimator),
-        loss_named(loss)};
+        loss_named(loss), S(sapo_tau_pos), S(sapo_tau_neg)};
     std::vector<Sequence<S>> sequences(ratio == "sequence" ? logp.size(0) : 0);
     parallel_rows(sequences.size(), logp.size(1), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

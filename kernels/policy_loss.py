@@ -80,7 +80,7 @@ def policy_loss_kernel(
     logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer, counts,
     sequences, d_logp, d_entropy, sums, B, T,
     low: tl.float64, high: tl.float64, dual_clip: tl.float64,
-    entropy_coef: tl.float64, kl_coef: tl.float64,
+    entropy_coef: tl.float64, kl_coef: tl.float64, tau_pos: tl.float64, tau_neg: tl.float64,
     DUAL: tl.constexpr, KL_GRADIENT: tl.constexpr, ESTIMATOR: tl.constexpr,
     AGGREGATION: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -121,6 +121,15 @@ def policy_loss_kernel(
             surrogate = tl.where(dual, bound, surrogate)
             flows = flows & (dual == 0)
         gradient = tl.where(flows, unclipped, 0.0)
+    elif LOSS == "sapo":
+        clips = tl.zeros_like(kept)
+        tau = tl.where(A > 0, tl.full((), tau_pos, dtype), tl.full((), tau_neg, dtype))
+        x = tau * excess
+        tail = exp(-tl.abs(x))  # sigmoid by what cannot overflow
+        both = 1.0 / (1.0 + tail)
+        surrogate = -A * tl.where(x > 0, both, tail * both) * 4.0 / tau
+        gradient = -A * ratio * 4.0 * tail * both * both
+        gradient = tl.where(tl.abs(difference) <= MAX_LOG_RATIO, gradient, 0.0)
     elif LOSS == "cispo":
         clips = kept & (bounded != ratio)
         gradient = -A * bounded
@@ -214,6 +223,8 @@ def policy_loss(
     aggregation: str,
     ratio: str,
     loss: str,
+    sapo_tau_pos: float,
+    sapo_tau_neg: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, stats [14], dloss/dlogp [B, T], dloss/dentropy [B, T] or empty)."""
     d_logp = torch.empty_like(logp)
@@ -247,7 +258,7 @@ def policy_loss(
         policy_loss_kernel[(programs,)](
             logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
             counts, sequences, d_logp, d_entropy, sums, rows, steps, *clips, entropy_coef, kl_coef,
-            KL_GRADIENT=kl_coef != 0, ESTIMATOR=kl_estimator, AGGREGATION=aggregation,
+            sapo_tau_pos, sapo_tau_neg, KL_GRADIENT=kl_coef != 0, ESTIMATOR=kl_estimator, AGGREGATION=aggregation,
             LOSS=loss, **launch,
         )  # fmt: skip
         policy_loss_finish_kernel[(1,)](sums, programs, total, stats)

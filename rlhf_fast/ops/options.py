@@ -19,8 +19,13 @@ from . import check
 from .aggregate import AGGREGATIONS
 from .token_kl import ESTIMATORS
 
+LOSSES = {  # each with the ratios that it has a meaning with
+    "ppo": ("token", "sequence"),
+    "cispo": ("token", "sequence"),
+    "reinforce": ("token",),
+    "sapo": ("token",),
+}
 RATIOS = ("token", "sequence")
-LOSSES = ("ppo", "cispo", "reinforce")
 
 # A field's type, as kernels' schemas spell it.
 SCHEMA: dict[Any, str] = {
@@ -82,9 +87,14 @@ class PolicyOptions:
     loss: str = option(
         "ppo",
         "ppo: the clipped surrogate. cispo: log-probs weighted by the clipped ratio, no token "
-        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip",
-        choices=LOSSES,
+        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip. "
+        "sapo: a smooth gate in the place of the clip",
+        choices=tuple(LOSSES),
     )
+    sapo_tau_pos: float = option(
+        1.0, "temperature of sapo's gate at positive advantages", above=0.0
+    )
+    sapo_tau_neg: float = option(1.05, "temperature of sapo's gate at the others", above=0.0)
 
     def check(self, dtype: torch.dtype) -> None:
         """Every option by itself, for sums in dtype, then those that say something of others."""
@@ -98,10 +108,9 @@ class PolicyOptions:
                 check.number(name, value, dtype=dtype, **f.metadata["range"])
         low = -self.clip_low if self.loss == "cispo" else 0.0
         check.number("clip_high", self.clip_high, low=low, dtype=dtype)
-        if self.ratio == "sequence" and self.loss == "reinforce":
-            raise ValueError(
-                "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
-            )
+        if self.ratio not in LOSSES[self.loss]:
+            ratios = " or ".join(map(repr, LOSSES[self.loss]))
+            raise ValueError(f"loss={self.loss!r} needs ratio={ratios}, got ratio={self.ratio!r}")
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip {self.dual_clip} needs loss='ppo', got loss={self.loss!r}")
 

@@ -39,7 +39,7 @@ class PolicyStats(NamedTuple):
             ref_logp.
         clipfrac: share of the tokens, 0 to 1, that the clip acted on. ppo: it cut their gradient
             off; cispo: it changed their weight, on either side and whatever the sign of A, as in
-            verl (TRL and Liger count only those above, where A > 0); reinforce: 0.
+            verl (TRL and Liger count only those above, where A > 0); reinforce and sapo: 0.
         dual_clipfrac: share of the tokens, 0 to 1, that dual_clip cut off.
         ratio_mean: of ρ, no unit; mean over the tokens.
         ratio_var: of ρ, no unit; population variance over the tokens.
@@ -104,6 +104,8 @@ def policy_loss(
         ppo         −w_t min(ρ_t A_t, clip(ρ_t) A_t)
         cispo       −w_t sg(clip(ρ_t)) A_t logp_t    MiniMax, arXiv:2506.13585, eq. 4-5
         reinforce   −w_t A_t logp_t                  Williams 1992; the ratio is only a statistic
+        sapo        −w_t A_t σ(τ(ρ_t − 1))·4/τ       Gao et al., arXiv:2511.20347, eq. 5-6: τ is
+                                                     sapo_tau_pos where A_t > 0, else sapo_tau_neg
 
     cispo with ratio="sequence" weights each token's logp by its row's clipped ρ, as TRL does.
 
@@ -209,6 +211,9 @@ def reference(
         if o.dual_clip is not None:
             dual = (A < 0) & (surrogate > -A * o.dual_clip)
             surrogate = torch.where(dual, -A * o.dual_clip, surrogate)
+    elif o.loss == "sapo":
+        tau = torch.full_like(A, o.sapo_tau_neg).masked_fill(A > 0, o.sapo_tau_pos)
+        surrogate = -A * torch.sigmoid(tau * (rho - 1)) * 4 / tau
     elif o.loss == "cispo":
         clips = bounded != rho
         surrogate = aggregate.times(-bounded.detach() * A, kept(logp))
@@ -288,6 +293,11 @@ def _forward(
         if o.dual_clip is not None:
             flows &= ~((advantages < 0) & (d_logp > -advantages * o.dual_clip))
         d_logp = torch.where(flows, d_logp, 0.0)
+    elif o.loss == "sapo":
+        tau = torch.full_like(logp, o.sapo_tau_neg).masked_fill(advantages > 0, o.sapo_tau_pos)
+        gate = torch.sigmoid(tau * (rho - 1))
+        d_logp = -advantages * rho * 4 * gate * (1 - gate)
+        d_logp = torch.where(log_ratio.abs() <= MAX_LOG_RATIO, d_logp, 0.0)
     elif o.loss == "cispo":
         d_logp = -advantages * bounded
     if importance_weights is not None:
@@ -364,7 +374,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("asymmetric, dual clip", draw(4, 64, spread=1.0, **clips), one)
     yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0), one)
     yield Sample("ratio beyond the clamp, dual clip", draw(4, 40, spread=30.0, dual_clip=3.0), one)
-    for loss in LOSSES[1:]:
+    for loss in ("cispo", "reinforce", "sapo"):
         name = "ratio beyond the clamp, " + loss
         yield Sample(loss, draw(4, 37, loss=loss), one)
         yield Sample(f"{loss}, everything", draw(6, 21, loss=loss) | extra(6, 21), both)

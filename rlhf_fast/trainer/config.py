@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlhf_fast.ops.options import PolicyOptions
+from rlhf_fast.ops.options import LOSSES, PolicyOptions
 
 from .checks import (
     above_zero,
@@ -548,9 +548,9 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 "k1's gradient is zero on average: choose k2 or k3",
             ),
             (
-                self.ratio == "sequence" and self.policy_loss == "reinforce",
+                self.ratio not in LOSSES.get(self.policy_loss, self.ratio),
                 ("ratio", "policy_loss"),
-                "this loss has no ratio",
+                "this loss has no such ratio",
             ),
             (
                 self.dual_clip is not None and self.policy_loss != "ppo",

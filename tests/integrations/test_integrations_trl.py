@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from trl.trainer import grpo_trainer, rloo_trainer
 from trl.trainer import utils as trl_utils
 
+from rlhf_fast import policy_loss
 from rlhf_fast.integrations import trl as fast
 from rlhf_fast.integrations.patching import UnknownSignature
 
@@ -278,6 +281,73 @@ def test_model_with_fused_head(tiny_policy, kept, monkeypatch):
     for name in ("loss", "log_probs", "entropy", "label_mask"):
         assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
     assert_close(our_grads, their_grads, rtol=1e-4, atol=1e-5)
+
+
+# GRPO's losses, which stay TRL's own, beside the options of policy_loss with the same formula
+
+
+def grpo(seed: int = 0, spread: float = 0.4) -> dict[str, torch.Tensor]:
+    """What GRPOTrainer._compute_loss gets of a batch, and what it asks of the model."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(4, 9, generator=g)
+    return {
+        "logp": logp,
+        "entropy": torch.rand(4, 9, generator=g),
+        "old_per_token_logps": logp + spread * torch.randn(4, 9, generator=g),
+        "ref_per_token_logps": logp + 0.4 * torch.randn(4, 9, generator=g),
+        "advantages": torch.tensor([1.3, -0.7, 0.4, -1.9]),
+        "completion_mask": (torch.arange(9) < torch.tensor([[9], [4], [1], [7]])).int(),
+        "num_items_in_batch": torch.tensor(21),
+    }
+
+
+def trls_loss(x: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+    """[loss, its gradient of logp, mean KL from the reference] by GRPOTrainer itself."""
+    same = types.SimpleNamespace(
+        reduce=lambda x, **_: x, gather=lambda x: x, pad_across_processes=lambda x, **_: x,
+        num_processes=1,
+    )  # fmt: skip
+    defaults = GRPOConfig(bf16=False, report_to=[])
+    arguments = types.SimpleNamespace(**vars(defaults) | {"steps_per_generation": 1} | options)
+    logp = x["logp"].clone().requires_grad_()
+    trainer = types.SimpleNamespace(
+        **vars(arguments), args=arguments, accelerator=same, aux_loss_enabled=False,
+        _entropy_bonus_enabled=False, model=types.SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        epsilon_low=arguments.epsilon, get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, x["entropy"], None),
+    )  # fmt: skip
+    trainer.epsilon_high = arguments.epsilon_high or arguments.epsilon
+    trainer.get_high_entropy_mask = types.MethodType(GRPOTrainer.get_high_entropy_mask, trainer)
+    ids = torch.zeros(4, 9, dtype=torch.int64)
+    prompt = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+    loss = GRPOTrainer._compute_loss(trainer, None, x | prompt)
+    return [loss.detach(), *torch.autograd.grad(loss, logp), *trainer._metrics["train"]["kl"]]
+
+
+def our_loss(x: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+    logp = x["logp"].clone().requires_grad_()
+    loss, stats = policy_loss(
+        logp, x["old_per_token_logps"], x["advantages"][:, None].expand_as(logp),
+        x["completion_mask"].bool(), ref_logp=x["ref_per_token_logps"], **options,
+    )  # fmt: skip
+    kl = [float(stats.ref_kl)] if options.get("kl_coef") else []
+    return [loss.detach(), *torch.autograd.grad(loss, logp), *kl]
+
+
+def assert_same_loss(x: dict[str, torch.Tensor], theirs: dict, ours: dict) -> None:
+    for a, b in zip(our_loss(x, **ours), trls_loss(x, **theirs), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@only_1_16
+@pytest.mark.parametrize("spread", [0.4, 2.0])
+def test_sapo(spread):
+    assert_same_loss(
+        grpo(0, spread), {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False},
+        {"loss": "sapo", "aggregation": "seq-mean-token-mean", "kl_coef": 0.1},
+    )  # fmt: skip
 
 
 # PPO's helpers

@@ -128,6 +128,20 @@ def test_gspo_and_cispo(name, mode, monkeypatch):
     assert theirs["actor/pg_clipfrac"] > 0
 
 
+@pytest.mark.parametrize("mask", ["padding", "all"])
+@pytest.mark.parametrize("info", INFOS)
+def test_sapo(info, mask, monkeypatch):
+    config = actor_config(tau_pos=1.0, tau_neg=1.05, global_batch_info=info)
+    monkeypatch.setattr(core, "ActorConfig", type(config))
+    for spread in (0.4, 15.0):
+        inputs = batch(spread, mask) | {"rollout_is_weights": torch.rand(6, 11)}
+        theirs, ours = same_loss(
+            core.get_policy_loss_fn("sapo"), core.get_policy_loss_fn("rlhf_fast_sapo"), "log_prob",
+            inputs, config=config,
+        )  # fmt: skip
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
 def test_all_masked_is_zero_where_verl_is_nan():
     inputs = batch() | {"response_mask": torch.zeros(6, 11, dtype=torch.bool)}
     (theirs, _), _ = run(

@@ -128,7 +128,7 @@ CASES = [
         (x, x, x, mask),
         {"ratio": "sequence", "loss": "reinforce"},
         ValueError,
-        "ratio='sequence' .* loss='reinforce'",
+        "loss='reinforce' needs ratio='token', got ratio='sequence'",
     ),
     (
         "policy_loss",

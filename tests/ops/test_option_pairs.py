@@ -36,6 +36,8 @@ SAMPLES = {  # of each option of a policy loss that has no choices: a value besi
     "dual_clip": 1.3,
     "entropy_coef": 0.3,
     "kl_coef": 0.4,
+    "sapo_tau_pos": 2.0,
+    "sapo_tau_neg": 0.5,
 }
 LOSSES = {
     **{
