@@ -6,8 +6,8 @@ Importing this module registers, in verl's own registries, what its config then 
         actor_rollout_ref.actor.policy_loss.loss_mode=rlhf_fast
 
 - policy loss ``rlhf_fast``: verl's "vanilla" (clip, clip-higher, dual clip, rollout weights, every
-  ``loss_agg_mode``), from one kernel, with verl's metrics; ``rlhf_fast_gspo``, ``…_cispo`` and
-  ``…_sapo``: its losses of these names;
+  ``loss_agg_mode``), from one kernel, with verl's metrics; ``rlhf_fast_gspo``, ``…_cispo``,
+  ``…_sapo``, ``…_geo_mean``, ``…_dppo_tv`` and ``…_dppo_kl``: its losses of these names;
 - advantage estimator ``rlhf_fast_gae``: verl's "gae". verl 0.9.1 gives a registered estimator no
   values (``compute_advantage`` passes them only for ``adv_estimator=gae``), so this name serves
   trainers that do; in verl's own, keep ``algorithm.adv_estimator=gae`` and ``patch()``.
@@ -38,7 +38,7 @@ from .. import (
     value_loss,
 )
 from .. import masked_whiten as masked_whiten_op
-from ..ops.policy_loss import MAX_LOG_RATIO
+from ..ops.policy_loss import MAX_LOG_RATIO, row_means
 from .patching import Patch, Replacement, found
 
 VERSIONS = "0.9.1"
@@ -59,13 +59,15 @@ ESTIMATORS = {
 # verl's loss modes: the options of ``policy_loss`` beside clips and aggregation, from its config.
 MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "vanilla": lambda config: {"dual_clip": config.get("clip_ratio_c", 3.0)},
-    "gspo": lambda config: {"ratio": "sequence"},
+    "gspo": lambda config: {"ratio": "sequence_token"},
     "cispo": lambda config: {"loss": "cispo"},
     "sapo": lambda config: {
         "loss": "sapo", "sapo_tau_pos": config.tau_pos, "sapo_tau_neg": config.tau_neg,
     },
+    "geo_mean": lambda config: {"loss": "gmpo", "ratio": "sequence"},
+    "dppo_tv": lambda config: {"loss": "dppo_tv", "delta": config.get("clip_ratio_c", 20.0)},
+    "dppo_kl": lambda config: {"loss": "dppo_kl", "delta": config.get("clip_ratio_c", 20.0)},
 }  # fmt: skip
-AGGREGATIONS = {"sapo": "seq-mean-token-mean"}  # whatever verl's config says
 
 
 def compute_policy_loss(
@@ -87,15 +89,22 @@ def compute_policy_loss(
         mode: of verl's loss modes the one that is computed, a key of ``MODES``.
 
     Returns:
-        (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower.
+        (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower. Of geo_mean
+        the first counts the tokens that the clip cut off, the last none (verl: those of positive
+        and of negative advantage that are outside on either side).
     """
     if config is None:
         raise ValueError("config must be verl's actor config, got None")
     low, high = config.clip_ratio_low, config.clip_ratio_high
-    loss_agg_mode = AGGREGATIONS.get(mode, loss_agg_mode)
-    aggregation, normalizer, scale = _aggregation(
-        loss_agg_mode, response_mask, **config.global_batch_info
-    )
+    counts = config.global_batch_info
+    if mode in ("sapo", "geo_mean"):  # whatever verl's config says
+        loss_agg_mode = "seq-mean-token-mean"
+    if mode == "geo_mean":  # the mean over the rows here, empty ones too
+        counts = {"global_batch_size": len(response_mask)}
+        if rollout_is_weights is not None:
+            log_weights = row_means((rollout_is_weights + 1e-10).log(), response_mask.bool())
+            rollout_is_weights = log_weights.exp()
+    aggregation, normalizer, scale = _aggregation(loss_agg_mode, response_mask, **counts)
     total, stats = policy_loss(
         log_prob,
         old_log_prob,

@@ -25,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from trl.trainer import grpo_trainer, rloo_trainer
 from trl.trainer import utils as trl_utils
 
-from rlhf_fast import policy_loss
+from rlhf_fast import off_policy_mask, policy_loss, top_entropy_mask
 from rlhf_fast.integrations import trl as fast
 from rlhf_fast.integrations.patching import UnknownSignature
 
@@ -341,13 +341,72 @@ def assert_same_loss(x: dict[str, torch.Tensor], theirs: dict, ours: dict) -> No
         assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+SEQUENCES = {"aggregation": "seq-mean-token-mean"}
+KL = {"beta": 0.1, "use_bias_correction_kl": True}, {"kl_coef": 0.1, "unbiased_kl": True}
+OBJECTIVES = {  # TRL's arguments, ours
+    "sapo": (
+        {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False},
+        {"loss": "sapo", "kl_coef": 0.1, **SEQUENCES},
+    ),
+    "sapo, unbiased KL": (
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5, **KL[0]},
+        {"loss": "sapo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 0.5, **KL[1], **SEQUENCES},
+    ),
+    "luspo": (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+        {"aggregation": "seq-mean-token-sum", "ratio": "sequence", "clip_low": 0.05,
+         "clip_high": 0.05},
+    ),
+    "vespo": (
+        {"loss_type": "vespo"}, {"loss": "vespo", "ratio": "sequence", "normalizer": 21.0},
+    ),
+    "vespo, other weights": (
+        {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5, "vespo_k_neg": 0.5,
+         "vespo_lambda_neg": 1.0, **KL[0]},
+        {"loss": "vespo", "ratio": "sequence", "normalizer": 21.0, "vespo_k_pos": 1.0,
+         "vespo_lambda_pos": 0.5, "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.0, **KL[1]},
+    ),
+    **{
+        f"delta {delta}, {level}": (
+            {"loss_type": "grpo", "delta": delta, "importance_sampling_level": level},
+            {"delta": delta, "ratio": level, **SEQUENCES},
+        )
+        for delta in (0.7, 1.1, 1.5)
+        for level in ("token", "sequence")
+    },
+}  # fmt: skip
+
+
 @only_1_16
-@pytest.mark.parametrize("spread", [0.4, 2.0])
-def test_sapo(spread):
-    assert_same_loss(
-        grpo(0, spread), {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False},
-        {"loss": "sapo", "aggregation": "seq-mean-token-mean", "kl_coef": 0.1},
-    )  # fmt: skip
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(name):
+    theirs, ours = OBJECTIVES[name]
+    for spread in (0.1, 0.4, 1.0):
+        assert_same_loss(grpo(0, spread), theirs, ours)
+
+
+@only_1_16
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_top_entropy_mask(share):
+    x = grpo()
+    kept = top_entropy_mask(x["entropy"], x["completion_mask"].bool(), share)
+    assert kept.sum() in {0.2: [5], 0.5: [11], 1.0: [21]}[share]
+    ours = {"importance_weights": kept.float(), **SEQUENCES}
+    assert_same_loss(x, {"loss_type": "grpo", "top_entropy_quantile": share}, ours)
+
+
+@only_1_16
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_off_policy_mask(threshold):
+    x = grpo()
+    x["old_per_token_logps"] += torch.tensor([[3.0], [1.0], [3.0], [0.3]])  # rows of 9, 4, 1, 7
+    advantages = x["advantages"][:, None].expand(4, 9)
+    kept = off_policy_mask(
+        x["logp"], x["old_per_token_logps"], advantages, x["completion_mask"].bool(), threshold
+    )
+    assert kept.sum() == {0.0: 10, 0.5: 17, 2.0: 21}[threshold]
+    ours = {"importance_weights": kept.float(), **SEQUENCES}
+    assert_same_loss(x, {"loss_type": "grpo", "off_policy_mask_threshold": threshold}, ours)
 
 
 # PPO's helpers

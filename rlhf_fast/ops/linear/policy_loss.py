@@ -359,10 +359,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     for estimator in token_kl.ESTIMATORS:
         yield Sample(estimator, everything(2, 6, 4, 9, kl_estimator=estimator), three)
     for loss in LOSSES:
-        still = draw(3, 8, 4, 9, loss=loss)
+        how = {"loss": loss, "ratio": LOSSES[loss][0]}
+        still = draw(3, 8, 4, 9, **how)
         still["advantages"][:, ::2] = 0.0
         yield Sample(f"zero advantages, {loss}", still, two)
-        yield Sample(f"{loss}, everything", everything(3, 8, 4, 9, loss=loss), three)
+        yield Sample(f"{loss}, everything", everything(3, 8, 4, 9, **how), three)
     cispo = {"loss": "cispo", "clip_low": 0.6, "clip_high": -0.3}
     yield Sample("cispo, clipped below 1", draw(3, 12, 8, 33, **cispo), two)
     for loss in ("ppo", "cispo"):
