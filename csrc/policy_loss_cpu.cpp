@@ -135,12 +135,15 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
     const V raw = logp - kept(s.old_logp);
     const V log_ratio = clamp(raw, -limit, limit);
     const auto e = exponential(log_ratio);  // the token's own
+    const V beyond = raw != log_ratio ? one : zero;
+    const V still = row ? zero + S(!row->moves) : beyond;  // the clamp carries no gradient
     const V ratio = row ? zero + row->ratio : e.exp;
     const V bounded = clamp(ratio, floor, ceiling);
     V surrogate, slope, cut, cut_low;
     if (kind == Loss::ppo) {
+      const bool held = s.delta < std::numeric_limits<S>::infinity();
       const V whole = -A * ratio, clipped = -A * bounded, delta = zero + s.delta;
-      const V unclipped = -A * (ratio > delta ? delta : ratio);
+      const V unclipped = held ? -A * (ratio > delta ? delta : ratio) : whole;
       surrogate = select(greater(clipped, unclipped), clipped, unclipped);
       cut = greater(surrogate, whole);
       cut_low = cut * greater(zero, A);  // by the sign of A: 7 % less of the whole than by ratio
@@ -150,22 +153,19 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
         const V dual = greater(zero, A) * greater(surrogate, most_loss);
         surrogate = select(dual, most_loss, surrogate);
       }
-      const V dual = greater(whole, surrogate);
-      slope = select(dual, zero, slope);
-      duals += dual;
-      if (row) {
-        slope = s.own_slope && row->moves ? slope : zero;
-      } else {
-        slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
+      if (held || s.dual_clip != 0) {
+        const V dual = greater(whole, surrogate);
+        slope = select(dual, zero, slope);
+        duals += dual;
       }
+      slope = select(still, zero, slope);
     } else if (kind == Loss::sapo) {
       const V tau = select(greater(A, zero), zero + s.tau_pos, zero + s.tau_neg);
       const V x = tau * e.minus_one;
       const V tail = exponential(x > zero ? -x : x).exp;  // sigmoid by what cannot overflow
       const V both = one / (one + tail), gate = x > zero ? both : tail * both;
       surrogate = -A * gate * 4 / tau;
-      slope = -A * ratio * 4 * tail * both * both;
-      slope = raw != log_ratio ? zero : slope;
+      slope = select(still, zero, -A * ratio * 4 * tail * both * both);
       cut = cut_low = zero;
     } else if (kind == Loss::gmpo) {
       cut = bounded_log_ratio(s, raw, A) != raw ? one : zero;
@@ -199,7 +199,7 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
         cut_low = select(good, zero, greater(down, zero + s.clip_low));
         cut = cut_low + select(good, greater(up, zero + s.clip_high), zero);
         weight = select(cut, zero, ratio > delta ? delta : ratio);
-        duals += select(cut, zero, greater(ratio, delta));
+        duals += select(cut, zero, counts * greater(ratio, delta));
       }
       slope = -A * weight;
       surrogate = times(slope, logp);
@@ -221,7 +221,7 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
     if (s.ref_logp) {
       auto kl = token_kl(logp - kept(s.ref_logp), s.estimator);
       if (s.unbiased_kl) {
-        kl = {e.exp * kl.value, e.exp * (kl.slope + (raw != log_ratio ? zero : kl.value))};
+        kl = {e.exp * kl.value, e.exp * (kl.slope + select(beyond, zero, kl.value))};
       }
       const V value = select(counts, kl.value, zero);
       kls += value;

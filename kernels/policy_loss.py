@@ -51,8 +51,8 @@ def sequence_kernel(
     k_pos: tl.float64, lambda_pos: tl.float64, k_neg: tl.float64, lambda_neg: tl.float64,
     DUAL: tl.constexpr, DELTA: tl.constexpr, LOSS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: its mean log-ratio, and what its tokens take from it where A ≥ 0 and where A < 0:
-    vespo's weights; else both times the slope of its ppo or gmpo surrogates in each logp.
+    """Of each row: its mean log-ratio, and what its tokens take from it where A ≥ 0 and A < 0:
+    vespo's weights; else, both times, the slope of its ppo or gmpo surrogates in each logp.
 
     The ratio is one number, so only the sign of A decides which tokens are cut: the slope needs
     no more than the sums of w·A over either sign.
@@ -192,7 +192,7 @@ def policy_loss_kernel(
                 up, down = tl.where(up > 0, divergence, 0.0), tl.where(down > 0, divergence, 0.0)
             lower, upper = (A <= 0) & (down > low), (A > 0) & (up > high)
             weight = tl.where(lower | upper, 0.0, held)
-            dual = (held < ratio) & ((lower | upper) == 0)
+            dual = kept & (held < ratio) & ((lower | upper) == 0)
         gradient = -A * weight
         surrogate = kl.times(gradient, lp)
     if importance_weights is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import aggregate, check, token_kl
-from .options import LOSSES, PolicyOptions
+from .options import PolicyOptions
 from .registry import Op, Sample, define_kernel, register
 
 MAX_LOG_RATIO = 20.0
@@ -516,8 +516,8 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         yield Sample(f"sequence, delta {delta}", x, one)
     sapo = draw(4, 64, spread=1.0, loss="sapo", sapo_tau_pos=5.0, sapo_tau_neg=0.3)
     yield Sample("sapo, other temperatures", sapo, one)
-    for loss in ("dppo_tv", "dppo_kl"):
-        x = draw(6, 40, spread=1.0, loss=loss, clip_low=0.1, clip_high=0.2, delta=1.5)
+    for loss, delta in (("dppo_tv", 1.5), ("dppo_kl", 0.9)):  # a masked ratio of 1 is above
+        x = draw(6, 40, spread=1.0, loss=loss, clip_low=0.1, clip_high=0.2, delta=delta)
         x["old_logp"] = x["old_logp"].clamp(max=0)
         x["logp"][:, ::5], x["old_logp"][:, ::7] = 0.0, -30.0  # certain; almost impossible
         yield Sample(f"{loss}, everything", x | extra(6, 40), both)
