@@ -10,12 +10,17 @@ namespace {
 enum { kLoss, kSurrogate, kEntropy, kKl, kCut, kCutLow, kDual, kExcess, kExcess2, kMost, kLog,
        kLog2, kK3, kSums };
 
-enum class Loss { ppo, cispo, reinforce };
+enum class Loss { ppo, cispo, reinforce, sapo, gmpo, vespo, dppo_tv, dppo_kl };
 
 inline Loss loss_named(const std::string& name) {
   if (name == "ppo") return Loss::ppo;
   if (name == "cispo") return Loss::cispo;
-  STD_TORCH_CHECK(name == "reinforce", "loss must be ppo, cispo or reinforce, got ", name);
+  if (name == "sapo") return Loss::sapo;
+  if (name == "gmpo") return Loss::gmpo;
+  if (name == "vespo") return Loss::vespo;
+  if (name == "dppo_tv") return Loss::dppo_tv;
+  if (name == "dppo_kl") return Loss::dppo_kl;
+  STD_TORCH_CHECK(name == "reinforce", "unknown loss ", name);
   return Loss::reinforce;
 }
 
@@ -28,14 +33,36 @@ struct PolicySpan {
   S excess_pivot;  // a counting token's ratio - 1
   Estimator estimator;
   Loss loss;
+  S tau_pos, tau_neg;
+  double k_pos, lambda_pos, k_neg, lambda_neg;
+  S delta;  // infinite: none
+  bool unbiased_kl;
+  bool own_slope;  // of a sequence's ratio in each of its tokens: GSPO-token
 };
+
+constexpr double kTiny = 1e-8;
 
 // What all counting tokens of a row share under a sequence ratio.
 template <class S>
 struct Sequence {
   S ratio, excess;  // the row's ratio, and that minus 1
-  S slope;          // of the ppo surrogates, by each logp of the row; without c_b
+  bool moves;       // the clamp carries no gradient
+  S slope;          // of the ppo and gmpo surrogates, by each logp of the row; without c_b
+  S good, bad;      // vespo's weights where A >= 0, and where A < 0
 };
+
+// vespo: e^lambda w^k e^(-lambda w).
+inline double gamma_weight(double log_w, double k, double lambda) {
+  log_w = std::min(std::max(log_w, std::log(kTiny)), 20.0);
+  return std::exp(lambda + k * log_w - lambda * std::exp(log_w));
+}
+
+// gmpo: a log-ratio is bounded on the side that the sign of A names.
+template <class S, class V>
+RLHF_INLINE V bounded_log_ratio(const PolicySpan<S>& s, V raw, V A) {
+  const V low = V{} - s.clip_low, high = V{} + s.clip_high;
+  return select(greater(V{}, A), raw < low ? low : raw, raw > high ? high : raw);
+}
 
 // The ratio is one number, so only the sign of A decides which tokens are cut: the row's gradient
 // needs no more than the sums of w A over either sign.
@@ -55,7 +82,8 @@ RLHF_INLINE void sequence_row(const PolicySpan<S>& s, int64_t begin, int64_t end
     const V A = kept(s.advantages), negative = greater(zero, A);
     const V weighted = s.importance_weights ? times(kept(s.importance_weights), A) : A;
     add(counts_, counts);
-    add(log_ratios, kept(s.logp) - kept(s.old_logp));
+    const V raw = kept(s.logp) - kept(s.old_logp);
+    add(log_ratios, s.loss == Loss::gmpo ? bounded_log_ratio(s, raw, A) : raw);
     add(bad, select(negative, weighted, zero));
     add(good, select(negative, zero, weighted));
   }
@@ -64,9 +92,14 @@ RLHF_INLINE void sequence_row(const PolicySpan<S>& s, int64_t begin, int64_t end
   const S ratio = std::exp(log_ratio);
   const bool inside = mean >= -20 && mean <= 20;  // the clamp carries no gradient
   const bool above = ratio > 1 + s.clip_high, below = ratio < 1 - s.clip_low;
-  const bool dual = s.dual_clip != 0 && ratio > s.dual_clip;
-  const double flowing = (above ? 0 : sum(good)) + (below || dual ? 0 : sum(bad));
-  *row = {ratio, std::expm1(log_ratio), S(inside ? -ratio * flowing / n : 0)};
+  const bool held = ratio > s.delta, dual = s.dual_clip != 0 && ratio > s.dual_clip;
+  double flowing = sum(good) + sum(bad);
+  if (s.loss == Loss::ppo) {
+    flowing = (above || held ? 0 : sum(good)) + (below || dual || (above && held) ? 0 : sum(bad));
+  }
+  *row = {ratio, std::expm1(log_ratio), inside, S(inside ? -ratio * flowing / n : 0),
+          S(gamma_weight(sum(log_ratios), s.k_pos, s.lambda_pos)),
+          S(gamma_weight(sum(log_ratios), s.k_neg, s.lambda_neg))};
 }
 void run(const PolicySpan<float>* s, int64_t begin, int64_t end,
                      Sequence<float>* row) {
@@ -102,29 +135,73 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
     const V raw = logp - kept(s.old_logp);
     const V log_ratio = clamp(raw, -limit, limit);
     const auto e = exponential(log_ratio);  // the token's own
+    const V beyond = raw != log_ratio ? one : zero;
+    const V still = row ? zero + S(!row->moves) : beyond;  // the clamp carries no gradient
     const V ratio = row ? zero + row->ratio : e.exp;
     const V bounded = clamp(ratio, floor, ceiling);
     V surrogate, slope, cut, cut_low;
     if (kind == Loss::ppo) {
-      const V unclipped = -A * ratio, clipped = -A * bounded;
-      cut = greater(clipped, unclipped);
+      const bool held = s.delta < std::numeric_limits<S>::infinity();
+      const V whole = -A * ratio, clipped = -A * bounded, delta = zero + s.delta;
+      const V unclipped = held ? -A * (ratio > delta ? delta : ratio) : whole;
+      surrogate = select(greater(clipped, unclipped), clipped, unclipped);
+      cut = greater(surrogate, whole);
       cut_low = cut * greater(zero, A);  // by the sign of A: 7 % less of the whole than by ratio
-      surrogate = select(cut, clipped, unclipped);
-      slope = select(cut, zero, unclipped);
+      slope = select(cut, zero, whole);
       if (s.dual_clip != 0) {
         const V most_loss = -A * s.dual_clip;
         const V dual = greater(zero, A) * greater(surrogate, most_loss);
         surrogate = select(dual, most_loss, surrogate);
+      }
+      if (held || s.dual_clip != 0) {
+        const V dual = greater(whole, surrogate);
         slope = select(dual, zero, slope);
         duals += dual;
       }
-      slope = raw != log_ratio ? zero : slope;  // the clamp carries no gradient
-    } else {
-      const bool cispo = kind == Loss::cispo;
-      const V above = greater(ratio, ceiling), below = greater(floor, ratio);
-      cut = cispo ? counts * (above + below) : zero;
-      cut_low = cispo ? counts * below : zero;
-      slope = cispo ? -A * bounded : -A;
+      slope = select(still, zero, slope);
+    } else if (kind == Loss::sapo) {
+      const V tau = select(greater(A, zero), zero + s.tau_pos, zero + s.tau_neg);
+      const V x = tau * e.minus_one;
+      const V tail = exponential(x > zero ? -x : x).exp;  // sigmoid by what cannot overflow
+      const V both = one / (one + tail), gate = x > zero ? both : tail * both;
+      surrogate = -A * gate * 4 / tau;
+      slope = select(still, zero, -A * ratio * 4 * tail * both * both);
+      cut = cut_low = zero;
+    } else if (kind == Loss::gmpo) {
+      cut = bounded_log_ratio(s, raw, A) != raw ? one : zero;
+      cut_low = cut * greater(zero, A);
+      surrogate = -A * ratio;
+      slope = zero;  // of its row, below
+    } else {  // log-probs, weighted by a constant
+      V weight = one;
+      cut = cut_low = zero;
+      if (kind == Loss::cispo) {
+        cut_low = counts * greater(floor, ratio);
+        cut = cut_low + counts * greater(ratio, ceiling);
+        weight = bounded;
+      } else if (kind == Loss::vespo) {
+        weight = select(greater(zero, A), zero + row->bad, zero + row->good);
+      } else if (kind != Loss::reinforce) {
+        const V before = kept(s.old_logp), delta = zero + s.delta;
+        const auto p = exponential(logp), q = exponential(before);
+        V up = p.exp - q.exp, down = -up;
+        if (kind == Loss::dppo_kl) {
+          V rest = -p.minus_one;
+          rest = rest < zero ? zero : rest;
+          V old_rest = -q.minus_one;
+          old_rest = old_rest < zero ? zero : old_rest;
+          const V odds = (old_rest + S(kTiny)) / (rest + S(kTiny));
+          const V divergence = times(q.exp, before - logp) + old_rest * logarithm(odds);
+          up = select(greater(up, zero), divergence, zero);
+          down = select(greater(down, zero), divergence, zero);
+        }
+        const V good = greater(A, zero);
+        cut_low = select(good, zero, greater(down, zero + s.clip_low));
+        cut = cut_low + select(good, greater(up, zero + s.clip_high), zero);
+        weight = select(cut, zero, ratio > delta ? delta : ratio);
+        duals += select(cut, zero, counts * greater(ratio, delta));
+      }
+      slope = -A * weight;
       surrogate = times(slope, logp);
     }
     if (s.importance_weights) {
@@ -132,7 +209,8 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       surrogate = times(w, surrogate);
       slope = times(w, slope);
     }
-    if (row && kind == Loss::ppo) slope = zero + row->slope;
+    if (row && kind == Loss::ppo && !s.own_slope) slope = zero + row->slope;
+    if (kind == Loss::gmpo) slope = select(cut, zero, zero + row->slope);
     V token = surrogate;
     if (s.entropy) {
       const V H = kept(s.entropy);
@@ -141,7 +219,10 @@ RLHF_INLINE void policy_span(const PolicySpan<S>& s, int64_t begin, int64_t end,
       store_some(s.d_entropy + i, select(counts, zero - s.entropy_coef * S(c), zero), n);
     }
     if (s.ref_logp) {
-      const auto kl = token_kl(logp - kept(s.ref_logp), s.estimator);
+      auto kl = token_kl(logp - kept(s.ref_logp), s.estimator);
+      if (s.unbiased_kl) {
+        kl = {e.exp * kl.value, e.exp * (kl.slope + select(beyond, zero, kl.value))};
+      }
       const V value = select(counts, kl.value, zero);
       kls += value;
       if (s.kl_coef != 0) {
@@ -200,7 +281,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
     const MaybeTensor& importance_weights, const MaybeTensor& entropy, const MaybeTensor& ref_logp,
     const MaybeTensor& normalizer, double clip_low, double clip_high,
     std::optional<double> dual_clip, double entropy_coef, double kl_coef,
-    std::string kl_estimator, std::string aggregation, std::string ratio, std::string loss) {
+    std::string kl_estimator, std::string aggregation, std::string ratio, std::string loss,
+    double sapo_tau_pos, double sapo_tau_neg, double vespo_k_pos, double vespo_lambda_pos,
+    double vespo_k_neg, double vespo_lambda_neg, std::optional<double> delta, bool unbiased_kl) {
   double tokens = 0;
   const std::vector<double> c = coefficients(mask, aggregation, normalizer, &tokens);
   const Units units(logp.size(0), logp.size(1));
@@ -216,8 +299,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
         data<S>(entropy), data<S>(ref_logp), bits(mask), mutable_data<S>(d_logp),
         mutable_data<S>(d_entropy), S(clip_low), S(clip_high), S(dual_clip.value_or(0)),
         S(entropy_coef), S(kl_coef), S(0), estimator(kl_estimator),
-        loss_named(loss)};
-    std::vector<Sequence<S>> sequences(ratio == "sequence" ? logp.size(0) : 0);
+        loss_named(loss), S(sapo_tau_pos), S(sapo_tau_neg), vespo_k_pos, vespo_lambda_pos,
+        vespo_k_neg, vespo_lambda_neg,
+        S(delta.value_or(std::numeric_limits<double>::infinity())), unbiased_kl,
+        ratio == "sequence_token"};
+    std::vector<Sequence<S>> sequences(ratio == "token" ? 0 : logp.size(0));
     parallel_rows(sequences.size(), logp.size(1), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         run(&span, b * logp.size(1), (b + 1) * logp.size(1), &sequences[b]);

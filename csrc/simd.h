@@ -182,6 +182,15 @@ RLHF_INLINE Doubles exp(Doubles x) {
   return x;
 }
 
+RLHF_INLINE Floats logarithm(Floats x) {
+  for (int i = 0; i < kFloats; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+RLHF_INLINE Doubles logarithm(Doubles x) {
+  for (int i = 0; i < kDoubles; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+
 RLHF_INLINE Floats tanh(Floats x) {
   for (int i = 0; i < kFloats; ++i) x[i] = std::tanh(x[i]);
   return x;

@@ -17,6 +17,7 @@ from .ops.policy_loss import PolicyStats, policy_loss
 from .ops.preference_loss import PreferenceStats, preference_loss
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
+from .ops.token_masks import off_policy_mask, top_entropy_mask
 from .ops.value_loss import ValueStats, value_loss
 from .version import __version__
 
@@ -40,11 +41,13 @@ __all__ = [
     "linear_token_logprobs",
     "masked_mean",
     "masked_whiten",
+    "off_policy_mask",
     "pairwise_loss",
     "policy_loss",
     "preference_loss",
     "release_memory",
     "token_kl",
     "token_logprobs",
+    "top_entropy_mask",
     "value_loss",
 ]

@@ -6,8 +6,8 @@ Importing this module registers, in verl's own registries, what its config then 
         actor_rollout_ref.actor.policy_loss.loss_mode=rlhf_fast
 
 - policy loss ``rlhf_fast``: verl's "vanilla" (clip, clip-higher, dual clip, rollout weights, every
-  ``loss_agg_mode``), from one kernel, with verl's metrics; ``rlhf_fast_gspo`` and
-  ``rlhf_fast_cispo``: its "gspo" and "cispo";
+  ``loss_agg_mode``), from one kernel, with verl's metrics; ``rlhf_fast_gspo``, ``…_cispo``,
+  ``…_sapo``, ``…_geo_mean``, ``…_dppo_tv`` and ``…_dppo_kl``: its losses of these names;
 - advantage estimator ``rlhf_fast_gae``: verl's "gae". verl 0.9.1 gives a registered estimator no
   values (``compute_advantage`` passes them only for ``adv_estimator=gae``), so this name serves
   trainers that do; in verl's own, keep ``algorithm.adv_estimator=gae`` and ``patch()``.
@@ -21,6 +21,7 @@ does in VERL_USE_EXTERNAL_MODULES.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from .. import (
     value_loss,
 )
 from .. import masked_whiten as masked_whiten_op
-from ..ops.policy_loss import MAX_LOG_RATIO
+from ..ops.policy_loss import MAX_LOG_RATIO, row_means
 from .patching import Patch, Replacement, found
 
 VERSIONS = "0.9.1"
@@ -55,6 +56,19 @@ ESTIMATORS = {
     "kl": "k1", "k1": "k1", "abs": "abs", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3",
 }  # fmt: skip
 
+# verl's loss modes: the options of ``policy_loss`` beside clips and aggregation, from its config.
+MODES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "vanilla": lambda config: {"dual_clip": config.get("clip_ratio_c", 3.0)},
+    "gspo": lambda config: {"ratio": "sequence_token"},
+    "cispo": lambda config: {"loss": "cispo"},
+    "sapo": lambda config: {
+        "loss": "sapo", "sapo_tau_pos": config.tau_pos, "sapo_tau_neg": config.tau_neg,
+    },
+    "geo_mean": lambda config: {"loss": "gmpo", "ratio": "sequence"},
+    "dppo_tv": lambda config: {"loss": "dppo_tv", "delta": config.get("clip_ratio_c", 20.0)},
+    "dppo_kl": lambda config: {"loss": "dppo_kl", "delta": config.get("clip_ratio_c", 20.0)},
+}  # fmt: skip
+
 
 def compute_policy_loss(
     old_log_prob: Tensor,
@@ -65,26 +79,32 @@ def compute_policy_loss(
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
     *,
-    dual_clip: bool = True,
-    **options: Any,
+    mode: str = "vanilla",
 ) -> tuple[Tensor, dict[str, float]]:
-    """PPO's clipped loss of verl's actor; all tensors [batch, response].
+    """The policy loss of verl's actor; all tensors [batch, response].
 
     Args:
         config: verl's ActorConfig; read are clip_ratio, clip_ratio_low, clip_ratio_high,
-            clip_ratio_c and global_batch_info.
-        dual_clip: take clip_ratio_c from config; False: none.
-        **options: others of ``policy_loss``, for which verl's config has no name.
+            global_batch_info and what ``MODES`` reads.
+        mode: of verl's loss modes the one that is computed, a key of ``MODES``.
 
     Returns:
-        (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower.
+        (loss, metrics): actor/pg_clipfrac, actor/ppo_kl and actor/pg_clipfrac_lower. Of geo_mean
+        the first counts the tokens that the clip cut off, the last none (verl: those of positive
+        and of negative advantage that are outside on either side).
     """
     if config is None:
         raise ValueError("config must be verl's actor config, got None")
     low, high = config.clip_ratio_low, config.clip_ratio_high
-    aggregation, normalizer, scale = _aggregation(
-        loss_agg_mode, response_mask, **config.global_batch_info
-    )
+    counts = config.global_batch_info
+    if mode in ("sapo", "geo_mean"):  # whatever verl's config says
+        loss_agg_mode = "seq-mean-token-mean"
+    if mode == "geo_mean":  # the mean over the rows here, empty ones too
+        counts = {"global_batch_size": len(response_mask)}
+        if rollout_is_weights is not None:
+            log_weights = row_means((rollout_is_weights + 1e-10).log(), response_mask.bool())
+            rollout_is_weights = log_weights.exp()
+    aggregation, normalizer, scale = _aggregation(loss_agg_mode, response_mask, **counts)
     total, stats = policy_loss(
         log_prob,
         old_log_prob,
@@ -92,11 +112,10 @@ def compute_policy_loss(
         response_mask.bool(),
         clip_low=config.clip_ratio if low is None else low,
         clip_high=config.clip_ratio if high is None else high,
-        dual_clip=config.get("clip_ratio_c", 3.0) if dual_clip else None,
         aggregation=aggregation,
         normalizer=normalizer,
         importance_weights=rollout_is_weights,
-        **options,
+        **MODES[mode](config),
     )
     # verl's metric is of log-ratios held at ±20; stats.old_kl_k1 is of them as they are
     held = (old_log_prob - log_prob).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -301,11 +320,10 @@ _PATCH = Patch(
 
 def register() -> None:
     """Make the names above known to verl; importing this module does it."""
-    gspo = functools.partial(compute_policy_loss, ratio="sequence", dual_clip=False)
-    cispo = functools.partial(compute_policy_loss, loss="cispo", dual_clip=False)
     register_policy_loss("rlhf_fast")(compute_policy_loss)
-    register_policy_loss("rlhf_fast_gspo")(gspo)
-    register_policy_loss("rlhf_fast_cispo")(cispo)
+    for mode in MODES.keys() - {"vanilla"}:
+        loss = functools.partial(compute_policy_loss, mode=mode)
+        register_policy_loss(f"rlhf_fast_{mode}")(loss)
     register_adv_est("rlhf_fast_gae")(gae_estimator)
 
 

@@ -19,8 +19,18 @@ from . import check
 from .aggregate import AGGREGATIONS
 from .token_kl import ESTIMATORS
 
-RATIOS = ("token", "sequence")
-LOSSES = ("ppo", "cispo", "reinforce")
+LOSSES = {  # each with the ratios that it has a meaning with
+    "ppo": ("token", "sequence", "sequence_token"),
+    "cispo": ("token", "sequence"),
+    "reinforce": ("token",),
+    "sapo": ("token",),
+    "gmpo": ("sequence",),
+    "vespo": ("sequence",),
+    "dppo_tv": ("token",),
+    "dppo_kl": ("token",),
+}
+RATIOS = ("token", "sequence", "sequence_token")
+HELD = ("ppo", "dppo_tv", "dppo_kl")  # those with a delta
 
 # A field's type, as kernels' schemas spell it.
 SCHEMA: dict[Any, str] = {
@@ -51,12 +61,17 @@ class PolicyOptions:
     """Every option of a policy loss, in the order in which the kernels take them."""
 
     clip_low: float = option(
-        0.2, "the ratio π/π_old counts from 1 − this on; 1: no lower bound", low=0.0, high=1.0
+        0.2,
+        "the ratio π/π_old counts from 1 − this on; 1: no lower bound. gmpo: of the log-ratio. "
+        "dppo: of π − π_old or the KL",
+        low=0.0,
+        high=1.0,
     )
     clip_high: float = option(  # its lower bound depends on others: check
         0.2,
         "the ratio counts up to 1 + this; at least 0, for cispo −clip_low. TRL's CISPO is "
-        "clip_low = 1, clip_high = epsilon_high − 1, since its epsilon_high is the upper bound",
+        "clip_low = 1, clip_high = epsilon_high − 1, since its epsilon_high is the upper bound. "
+        "gmpo and dppo: as clip_low",
     )
     dual_clip: float | None = option(
         None,
@@ -76,14 +91,39 @@ class PolicyOptions:
     ratio: str = option(
         "token",
         "π/π_old of each token, or of the whole answer, its geometric mean over the tokens: GSPO "
-        "(TRL's importance_sampling_level), with clips of 3e-4 and 4e-4",
+        "(TRL's importance_sampling_level), with clips of 3e-4 and 4e-4. sequence_token: the same "
+        "value, each token's own gradient",
         choices=RATIOS,
     )
     loss: str = option(
         "ppo",
         "ppo: the clipped surrogate. cispo: log-probs weighted by the clipped ratio, no token "
-        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip",
-        choices=LOSSES,
+        "loses its gradient (TRL's loss_type, verl's loss_mode). reinforce: no ratio, no clip. "
+        "sapo: a smooth gate in the place of the clip. gmpo: the answer's ratio, of clipped "
+        "log-ratios. vespo: log-probs weighted by a smooth function of the answer's π/π_old. "
+        "dppo_tv, dppo_kl: log-probs weighted by the ratio where π is near π_old",
+        choices=tuple(LOSSES),
+    )
+    sapo_tau_pos: float = option(
+        1.0, "temperature of sapo's gate at positive advantages", above=0.0
+    )
+    sapo_tau_neg: float = option(1.05, "temperature of sapo's gate at the others", above=0.0)
+    vespo_k_pos: float = option(
+        2.0, "power of π/π_old in vespo's weight at advantages of at least 0", low=0.0
+    )
+    vespo_lambda_pos: float = option(3.0, "decay of vespo's weight there", above=0.0)
+    vespo_k_neg: float = option(3.0, "that power at negative advantages", low=0.0)
+    vespo_lambda_neg: float = option(2.0, "that decay at negative advantages", above=0.0)
+    delta: float | None = option(
+        None,
+        "holds the ratio at this from above, before the clip and at either sign of the advantage "
+        "(TRL's delta, above 1 + clip_high); dppo: holds its weight (20 is usual)",
+        above=0.0,
+    )
+    unbiased_kl: bool = option(
+        False,
+        "the KL from the reference times the token's π/π_old, with its gradient: unbiased for "
+        "tokens of π_old (TRL's use_bias_correction_kl)",
     )
 
     def check(self, dtype: torch.dtype) -> None:
@@ -98,12 +138,16 @@ class PolicyOptions:
                 check.number(name, value, dtype=dtype, **f.metadata["range"])
         low = -self.clip_low if self.loss == "cispo" else 0.0
         check.number("clip_high", self.clip_high, low=low, dtype=dtype)
-        if self.ratio == "sequence" and self.loss == "reinforce":
-            raise ValueError(
-                "ratio='sequence' has no meaning with loss='reinforce', which has no ratio"
-            )
+        if self.ratio not in LOSSES[self.loss]:
+            ratios = " or ".join(map(repr, LOSSES[self.loss]))
+            raise ValueError(f"loss={self.loss!r} needs ratio={ratios}, got ratio={self.ratio!r}")
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip {self.dual_clip} needs loss='ppo', got loss={self.loss!r}")
+        if self.delta is not None and self.loss not in HELD:
+            raise ValueError(
+                f"delta {self.delta} needs loss={' or '.join(map(repr, HELD))}, "
+                f"got loss={self.loss!r}"
+            )
 
     def values(self) -> tuple[Any, ...]:
         """As the kernels take them; ``PolicyOptions(*values)`` is this again."""

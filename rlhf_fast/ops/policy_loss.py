@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from . import aggregate, check, token_kl
-from .options import LOSSES, PolicyOptions
+from .options import PolicyOptions
 from .registry import Op, Sample, define_kernel, register
 
 MAX_LOG_RATIO = 20.0
+TINY = 1e-8  # the least ratio of a sequence in vespo; probabilities near 1 in dppo_kl
 
 
 class PolicyStats(NamedTuple):
@@ -29,18 +31,20 @@ class PolicyStats(NamedTuple):
     calls with a global normalizer add up.
 
     ρ is the ratio π/π_old, of a log-ratio held within ±20: the token's, or with ratio="sequence"
-    its row's, counted once for each of the row's tokens.
+    its row's, counted once for each of the row's tokens; with loss="gmpo" of clipped log-ratios.
 
     Attributes:
         surrogate: the loss without its entropy and KL terms, aggregated as the loss is,
             ``importance_weights`` and ``normalizer`` included; in units of the advantages.
         entropy: nats; mean over the tokens. 0 where the call was given none.
-        ref_kl: nats, the estimate kl_estimator of KL(π ‖ π_ref); mean over the tokens. 0 without
-            ref_logp.
+        ref_kl: nats, the estimate kl_estimator of KL(π ‖ π_ref), with unbiased_kl times ρ; mean
+            over the tokens. 0 without ref_logp.
         clipfrac: share of the tokens, 0 to 1, that the clip acted on. ppo: it cut their gradient
             off; cispo: it changed their weight, on either side and whatever the sign of A, as in
-            verl (TRL and Liger count only those above, where A > 0); reinforce: 0.
-        dual_clipfrac: share of the tokens, 0 to 1, that dual_clip cut off.
+            verl (TRL and Liger count only those above, where A > 0); gmpo, dppo: it cut their
+            gradient off; reinforce, sapo and vespo: 0.
+        dual_clipfrac: share of the tokens, 0 to 1, that dual_clip cut off, or delta where
+            A < 0; dppo: whose weight delta held.
         ratio_mean: of ρ, no unit; mean over the tokens.
         ratio_var: of ρ, no unit; population variance over the tokens.
         ratio_max: the largest ρ of a token, no unit.
@@ -50,8 +54,9 @@ class PolicyStats(NamedTuple):
         old_kl_k2: the same by the mean of (log ρ_t)² / 2, TRL's approxkl.
         old_kl_k3: the same by the mean of ρ_t − 1 − log ρ_t, by its tangent beyond log-ratios of
             ±20.
-        clipfrac_low: the part of clipfrac below 1 − clip_low; share of the tokens.
-        clipfrac_high: the part of clipfrac above 1 + clip_high; share of the tokens.
+        clipfrac_low: the part of clipfrac that is below the lower bound; share of the tokens.
+        clipfrac_high: the part that is above the upper bound (ppo: or above delta where A > 0);
+            share of the tokens.
         tokens: how many the means are over.
     """
 
@@ -99,11 +104,32 @@ def policy_loss(
     the true one, through that mean. Where w·A is the same at all of a row's counting tokens it
     equals that of GSPO-token (eq. 13-14), which verl uses.
 
+    ``ratio="sequence_token"`` is GSPO-token itself (eq. 13): the row's ρ in value, with the
+    gradient of the token's own log-ratio; for advantages that differ within a row.
+
     ``loss`` sets the first term of L_t; sg(·) is a constant to the gradient:
 
         ppo         −w_t min(ρ_t A_t, clip(ρ_t) A_t)
         cispo       −w_t sg(clip(ρ_t)) A_t logp_t    MiniMax, arXiv:2506.13585, eq. 4-5
         reinforce   −w_t A_t logp_t                  Williams 1992; the ratio is only a statistic
+        sapo        −w_t A_t σ(τ(ρ_t − 1))·4/τ       Gao et al., arXiv:2511.20347; τ is
+                                                     sapo_tau_pos where A_t > 0, else sapo_tau_neg
+        gmpo        −w_t A_t exp(mean of c_t)        Zhao et al., arXiv:2507.20673; c_t is log ρ_t,
+                                                     at most clip_high where A_t ≥ 0, else at
+                                                     least −clip_low
+        vespo       −w_t sg(φ(Π_t ρ_t)) A_t logp_t   arXiv:2602.10693; φ(x) = x^k e^(λ(1 − x)), of
+                                                     vespo_k_pos … where A_t ≥ 0, else vespo_k_neg
+        dppo_tv     −w_t sg(min(ρ_t, delta)) A_t logp_t where D_t ≤ clip_high or A_t ≤ 0, and
+                    D_t ≥ −clip_low or A_t > 0; else 0; D_t = π − π_old. Qi et al.,
+                    arXiv:2602.04879
+        dppo_kl     the same with the KL of "this token or another", π_old from π, in the place of
+                    |D_t|
+
+    With ``delta`` ppo is TRL's two-sided clip (INTELLECT-2, arXiv:2505.07291): min(ρ_t, delta) in
+    the place of the ρ_t that is not clipped. Above 1 + clip_high it is a dual clip.
+    ``unbiased_kl`` multiplies kl_t by the token's own ρ_t, gradient included (DeepSeek-V3.2,
+    arXiv:2512.02556). LUSPO (arXiv:2602.05261) is ratio="sequence" with
+    aggregation="seq-mean-token-sum". docs/objectives.md has all of them in one table.
 
     cispo with ratio="sequence" weights each token's logp by its row's clipped ρ, as TRL does.
 
@@ -196,36 +222,56 @@ def reference(
     def total(x: Tensor) -> Tensor:
         return aggregate.reference(x, mask, o.aggregation, normalizer)
 
-    token_log_ratio = kept(logp) - kept(old_logp)
-    log_ratio = row_means(token_log_ratio, mask) if o.ratio == "sequence" else token_log_ratio
-    log_ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    rho, A = log_ratio.exp(), kept(advantages)
+    logp, old_logp, A = kept(logp), kept(old_logp), kept(advantages)
+    token_log_ratio = log_ratio = logp - old_logp
+    low, high = clipped_tokens(logp, old_logp, A, o)
+    if o.loss == "gmpo":
+        log_ratio = bounded_log_ratio(log_ratio, A, o)
+    if o.ratio != "token":
+        log_ratio = row_means(log_ratio, mask)
+    if o.ratio == "sequence_token":  # plus 0, which has the token's own gradient
+        own = torch.where(logp.isfinite(), logp - logp.detach(), 0.0)
+        log_ratio = log_ratio.detach() + own
+    rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    held = rho if o.delta is None else rho.clamp(max=o.delta)
     bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
-    clips = dual = torch.zeros_like(mask)
+    dual = torch.zeros_like(mask)
     if o.loss == "ppo":
-        unclipped, clipped = -A * rho, -A * bounded
-        clips = clipped > unclipped
-        surrogate = torch.where(clips, clipped, unclipped)
+        surrogate = torch.where(-A * bounded > -A * held, -A * bounded, -A * held)
+        low, high = sides(surrogate > -A * rho, A)
         if o.dual_clip is not None:
-            dual = (A < 0) & (surrogate > -A * o.dual_clip)
-            surrogate = torch.where(dual, -A * o.dual_clip, surrogate)
-    elif o.loss == "cispo":
-        clips = bounded != rho
-        surrogate = aggregate.times(-bounded.detach() * A, kept(logp))
-    else:
-        surrogate = aggregate.times(-A, kept(logp))
+            most = (A < 0) & (surrogate > -A * o.dual_clip)
+            surrogate = torch.where(most, -A * o.dual_clip, surrogate)
+        dual = surrogate < -A * rho
+    elif o.loss == "sapo":
+        tau = torch.full_like(A, o.sapo_tau_neg).masked_fill(A > 0, o.sapo_tau_pos)
+        surrogate = -A * torch.sigmoid(tau * (rho - 1)) * 4 / tau
+    elif o.loss == "gmpo":
+        surrogate = -A * rho
+    else:  # log-probs, weighted by a constant
+        weight = torch.ones_like(rho)
+        if o.loss == "cispo":
+            weight, low, high = bounded, bounded > rho, bounded < rho
+        elif o.loss == "vespo":
+            weight = gamma_weights(token_log_ratio, A, mask, o)
+        elif o.loss != "reinforce":
+            dual = (held < rho) & ~(low | high)
+            weight = held.masked_fill(low | high, 0.0)
+        surrogate = aggregate.times(-A * weight.detach(), logp)
     if importance_weights is not None:
         surrogate = aggregate.times(kept(importance_weights), surrogate)
     zero = torch.zeros_like(rho)
     entropy = zero if entropy is None else kept(entropy)
     kl = zero
     if ref_logp is not None:
-        kl = token_kl.estimate(kept(logp) - kept(ref_logp), o.kl_estimator)
+        kl = token_kl.estimate(logp - kept(ref_logp), o.kl_estimator)
+        if o.unbiased_kl:
+            kl = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp() * kl
     stats = PolicyStats(
         surrogate=total(surrogate).detach(),
         entropy=mean(entropy),
         ref_kl=mean(kl),
-        clipfrac=mean(clips.to(dtype)),
+        clipfrac=mean((low | high).to(dtype)),
         dual_clipfrac=mean(dual.to(dtype)),
         ratio_mean=mean(rho),
         ratio_var=aggregate.masked_variance(mask, rho).detach(),
@@ -233,8 +279,8 @@ def reference(
         old_kl_k1=mean(-token_log_ratio),
         old_kl_k2=mean(0.5 * token_log_ratio**2),
         old_kl_k3=mean(_k3(token_log_ratio)),
-        clipfrac_low=mean((clips & (rho < 1 - o.clip_low)).to(dtype)),
-        clipfrac_high=mean((clips & (rho > 1 + o.clip_high)).to(dtype)),
+        clipfrac_low=mean(low.to(dtype)),
+        clipfrac_high=mean(high.to(dtype)),
         tokens=mask.sum().to(dtype),
     )
     loss = surrogate
@@ -250,6 +296,44 @@ def _k3(log_ratio: Tensor) -> Tensor:
     near = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = torch.expm1(near)
     return (rise - near) + aggregate.times(rise, log_ratio - near)
+
+
+def sides(cut: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """(those of negative advantage, which a lower bound cuts; the others) of the tokens cut."""
+    return cut & (A < 0), cut & ~(A < 0)
+
+
+def bounded_log_ratio(log_ratio: Tensor, A: Tensor, o: PolicyOptions) -> Tensor:
+    """gmpo's: bounded on the side that the sign of A names."""
+    return torch.where(A < 0, log_ratio.clamp(min=-o.clip_low), log_ratio.clamp(max=o.clip_high))
+
+
+def clipped_tokens(
+    logp: Tensor, old_logp: Tensor, A: Tensor, o: PolicyOptions
+) -> tuple[Tensor, Tensor]:
+    """(below, above): the tokens without a gradient whatever their row's ratio is, of gmpo and
+    dppo."""
+    if o.loss == "gmpo":
+        log_ratio = logp - old_logp
+        return sides(bounded_log_ratio(log_ratio, A, o) != log_ratio, A)
+    p, old = logp.exp(), old_logp.exp()
+    if o.loss == "dppo_tv":
+        return (A <= 0) & (p - old < -o.clip_low), (A > 0) & (p - old > o.clip_high)
+    if o.loss == "dppo_kl":  # of the two events: this token, any other
+        rest, old_rest = (-torch.expm1(x).clamp(max=0) for x in (logp, old_logp))
+        kl = old_rest * ((old_rest + TINY) / (rest + TINY)).log()
+        kl = kl + aggregate.times(old, old_logp - logp)
+        return (A <= 0) & (kl > o.clip_low) & (p < old), (A > 0) & (kl > o.clip_high) & (p > old)
+    return torch.zeros_like(A, dtype=torch.bool), torch.zeros_like(A, dtype=torch.bool)
+
+
+def gamma_weights(log_ratio: Tensor, A: Tensor, mask: Tensor, o: PolicyOptions) -> Tensor:
+    """vespo's weights: e^λ w^k e^(−λw) of the row's w = π/π_old, held within [1e-8, e^20]."""
+    k = torch.full_like(A, o.vespo_k_pos).masked_fill(A < 0, o.vespo_k_neg)
+    decay = torch.full_like(A, o.vespo_lambda_pos).masked_fill(A < 0, o.vespo_lambda_neg)
+    log_w = log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True)
+    log_w = log_w.clamp(math.log(TINY), MAX_LOG_RATIO)
+    return (decay + k * log_w - decay * log_w.exp()).exp()
 
 
 def row_means(x: Tensor, mask: Tensor) -> Tensor:
@@ -276,26 +360,52 @@ def _forward(
         importance_weights=importance_weights, entropy=entropy, ref_logp=ref_logp, **vars(o),
     )  # fmt: skip
     c = aggregate.coefficients(mask, o.aggregation, normalizer, logp.dtype).unsqueeze(-1)
-    log_ratio = logp - old_logp
-    if o.ratio == "sequence":
+    A, log_ratio = advantages, logp - old_logp
+    token_log_ratio, own_row = log_ratio, o.ratio == "sequence"
+    low, high = clipped_tokens(logp, old_logp, A, o)
+    if o.loss == "gmpo":
+        log_ratio = bounded_log_ratio(log_ratio, A, o)
+    if o.ratio != "token":
         log_ratio = row_means(log_ratio, mask)
     rho = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    moves = log_ratio.abs() <= MAX_LOG_RATIO
+    held = rho if o.delta is None else rho.clamp(max=o.delta)
     bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
-    d_logp = -advantages
     if o.loss == "ppo":
-        d_logp = -advantages * rho
-        flows = (log_ratio.abs() <= MAX_LOG_RATIO) & ~(-advantages * bounded > d_logp)
+        whole, clipped = -A * rho, -A * bounded
+        surrogate = torch.where(clipped > -A * held, clipped, -A * held)
+        flows = moves & ~(surrogate > whole) & ~(surrogate < whole)
         if o.dual_clip is not None:
-            flows &= ~((advantages < 0) & (d_logp > -advantages * o.dual_clip))
-        d_logp = torch.where(flows, d_logp, 0.0)
-    elif o.loss == "cispo":
-        d_logp = -advantages * bounded
+            flows &= ~((A < 0) & (whole > -A * o.dual_clip))
+        d_logp = torch.where(flows, whole, 0.0)
+    elif o.loss == "sapo":
+        tau = torch.full_like(A, o.sapo_tau_neg).masked_fill(A > 0, o.sapo_tau_pos)
+        gate = torch.sigmoid(tau * (rho - 1))
+        d_logp = torch.where(moves, -A * rho * 4 * gate * (1 - gate), 0.0)
+    elif o.loss == "gmpo":
+        d_logp = torch.where(moves, -A * rho, 0.0)
+    else:
+        own_row, weight = False, torch.ones_like(rho)
+        if o.loss == "cispo":
+            weight = bounded
+        elif o.loss == "vespo":
+            weight = gamma_weights(token_log_ratio, A, mask, o)
+        elif o.loss != "reinforce":
+            weight = held.masked_fill(low | high, 0.0)
+        d_logp = -A * weight
     if importance_weights is not None:
         d_logp = aggregate.times(importance_weights, d_logp)
-    if o.ratio == "sequence" and o.loss == "ppo":  # each logp moves the ratio of the whole row
+    if own_row:  # each logp moves the ratio of the whole row
         d_logp = row_means(d_logp, mask)
+    if o.loss == "gmpo":
+        d_logp = d_logp.masked_fill(low | high, 0.0)
     if ref_logp is not None and o.kl_coef:
-        d_logp = d_logp + o.kl_coef * token_kl.slope(logp - ref_logp, o.kl_estimator)
+        d_kl = token_kl.slope(logp - ref_logp, o.kl_estimator)
+        if o.unbiased_kl:
+            near = token_log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            kl = token_kl.estimate(logp - ref_logp, o.kl_estimator)
+            d_kl = near.exp() * (d_kl + torch.where(near == token_log_ratio, kl, 0.0))
+        d_logp = d_logp + o.kl_coef * d_kl
     d_logp = aggregate.times(c, d_logp).masked_fill(~mask, 0.0)
     if entropy is None:
         return total, torch.stack(stats), d_logp, logp.new_empty(0)
@@ -364,7 +474,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("asymmetric, dual clip", draw(4, 64, spread=1.0, **clips), one)
     yield Sample("ratio beyond the clamp", draw(4, 40, spread=30.0), one)
     yield Sample("ratio beyond the clamp, dual clip", draw(4, 40, spread=30.0, dual_clip=3.0), one)
-    for loss in LOSSES[1:]:
+    for loss in ("cispo", "reinforce", "sapo"):
         name = "ratio beyond the clamp, " + loss
         yield Sample(loss, draw(4, 37, loss=loss), one)
         yield Sample(f"{loss}, everything", draw(6, 21, loss=loss) | extra(6, 21), both)
@@ -393,6 +503,38 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     x = draw(4, 40, spread=0.0, ratio="sequence")
     x["logp"] = x["old_logp"] - 80 * torch.rand(4, 40, generator=generator)
     yield Sample("sequence, ratio far below the clamp", x, one)
+    one_value = "sequence_token"
+    x = draw(6, 21, ratio=one_value, clip_low=0.01, clip_high=0.02) | extra(6, 21)
+    yield Sample("sequence_token, everything", x, both)
+    x = draw(4, 40, spread=10.0, ratio=one_value, dual_clip=1.2)
+    x["logp"] = x["logp"] + torch.tensor([[25.0], [-25.0], [0.5], [1.0]])
+    yield Sample("sequence_token, ratio beyond the clamp, dual clip", x, one)
+    yield Sample("delta below the clip", draw(4, 64, spread=1.0, delta=1.1, dual_clip=2.0), one)
+    for delta in (1.03, 1.5):
+        x = draw(9, 21, delta=delta, ratio="sequence", clip_low=0.05, clip_high=0.1)
+        x["logp"] = x["logp"] + 0.5 * torch.randn(9, 1, generator=generator)
+        yield Sample(f"sequence, delta {delta}", x, one)
+    sapo = draw(4, 64, spread=1.0, loss="sapo", sapo_tau_pos=5.0, sapo_tau_neg=0.3)
+    yield Sample("sapo, other temperatures", sapo, one)
+    for loss, delta in (("dppo_tv", 1.5), ("dppo_kl", 0.9)):  # a masked ratio of 1 is above
+        x = draw(6, 40, spread=1.0, loss=loss, clip_low=0.1, clip_high=0.2, delta=delta)
+        x["old_logp"] = x["old_logp"].clamp(max=0)
+        x["logp"][:, ::5], x["old_logp"][:, ::7] = 0.0, -30.0  # certain; almost impossible
+        yield Sample(f"{loss}, everything", x | extra(6, 40), both)
+    x = draw(6, 21, ratio="sequence", loss="gmpo") | extra(6, 21)
+    yield Sample("gmpo, everything", x, both)
+    x = draw(4, 40, spread=10.0, ratio="sequence", loss="gmpo", clip_low=0.1, clip_high=0.4)
+    x["logp"] = x["logp"] + torch.tensor([[25.0], [-25.0], [0.0], [1.0]])
+    yield Sample("gmpo, ratio beyond the clamp", x, one)
+    x = draw(6, 21, spread=0.1, ratio="sequence", loss="vespo") | extra(6, 21)
+    yield Sample("vespo, everything", x, both)
+    other = {"vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5, "vespo_k_neg": 0.0}
+    x = draw(4, 40, spread=0.1, ratio="sequence", loss="vespo", vespo_lambda_neg=1.0, **other)
+    x["logp"] = x["logp"] + torch.tensor([[25.0], [-25.0], [0.1], [-0.1]])
+    yield Sample("vespo, ratio beyond its bounds", x, one)
+    x = draw(3, 50, kl_estimator="k3", unbiased_kl=True, ratio="sequence") | extra(3, 50)
+    x["old_logp"][:, ::5] += 50.0
+    yield Sample("unbiased KL, everything", x, both)
     yield Sample("normalizer tensor", draw(4, 9, normalizer=torch.tensor(12.0)), one)
     yield Sample("1-D", {k: v[0] for k, v in draw(1, 23).items()}, one)
     garbage = draw(3, 30) | extra(3, 30)

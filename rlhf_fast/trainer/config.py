@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from rlhf_fast.ops.options import PolicyOptions
+from rlhf_fast.ops.options import HELD, LOSSES, PolicyOptions
 
 from .checks import (
     above_zero,
@@ -543,14 +543,14 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 "this estimator has no rewards per token",
             ),
             (
-                self.kl_in == "loss" and self.kl_estimator == "k1",
+                self.kl_in == "loss" and self.kl_estimator == "k1" and not self.unbiased_kl,
                 ("kl_in", "kl_estimator"),
-                "k1's gradient is zero on average: choose k2 or k3",
+                "k1's gradient is zero on average: choose k2 or k3, or unbiased_kl",
             ),
             (
-                self.ratio == "sequence" and self.policy_loss == "reinforce",
+                self.ratio not in LOSSES.get(self.policy_loss, self.ratio),
                 ("ratio", "policy_loss"),
-                "this loss has no ratio",
+                "this loss has no such ratio",
             ),
             (
                 self.dual_clip is not None and self.policy_loss != "ppo",
@@ -558,7 +558,17 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 "only ppo has a dual clip",
             ),
             (
-                self.clip_high is not None and self.policy_loss == "reinforce",
+                self.delta is not None and self.policy_loss not in HELD,
+                ("delta", "policy_loss"),
+                "this loss holds no ratio",
+            ),
+            (
+                self.unbiased_kl and self.kl_in != "loss",
+                ("unbiased_kl", "kl_in"),
+                "only the loss has a KL with a gradient",
+            ),
+            (
+                self.clip_high is not None and self.policy_loss in ("reinforce", "sapo", "vespo"),
                 ("clip_high", "policy_loss"),
                 "this loss has no clip",
             ),

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from trl.trainer import grpo_trainer, rloo_trainer
 from trl.trainer import utils as trl_utils
 
+from rlhf_fast import off_policy_mask, policy_loss, top_entropy_mask
 from rlhf_fast.integrations import trl as fast
 from rlhf_fast.integrations.patching import UnknownSignature
 
@@ -278,6 +281,132 @@ def test_model_with_fused_head(tiny_policy, kept, monkeypatch):
     for name in ("loss", "log_probs", "entropy", "label_mask"):
         assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
     assert_close(our_grads, their_grads, rtol=1e-4, atol=1e-5)
+
+
+# GRPO's losses, which stay TRL's own, beside the options of policy_loss with the same formula
+
+
+def grpo(seed: int = 0, spread: float = 0.4) -> dict[str, torch.Tensor]:
+    """What GRPOTrainer._compute_loss gets of a batch, and what it asks of the model."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -3 * torch.rand(4, 9, generator=g)
+    return {
+        "logp": logp,
+        "entropy": torch.rand(4, 9, generator=g),
+        "old_per_token_logps": logp + spread * torch.randn(4, 9, generator=g),
+        "ref_per_token_logps": logp + 0.4 * torch.randn(4, 9, generator=g),
+        "advantages": torch.tensor([1.3, -0.7, 0.4, -1.9]),
+        "completion_mask": (torch.arange(9) < torch.tensor([[9], [4], [1], [7]])).int(),
+        "num_items_in_batch": torch.tensor(21),
+    }
+
+
+def trls_loss(x: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+    """[loss, its gradient of logp, mean KL from the reference] by GRPOTrainer itself."""
+    same = types.SimpleNamespace(
+        reduce=lambda x, **_: x, gather=lambda x: x, pad_across_processes=lambda x, **_: x,
+        num_processes=1,
+    )  # fmt: skip
+    defaults = GRPOConfig(bf16=False, report_to=[])
+    arguments = types.SimpleNamespace(**vars(defaults) | {"steps_per_generation": 1} | options)
+    logp = x["logp"].clone().requires_grad_()
+    trainer = types.SimpleNamespace(
+        **vars(arguments), args=arguments, accelerator=same, aux_loss_enabled=False,
+        _entropy_bonus_enabled=False, model=types.SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1, _metrics={"train": defaultdict(list)},
+        epsilon_low=arguments.epsilon, get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logp, x["entropy"], None),
+    )  # fmt: skip
+    trainer.epsilon_high = arguments.epsilon_high or arguments.epsilon
+    trainer.get_high_entropy_mask = types.MethodType(GRPOTrainer.get_high_entropy_mask, trainer)
+    ids = torch.zeros(4, 9, dtype=torch.int64)
+    prompt = {"prompt_ids": ids, "prompt_mask": ids, "completion_ids": ids}
+    loss = GRPOTrainer._compute_loss(trainer, None, x | prompt)
+    return [loss.detach(), *torch.autograd.grad(loss, logp), *trainer._metrics["train"]["kl"]]
+
+
+def our_loss(x: dict[str, torch.Tensor], **options) -> list[torch.Tensor]:
+    logp = x["logp"].clone().requires_grad_()
+    loss, stats = policy_loss(
+        logp, x["old_per_token_logps"], x["advantages"][:, None].expand_as(logp),
+        x["completion_mask"].bool(), ref_logp=x["ref_per_token_logps"], **options,
+    )  # fmt: skip
+    kl = [float(stats.ref_kl)] if options.get("kl_coef") else []
+    return [loss.detach(), *torch.autograd.grad(loss, logp), *kl]
+
+
+def assert_same_loss(x: dict[str, torch.Tensor], theirs: dict, ours: dict) -> None:
+    for a, b in zip(our_loss(x, **ours), trls_loss(x, **theirs), strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+SEQUENCES = {"aggregation": "seq-mean-token-mean"}
+KL = {"beta": 0.1, "use_bias_correction_kl": True}, {"kl_coef": 0.1, "unbiased_kl": True}
+OBJECTIVES = {  # TRL's arguments, ours
+    "sapo": (
+        {"loss_type": "sapo", "beta": 0.1, "use_bias_correction_kl": False},
+        {"loss": "sapo", "kl_coef": 0.1, **SEQUENCES},
+    ),
+    "sapo, unbiased KL": (
+        {"loss_type": "sapo", "sapo_temperature_pos": 2.0, "sapo_temperature_neg": 0.5, **KL[0]},
+        {"loss": "sapo", "sapo_tau_pos": 2.0, "sapo_tau_neg": 0.5, **KL[1], **SEQUENCES},
+    ),
+    "luspo": (
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.05},
+        {"aggregation": "seq-mean-token-sum", "ratio": "sequence", "clip_low": 0.05,
+         "clip_high": 0.05},
+    ),
+    "vespo": (
+        {"loss_type": "vespo"}, {"loss": "vespo", "ratio": "sequence", "normalizer": 21.0},
+    ),
+    "vespo, other weights": (
+        {"loss_type": "vespo", "vespo_k_pos": 1.0, "vespo_lambda_pos": 0.5, "vespo_k_neg": 0.5,
+         "vespo_lambda_neg": 1.0, **KL[0]},
+        {"loss": "vespo", "ratio": "sequence", "normalizer": 21.0, "vespo_k_pos": 1.0,
+         "vespo_lambda_pos": 0.5, "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.0, **KL[1]},
+    ),
+    **{
+        f"delta {delta}, {level}": (
+            {"loss_type": "grpo", "delta": delta, "importance_sampling_level": level},
+            {"delta": delta, "ratio": level, **SEQUENCES},
+        )
+        for delta in (0.7, 1.1, 1.5)
+        for level in ("token", "sequence")
+    },
+}  # fmt: skip
+
+
+@only_1_16
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(name):
+    theirs, ours = OBJECTIVES[name]
+    for spread in (0.1, 0.4, 1.0):
+        assert_same_loss(grpo(0, spread), theirs, ours)
+
+
+@only_1_16
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_top_entropy_mask(share):
+    x = grpo()
+    kept = top_entropy_mask(x["entropy"], x["completion_mask"].bool(), share)
+    assert kept.sum() in {0.2: [5], 0.5: [11], 1.0: [21]}[share]
+    ours = {"importance_weights": kept.float(), **SEQUENCES}
+    assert_same_loss(x, {"loss_type": "grpo", "top_entropy_quantile": share}, ours)
+
+
+@only_1_16
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 2.0])
+def test_off_policy_mask(threshold):
+    x = grpo()
+    x["old_per_token_logps"] += torch.tensor([[3.0], [1.0], [3.0], [0.3]])  # rows of 9, 4, 1, 7
+    advantages = x["advantages"][:, None].expand(4, 9)
+    kept = off_policy_mask(
+        x["logp"], x["old_per_token_logps"], advantages, x["completion_mask"].bool(), threshold
+    )
+    assert kept.sum() == {0.0: 10, 0.5: 17, 2.0: 21}[threshold]
+    ours = {"importance_weights": kept.float(), **SEQUENCES}
+    assert_same_loss(x, {"loss_type": "grpo", "off_policy_mask_threshold": threshold}, ours)
 
 
 # PPO's helpers

@@ -119,13 +119,54 @@ def test_gspo_and_cispo(name, mode, monkeypatch):
     config = actor_config(clip_ratio_low=0.05, clip_ratio_high=0.1)
     monkeypatch.setattr(core, "ActorConfig", type(config))
     inputs = batch()
-    inputs["advantages"] = inputs["advantages"][:, :1].expand(6, 11)  # one a sequence
     theirs, ours = same_loss(
         core.get_policy_loss_fn(name), core.get_policy_loss_fn(f"rlhf_fast_{name}"), "log_prob",
         inputs, loss_agg_mode=mode, config=config,
     )  # fmt: skip
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert theirs["actor/pg_clipfrac"] > 0
+
+
+@pytest.mark.parametrize("mask", ["padding", "all"])
+@pytest.mark.parametrize("info", INFOS)
+def test_sapo(info, mask, monkeypatch):
+    config = actor_config(tau_pos=1.0, tau_neg=1.05, global_batch_info=info)
+    monkeypatch.setattr(core, "ActorConfig", type(config))
+    for spread in (0.4, 15.0):
+        inputs = batch(spread, mask) | {"rollout_is_weights": torch.rand(6, 11)}
+        theirs, ours = same_loss(
+            core.get_policy_loss_fn("sapo"), core.get_policy_loss_fn("rlhf_fast_sapo"), "log_prob",
+            inputs, config=config,
+        )  # fmt: skip
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
+def test_dppo(name, mode):
+    inputs = batch(1.0) | {"rollout_is_weights": torch.rand(6, 11)}
+    inputs["old_log_prob"] = inputs["old_log_prob"].clamp(max=0)
+    config = actor_config(clip_ratio_low=0.05, clip_ratio_high=0.1, clip_ratio_c=1.5)
+    theirs, ours = same_loss(
+        core.get_policy_loss_fn(name), core.get_policy_loss_fn(f"rlhf_fast_{name}"), "log_prob",
+        inputs, loss_agg_mode=mode, config=config,
+    )  # fmt: skip
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert theirs["actor/pg_clipfrac"] > 0 and theirs["actor/pg_clipfrac_lower"] > 0
+
+
+@pytest.mark.parametrize("mask", ["padding", "holes"])
+def test_geo_mean(mask):
+    inputs = batch(0.4, mask) | {"rollout_is_weights": 0.5 + torch.rand(6, 11)}
+    inputs["advantages"] = inputs["advantages"][:, :1].expand(6, 11)
+    for info in INFOS:
+        theirs, ours = same_loss(
+            core.get_policy_loss_fn("geo_mean"), core.get_policy_loss_fn("rlhf_fast_geo_mean"),
+            "log_prob", inputs, config=actor_config(clip_ratio_high=0.4, global_batch_info=info),
+        )  # fmt: skip
+        assert ours["actor/ppo_kl"] == pytest.approx(theirs["actor/ppo_kl"], rel=1e-5)
+        outside = theirs["actor/pg_clipfrac"] + theirs["actor/pg_clipfrac_lower"]
+        assert 0 < ours["actor/pg_clipfrac"] < outside
 
 
 def test_all_masked_is_zero_where_verl_is_nan():

@@ -355,6 +355,40 @@ def test_importance_weights_by_their_old_name() -> None:
             assert loss(*inputs, x, x, ones(1, 2), weights=-x)[0] == found[0]
 
 
+@pytest.mark.parametrize(("delta", "slopes"), [(3.0, (2.0, 0.0)), (1.5, (0.0, 0.0))])
+def test_delta_by_hand(delta: float, slopes: tuple[float, float]) -> None:
+    """Ratios 2 and 4 of bad actions, which the clip lets pass; ratio 1.1 of a good one."""
+    logp = torch.tensor([[2.0, 4.0, 1.1]]).log().requires_grad_()
+    A = torch.tensor([[-1.0, -1.0, 1.0]])
+    loss, stats = rf.policy_loss(logp, torch.zeros(1, 3), A, ones(1, 3), delta=delta)
+    assert loss.item() == pytest.approx((min(2, delta) + min(4, delta) - 1.1) / 3)
+    want = torch.tensor([[*slopes, -1.1]]) / 3
+    torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], want)
+    assert stats.dual_clipfrac == pytest.approx(slopes.count(0) / 3) and stats.clipfrac == 0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_unbiased_kl_has_the_gradient_of_the_kl_under_the_old_policys_tokens(estimator) -> None:
+    z, old_z, ref_z = torch.randn(3, 7).double()
+    z.requires_grad_()
+    logp, old, ref = (x.log_softmax(-1) for x in (z, old_z, ref_z))
+    (want,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), z, retain_graph=True)
+
+    def expected(**options: bool) -> torch.Tensor:
+        """The gradient of the KL term, of every token by its probability under the old policy."""
+        x = logp.detach()[None].requires_grad_()
+        zero, every = torch.zeros_like(x), torch.ones_like(x, dtype=torch.bool)
+        loss, _ = rf.policy_loss(
+            x, old[None], zero, every, ref_logp=ref[None], kl_coef=1.0, kl_estimator=estimator,
+            aggregation="token-sum", **options,
+        )  # fmt: skip
+        (slope,) = torch.autograd.grad(loss, x)
+        return torch.autograd.grad(logp, z, old.exp() * slope[0], retain_graph=True)[0]
+
+    torch.testing.assert_close(expected(unbiased_kl=True), want)
+    assert (expected() - want).abs().max() > 0.01
+
+
 def test_reinforce_by_hand() -> None:
     logp = torch.tensor([[-1.0, -3.0]], requires_grad=True)
     old = logp.detach() - torch.tensor([[2.0, 0.5]]).log()
@@ -370,7 +404,8 @@ def test_reinforce_by_hand() -> None:
 @pytest.mark.parametrize(
     ("ratio", "kind"),
     [("token", "ppo"), ("sequence", "ppo"), ("token", "cispo"), ("sequence", "cispo"),
-     ("token", "reinforce")],
+     ("token", "reinforce"), ("token", "sapo"), ("sequence", "gmpo"), ("sequence", "vespo"),
+     ("token", "dppo_kl"), ("sequence_token", "ppo")],
 )  # fmt: skip
 @pytest.mark.parametrize("aggregation", aggregate.AGGREGATIONS)
 def test_micro_batches_with_a_global_normalizer_add_up_to_the_batch(

@@ -36,6 +36,14 @@ SAMPLES = {  # of each option of a policy loss that has no choices: a value besi
     "dual_clip": 1.3,
     "entropy_coef": 0.3,
     "kl_coef": 0.4,
+    "sapo_tau_pos": 2.0,
+    "sapo_tau_neg": 0.5,
+    "vespo_k_pos": 1.0,
+    "vespo_lambda_pos": 2.0,
+    "vespo_k_neg": 0.0,
+    "vespo_lambda_neg": 1.0,
+    "delta": 1.1,
+    "unbiased_kl": True,
 }
 LOSSES = {
     **{
@@ -45,6 +53,7 @@ LOSSES = {
     "importance_weights": (None, "given"),
     "ref_logp": (None, "given"),
 }
+CONSTANTS = {"cispo", "vespo", "dppo_tv", "dppo_kl", "sequence_token"}  # to the gradient only
 OPTIONS = {
     "linear_token_logprobs": {**SCALES, "entropy": (False, True)},
     "linear_token_kl": {
@@ -155,7 +164,7 @@ def test_every_pair_of_options(op: str) -> None:
 @pytest.mark.parametrize("op", OPTIONS)
 def test_gradcheck_of_every_pair_of_options(op: str) -> None:
     for chosen in covering(op):
-        if chosen.get("loss") == "cispo":  # its weight is a constant to the gradient only
+        if CONSTANTS & {chosen.get("loss"), chosen.get("ratio")}:
             continue
         x, leaves = inputs(op, chosen)
         if op == "linear_token_kl" and x["ref_weight"] is None:  # or it would move with the policy

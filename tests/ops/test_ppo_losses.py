@@ -59,6 +59,10 @@ def update(s: SimpleNamespace) -> tuple[dict[str, torch.Tensor], dict[str, float
     return {name: (before[name] - p.detach()) / LR for name, p in weights.items()}, stats
 
 
+def gate(rho: torch.Tensor, tau: float) -> torch.Tensor:
+    return 4 / tau * torch.sigmoid(tau * (rho - 1))
+
+
 def written_out(s: SimpleNamespace, loss: str, ratio: str, entropy_coef: float, kl_coef: float):
     """(loss, its gradients): one number per answer and token, from the model's own logits."""
     c, r, model = s.config, s.rollout, s.policy.model
@@ -80,6 +84,7 @@ def written_out(s: SimpleNamespace, loss: str, ratio: str, entropy_coef: float, 
             "ppo": torch.minimum(rho * A, bounded * A),
             "cispo": bounded.detach() * A * logp,
             "reinforce": A * logp,
+            "sapo": torch.where(A > 0, gate(rho, 2.0), gate(rho, c.sapo_tau_neg)) * A,
         }[loss]
         kl = 0.5 * (logp - s.old.ref_logp[row, :n]) ** 2  # k2
         total = total + (-surrogate - entropy_coef * entropy + kl_coef * kl).sum() / tokens
@@ -104,7 +109,7 @@ LOSSES = [
 @pytest.fixture
 def one_update(configured):
     def make(**options):
-        clips = {} if options.get("policy_loss") == "reinforce" else CLIPS
+        clips = {} if options.get("policy_loss") in ("reinforce", "sapo") else CLIPS
         defaults = {
             "batch_size": 8, "epochs": 1, "minibatches": 1, "max_grad_norm": 1e9,
             "temperature": 0.8, "estimator": "reinforce", "max_new_tokens": 8,
@@ -115,10 +120,11 @@ def one_update(configured):
 
 
 @pytest.mark.parametrize("terms", [False, True], ids=["plain", "entropy and KL"])
-@pytest.mark.parametrize(("loss", "ratio"), LOSSES)
+@pytest.mark.parametrize(("loss", "ratio"), [*LOSSES, ("sapo", "token")])
 def test_an_update_is_the_formulas(one_update, loss, ratio, terms):
     entropy_coef, kl_coef = (0.1, 0.3) if terms else (0.0, 0.0)
     options = {"kl_in": "loss", "kl_estimator": "k2"} if terms else {}
+    options |= {"sapo_tau_pos": 2.0} if loss == "sapo" else {}
     s = one_update(
         policy_loss=loss, ratio=ratio, entropy_coef=entropy_coef, beta=kl_coef, **options
     )

@@ -196,6 +196,10 @@ def test_bad_flags(flags, message):
         ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0 and policy_loss=cispo"),
         ({"dual_clip": 3.0, "policy_loss": "reinforce"}, "dual_clip=3.0 and policy_loss=reinforce"),
         ({"clip_high": 0.3, "policy_loss": "reinforce"}, "clip_high=0.3 and policy_loss=reinforce"),
+        ({"clip_high": 0.3, "policy_loss": "vespo", "ratio": "sequence"}, "clip_high=0.3 and poli"),
+        ({"policy_loss": "gmpo"}, "ratio=token and policy_loss=gmpo"),
+        ({"delta": 3.0, "policy_loss": "sapo"}, "delta=3.0 and policy_loss=sapo"),
+        ({"unbiased_kl": True}, "unbiased_kl=True and kl_in=reward"),
     ],
 )
 def test_options_that_contradict_each_other(options, names):

@@ -57,8 +57,8 @@ def linear_policy_loss(
     float32 until then; a loss scale arrives with the incoming gradient.)
 
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
-    its log-probs are, so ``ratio="sequence"`` runs the two ops one after the other. So does
-    ``support``, whose small sets need no chunks.
+    its log-probs are, so the other ratios run the two ops one after the other. So does ``support``,
+    whose small sets need no chunks.
 
     Rows that cannot change the loss are left out of the matrix products: masked ones, and, with
     token ratios and no ``support``, those of zero advantage (or zero weight) when entropy_coef and
@@ -359,10 +359,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     for estimator in token_kl.ESTIMATORS:
         yield Sample(estimator, everything(2, 6, 4, 9, kl_estimator=estimator), three)
     for loss in LOSSES:
-        still = draw(3, 8, 4, 9, loss=loss)
+        named = {"loss": loss, "ratio": LOSSES[loss][0]}
+        still = draw(3, 8, 4, 9, **named)
         still["advantages"][:, ::2] = 0.0
         yield Sample(f"zero advantages, {loss}", still, two)
-        yield Sample(f"{loss}, everything", everything(3, 8, 4, 9, loss=loss), three)
+        yield Sample(f"{loss}, everything", everything(3, 8, 4, 9, **named), three)
     cispo = {"loss": "cispo", "clip_low": 0.6, "clip_high": -0.3}
     yield Sample("cispo, clipped below 1", draw(3, 12, 8, 33, **cispo), two)
     for loss in ("ppo", "cispo"):
