@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast.ops.registry import KERNELS, Op, Sample
 
+# Losses and ratios of which a weight or value is a constant to the gradient only: no gradcheck.
+CONSTANTS = {"cispo", "vespo", "dppo_tv", "dppo_kl", "sequence_token"}
 # inputs that kernels take in 16 bits
 VOCABULARY_SIZED = {"logits", "hidden", "weight", "bias", "lora"}
 VOCABULARY_SIZED |= {"ref_hidden", "ref_weight", "ref_bias", "ref_lora"}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from drawing import Fallbacks, tensors
+from drawing import CONSTANTS, Fallbacks, tensors
 from torch import Tensor
 
 import rlhf_fast as rf
@@ -53,7 +53,6 @@ LOSSES = {
     "importance_weights": (None, "given"),
     "ref_logp": (None, "given"),
 }
-CONSTANTS = {"cispo", "vespo", "dppo_tv", "dppo_kl", "sequence_token"}  # to the gradient only
 OPTIONS = {
     "linear_token_logprobs": {**SCALES, "entropy": (False, True)},
     "linear_token_kl": {
