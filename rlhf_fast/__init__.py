@@ -13,6 +13,7 @@ from .ops.linear.policy_loss import linear_policy_loss
 from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
 from .ops.policy_loss import PolicyStats, policy_loss
+from .ops.rollout_correction import RolloutStats, rollout_correction
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.value_loss import ValueStats, value_loss
@@ -22,6 +23,7 @@ __path__.append(f"{__path__[0]}/moved")  # modules by the paths they had in 0.1
 
 __all__ = [
     "PolicyStats",
+    "RolloutStats",
     "ValueStats",
     "__version__",
     "chunk_budget",
@@ -38,6 +40,7 @@ __all__ = [
     "pairwise_loss",
     "policy_loss",
     "release_memory",
+    "rollout_correction",
     "token_kl",
     "token_logprobs",
     "value_loss",

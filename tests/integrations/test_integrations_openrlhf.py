@@ -88,14 +88,29 @@ def test_gspo(counts):
     assert result[1] > 0
 
 
-@pytest.mark.parametrize("level", ["token", "seq"])
-def test_importance_sampling_correction_is_openrlhfs_own(level):
-    options = dict(is_correction_level=level)
-    rollout = {"rollout_log_probs": batch()["old_log_probs"] - 0.3}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_correction_mode": "mask"},
+        {"is_correction_mode": "clip"},
+        {"is_correction_level": "seq"},
+        {"is_correction_gating": "tv", "is_correction_threshold": [0.0, 0.1]},
+        {"policy_loss_type": "gspo"},
+    ],
+)
+def test_importance_sampling_correction(options):
+    """By the token's ratio it is ours, else OpenRLHF's own."""
+    options = {"is_correction_level": "token", "is_correction_threshold": [0.8, 1.3]} | options
+    inputs = batch()
+    noise = torch.randn(6, 11, generator=torch.Generator().manual_seed(1))
+    inputs["rollout_log_probs"] = inputs["old_log_probs"] - 0.3 * noise
+    if options["is_correction_level"] == "seq":  # NaN in OpenRLHF where a row has no token
+        inputs["action_mask"] = torch.ones(6, 11)
     result = same(
-        losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", batch() | rollout
+        losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", inputs
     )
-    assert result[3] is not None and result[4] is not None
+    if "policy_loss_type" not in options:
+        assert result[3] is not None and 0 < result[4] < 1
 
 
 def test_a_ratio_beyond_the_clamp():
