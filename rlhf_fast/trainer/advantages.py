@@ -29,9 +29,16 @@ def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
 
 
 def estimate(
-    scores: Tensor, old: Measured, mask: Tensor, beta: float, config: PPOConfig
+    scores: Tensor,
+    old: Measured,
+    mask: Tensor,
+    beta: float,
+    config: PPOConfig,
+    learnt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(advantages [B, T], returns [B, T], or None without a critic)."""
+    """(advantages [B, T], returns [B, T], or None without a critic). learnt: the tokens of mask
+    that are learnt from, if these are not all."""
+    learnt = mask if learnt is None else learnt
     beta = beta if config.kl_in == "reward" else 0.0
     returns = None
     if config.estimator in GROUPED:
@@ -53,5 +60,5 @@ def estimate(
             zeros = torch.zeros_like(rewards)
             advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
     if config.whitens_advantages:
-        advantages = masked_whiten(advantages, mask)
+        advantages = masked_whiten(advantages, learnt)
     return advantages, returns

@@ -7,13 +7,14 @@ A field is a flag (`--learning_rate` or `--learning-rate`) and a key of the YAML
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from rlhf_fast.ops.options import PolicyOptions
+from rlhf_fast.ops.rollout_correction import LEVELS, REJECTIONS
 
 from .checks import (
     above_zero,
@@ -359,8 +360,49 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     tis_cap: float | None = option(
         "objective",
         None,
-        help="weigh tokens by min(π_old/π_rollout, this), for a rollout engine whose log-probs "
-        "differ from the trainer's (truncated importance sampling; 2.0 is usual)",
+        help="weigh tokens by min(s, this), s = π_old/π_rollout, for a rollout engine whose "
+        "log-probs differ from the trainer's (truncated importance sampling; 2.0 is usual)",
+    )
+    rollout_correction: str | None = option(
+        "objective",
+        None,
+        choices=("truncate", "mask"),
+        help="what becomes of an s outside rollout_ratio_min … tis_cap: truncate holds it there "
+        "(TIS), mask makes it 0 (IcePop, MIS) [unset: truncate where tis_cap is set, else no "
+        "weights]",
+    )
+    rollout_correction_level: str = option(
+        "objective",
+        "token",
+        choices=LEVELS,
+        help="s is the token's, the product over its answer's tokens, or their geometric mean",
+    )
+    rollout_ratio_min: float | None = option(
+        "objective", None, help="lower bound of s (mask: 0.5 with a tis_cap of 5 is usual)"
+    )
+    rollout_normalize: bool = option(
+        "objective", False, help="divide the weights made of s by their mean over the batch"
+    )
+    rollout_reject: str | None = option(
+        "objective",
+        None,
+        choices=REJECTIONS,
+        help="answers leave the batch by this mean, sum or maximum over their tokens of the KL "
+        "estimates between rollout and trainer (k1 by its size)",
+    )
+    rollout_reject_above: float | None = option(
+        "objective", None, help="nats of rollout_reject above which an answer is left out"
+    )
+    rollout_veto: float | None = option(
+        "objective",
+        None,
+        help="an answer is left out for one token whose s is below this (1e-4 is usual)",
+    )
+    bypass: bool = option(
+        "objective",
+        False,
+        help="take the rollout's log-probs for the old ones, without a pass for them: the loss's "
+        "own ratio is then the correction",
     )
 
     # Advantages
@@ -470,6 +512,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
+        above_zero(self, "rollout_ratio_min", "rollout_reject_above", "rollout_veto")
+        at_most(self, 1, "rollout_veto")
         above_zero(self, "reward_timeout")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
@@ -493,6 +537,20 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         options["clip_high"] = self.clip_high or self.clip
         options["kl_coef"] = beta if self.kl_in == "loss" else 0.0
         return options
+
+    @property
+    def correction(self) -> dict[str, Any]:
+        """The flags as arguments of rlhf_fast.rollout_correction."""
+        return {
+            "mode": self.rollout_correction or (self.tis_cap and "truncate"),
+            "level": self.rollout_correction_level,
+            "low": self.rollout_ratio_min,
+            "high": self.tis_cap,
+            "reject": self.rollout_reject,
+            "reject_above": self.rollout_reject_above,
+            "veto": self.rollout_veto,
+            "batch_normalize": self.rollout_normalize,
+        }
 
     # Left unset these follow from others. They stay unset in the config, so that one made from it
     # (--config of a run's config.yaml, dataclasses.replace) with other options has its own.
@@ -562,6 +620,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 ("clip_high", "policy_loss"),
                 "this loss has no clip",
             ),
+            *self.contradictions_of_the_correction(),
             (
                 self.adaptive_kl_target is not None and self.beta == 0,
                 ("adaptive_kl_target", "beta"),
@@ -583,6 +642,42 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     " and ".join(f"{name}={getattr(self, name)}" for name in names)
                     + f" contradict each other: {reason}"
                 )
+
+    def contradictions_of_the_correction(self) -> Iterator[tuple[bool, tuple[str, ...], str]]:
+        """(whether it is one, the options, the reason)."""
+        corrects = self.correction["mode"] is not None
+        bounds = self.rollout_ratio_min, self.tis_cap
+        yield (
+            corrects and bounds == (None, None),
+            ("rollout_correction", "tis_cap"),
+            "a bound is missing, tis_cap or rollout_ratio_min",
+        )
+        yield (
+            None not in bounds and bounds[0] >= bounds[1],
+            ("rollout_ratio_min", "tis_cap"),
+            "nothing lies between them",
+        )
+        for name, default in (
+            ("rollout_correction_level", "token"),
+            ("rollout_ratio_min", None),
+            ("rollout_normalize", False),
+        ):
+            yield (
+                getattr(self, name) != default and not corrects,
+                (name, "rollout_correction"),
+                "there are no weights without a tis_cap or a rollout_correction",
+            )
+        yield (
+            (self.rollout_reject is None) != (self.rollout_reject_above is None),
+            ("rollout_reject", "rollout_reject_above"),
+            "each needs the other",
+        )
+        for name in ("tis_cap", "rollout_correction", "rollout_reject", "rollout_veto"):
+            yield (
+                self.bypass and getattr(self, name) is not None,
+                ("bypass", name),
+                "where the rollout's log-probs are the old ones, there is nothing to correct",
+            )
 
     def check_reward(self) -> None:
         if isinstance(self.reward, str):

@@ -161,8 +161,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
 
             # 4. Advantages and returns from the scores, and the KL they cost.
             scores = shaped(raw_scores.to(device), rollout.ended, config)
-            advantages, returns = estimate(scores, old, mask, control.beta, config)
-            batch = Batch(rollout, old, advantages, returns, corrections(rollout, old, config))
+            corrected = corrections(rollout, old, config)
+            advantages, returns = estimate(scores, old, mask, control.beta, config, corrected.mask)
+            batch = Batch(rollout, old, advantages, returns, corrected)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
             interrupts.update_begins()
@@ -299,7 +300,8 @@ def policy_term(
     """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
     the tokens that count."""
     rollout, old, advantages = batch.rollout, batch.old, batch.advantages
-    corrections = None if batch.corrections is None else batch.corrections[rows]
+    weights = batch.corrections.weights
+    corrections = None if weights is None else weights[rows]
     return linear_policy_loss(
         hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
         normalizer=normalizer, importance_weights=corrections, ref_logp=old.ref_logp[rows],

@@ -106,9 +106,7 @@ def test_importance_sampling_correction(options):
     inputs["rollout_log_probs"] = inputs["old_log_probs"] - 0.3 * noise
     if options["is_correction_level"] == "seq":  # NaN in OpenRLHF where a row has no token
         inputs["action_mask"] = torch.ones(6, 11)
-    result = same(
-        losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", inputs
-    )
+    result = same(losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", inputs)
     if "policy_loss_type" not in options:
         assert result[3] is not None and 0 < result[4] < 1
 

@@ -514,7 +514,9 @@ def test_rollout_weights(mode, level):
         if line.strip() == asked and "completion_mask" in lines[i + 1]
     )
     indent = lines[begin].index("if")
-    end = next(i for i in range(begin + 1, len(lines)) if lines[i].strip() and lines[i][indent] != " ")
+    end = next(
+        i for i in range(begin + 1, len(lines)) if lines[i].strip() and lines[i][indent] != " "
+    )
     g = torch.Generator().manual_seed(0)
     rollout, noise = -3 * torch.rand(6, 9, generator=g), torch.randn(6, 9, generator=g)
     old, counts = rollout + 0.3 * noise, torch.rand(6, 9, generator=g) < 0.7

@@ -292,8 +292,8 @@ TRAINER = [
            "scores - config.eos_penalty * (~ended).float()",
            "scores - config.eos_penalty * ended.float()", ESTIMATE),
     Mutant("estimate: returns of whitened advantages", "rlhf_fast/trainer/advantages.py",
-           "        advantages = masked_whiten(advantages, mask)\n    return advantages, returns",
-           "        advantages = masked_whiten(advantages, mask)\n"
+           "        advantages = masked_whiten(advantages, learnt)\n    return advantages, returns",
+           "        advantages = masked_whiten(advantages, learnt)\n"
            "        returns = returns if returns is None else advantages + old.values\n"
            "    return advantages, returns", ESTIMATE),
     Mutant("control: a step of any size", "rlhf_fast/trainer/schedule.py",
@@ -308,7 +308,7 @@ TRAINER = [
            'metrics.kl > config.target_kl:', 'metrics.kl > 1e9 * config.target_kl:',
            "tests/trainer/test_ppo_options.py -k early_stop"),
     Mutant("learn: the correction is not capped", "rlhf_fast/trainer/batch.py",
-           ".exp().clamp(max=config.tis_cap)", ".exp()",
+           "options = config.correction\n", "options = config.correction | {'high': None}\n",
            "tests/trainer/test_ppo_options.py -k 'engine or tis or ratio'"),
     Mutant("hold_out: trained on, too", "rlhf_fast/trainer/data/held_out.py",
            "rest = [prompt for prompt in prompts if tuple(prompt.ids) not in held_out]",

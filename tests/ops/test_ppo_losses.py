@@ -10,7 +10,7 @@ import torch
 
 from rlhf_fast import linear_token_logprobs, policy_loss
 from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.batch import Batch, corrections
+from rlhf_fast.trainer.batch import Batch, Corrections, corrections
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.measure import Measured, measure, sample_answers
 from rlhf_fast.trainer.models.packing import positions
@@ -156,7 +156,8 @@ def test_the_one_pass_is_policy_loss(one_update, monkeypatch, loss, ratio, terms
     s = one_update(policy_loss=loss, ratio=ratio, **options)
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
-    batch = Batch(s.rollout, s.old, s.advantages, None, corrections=s.old.logp.exp())
+    weights = Corrections(s.old.logp.exp(), s.rollout.mask, None)
+    batch = Batch(s.rollout, s.old, s.advantages, None, weights)
     inputs = (s.policy, hidden, batch, rows, s.rollout.mask[rows], s.config)
     more = {"beta": 0.3, "normalizer": s.rollout.mask.sum()}
     loss, stats = ppo.policy_term(*inputs, **more)

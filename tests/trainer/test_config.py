@@ -196,6 +196,22 @@ def test_bad_flags(flags, message):
         ({"dual_clip": 3.0, "policy_loss": "cispo"}, "dual_clip=3.0 and policy_loss=cispo"),
         ({"dual_clip": 3.0, "policy_loss": "reinforce"}, "dual_clip=3.0 and policy_loss=reinforce"),
         ({"clip_high": 0.3, "policy_loss": "reinforce"}, "clip_high=0.3 and policy_loss=reinforce"),
+        ({"rollout_correction": "mask"}, "rollout_correction=mask and tis_cap=None"),
+        ({"rollout_ratio_min": 2.0, "tis_cap": 2.0}, "rollout_ratio_min=2.0 and tis_cap=2.0"),
+        ({"rollout_ratio_min": 0.5}, "rollout_ratio_min=0.5 and rollout_correction=None"),
+        ({"rollout_normalize": True}, "rollout_normalize=True and rollout_correction=None"),
+        (
+            {"rollout_correction_level": "sequence"},
+            "rollout_correction_level=sequence and rollout_correction=None",
+        ),
+        ({"rollout_reject": "sum_k1"}, "rollout_reject=sum_k1 and rollout_reject_above=None"),
+        ({"rollout_reject_above": 1.0}, "rollout_reject=None and rollout_reject_above=1.0"),
+        ({"bypass": True, "tis_cap": 2.0}, "bypass=True and tis_cap=2.0"),
+        (
+            {"bypass": True, "rollout_correction": "mask", "rollout_ratio_min": 0.5},
+            "bypass=True and rollout_correction=mask",
+        ),
+        ({"bypass": True, "rollout_veto": 0.1}, "bypass=True and rollout_veto=0.1"),
     ],
 )
 def test_options_that_contradict_each_other(options, names):

@@ -26,6 +26,8 @@ def says_good(model, ids, mask, sampling, draws):
     return Completions(tokens, torch.ones_like(tokens).bool(), torch.zeros(len(ids), 3))
 """
 
+ENGINE_OF_ONE = {"rollout_engine": "engine.py:says_good"}
+
 # Of the runs below, which are of one step of 4 updates before they are continued.
 STEERS = {
     "max_grad_norm": 0.01, "missing_eos_penalty": 0.7, "missing_eos_score": -0.7,
@@ -37,6 +39,13 @@ STEERS = {
     "adam_epsilon": 1e-2, "weight_decay": 0.5, "policy_loss": "cispo", "ratio": "sequence",
     "clip": 0.01, "clip_high": 0.01, "dual_clip": 1.001, "value_clip": 1e-3, "value_coef": 0.7,
     "entropy_coef": 0.1, "aggregation": "token-sum", "target_kl": 1e-9,
+    "rollout_correction": {"tis_cap": 0.5, "rollout_correction": "mask"},
+    "rollout_correction_level": {"tis_cap": 0.5, "rollout_correction_level": "sequence"},
+    "rollout_ratio_min": {"tis_cap": 3.0, "rollout_ratio_min": 2.0},
+    "rollout_normalize": {"tis_cap": 2.0, "rollout_normalize": True, **ENGINE_OF_ONE},
+    "rollout_reject": {"rollout_reject": "sum_k1", "rollout_reject_above": 0.1, **ENGINE_OF_ONE},
+    "rollout_reject_above": {"rollout_reject": "max_k3", "rollout_reject_above": 2.0},
+    "rollout_veto": {"rollout_veto": 0.1, **ENGINE_OF_ONE}, "bypass": True,
 }  # fmt: skip
 CHANGES_NO_NUMBER = {
     "trust_remote_code", "save_dtype",
@@ -96,7 +105,8 @@ def test_every_option_is_one_or_the_other():
 @pytest.mark.parametrize("name", STEERS)
 def test_what_steers_learning_counts_from_there_on(begun, go_on, unchanged, monkeypatch, name):
     monkeypatch.chdir(Path(begun.data).parent)
-    changed = go_on(**{name: STEERS[name]})
+    value = STEERS[name]
+    changed = go_on(**(value if isinstance(value, dict) else {name: value}))
     assert not all(torch.equal(a, b) for a, b in zip(changed, unchanged, strict=True))
 
 
