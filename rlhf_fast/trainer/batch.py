@@ -35,6 +35,7 @@ class Batch:
     advantages: Tensor  # [B, T]
     returns: Tensor | None  # [B, T]; None without a critic
     corrections: Corrections
+    right: Tensor | None = None  # [B] bool: scored above 0, which positive_nll_coef imitates
 
     @property
     def mask(self) -> Tensor:

@@ -196,8 +196,9 @@ class RewardConfig(RunConfig):
             raise InputError(f"eval_data={self.eval_data} is data: the pairs that are trained on")
 
 
-CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
-GROUPED = ("grpo", "dr_grpo", "rloo")  # an answer is compared with the others to its prompt
+# An answer's one advantage, from its score against those of the others to its prompt.
+GROUPED = ("grpo", "dr_grpo", "rloo", "opo")
+CRITIC_FREE = (*GROUPED, "reinforce", "reinforce_baseline", "remax")
 
 
 # What a flag has otherwise than the option of the policy loss that it sets; None: it is no flag.
@@ -279,6 +280,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         help="takes the place of the score of an answer that ran into max_new_tokens",
     )
     score_clip: float | None = option("rewards", None, help="scores are clipped to ± this")
+    overlong_cache: int | None = option(
+        "rewards",
+        None,
+        help="an answer's last so many tokens before max_new_tokens cost it up to 1, linearly "
+        "(soft overlong punishment: DAPO); missing_eos_penalty comes on top",
+    )
     reward_timeout: float | None = option(
         "rewards",
         None,
@@ -336,6 +343,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     )
     samples_per_prompt: int = option(
         "sampling", 1, help="answers to each prompt of a batch: the group size"
+    )
+    dynamic_sampling_rounds: int = option(
+        "sampling",
+        0,
+        help="groups whose answers all score the same are replaced by others, from up to this many "
+        "further batches of prompts in a step (dynamic sampling: DAPO)",
     )
     max_prompt_tokens: int = option("model and data", 512, help="longer prompts are left out")
     max_new_tokens: int = option("sampling", 64, help="longest answer, in tokens")
@@ -410,12 +423,23 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective",
         "gae",
         choices=("gae", *CRITIC_FREE),
-        help="gae: PPO with a critic. grpo, dr_grpo, rloo: a score against the others of its "
-        "group. reinforce: returns without a baseline",
+        help="gae: PPO with a critic. grpo, dr_grpo, rloo, opo: a score against the others of its "
+        "group. reinforce: rewards to go without a baseline, whitened: REINFORCE++. "
+        "reinforce_baseline: with the group's mean taken off. remax: with the score of a greedy "
+        "answer taken off",
     )
     gamma: float = option("objective", 1.0, help="discount of later rewards")
     lam: float = option(
         "objective", 0.95, help="GAE's λ: 0 trusts the value head, 1 the sampled rewards"
+    )
+    lam_critic: float | None = option(
+        "objective", None, help="λ of the returns that the critic learns (VAPO: 1) [unset: lam]"
+    )
+    lam_length_alpha: float | None = option(
+        "objective",
+        None,
+        help="the advantages' λ is 1 − 1/(this · the answer's tokens), at least 0, in place of lam "
+        "(VAPO: 0.05)",
     )
     whiten_rewards: bool = option(
         "objective",
@@ -426,7 +450,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective",
         None,
         help="advantages get mean 0 and standard deviation 1 over the batch's tokens [unset: yes "
-        "for gae and reinforce; the group estimators centre by themselves]",
+        "for gae, reinforce and reinforce_baseline; the others centre by themselves]",
     )
 
     # The KL from the frozen reference
@@ -477,6 +501,16 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective", 0.2, help="values may move this far from the old ones in one step"
     )
     value_coef: float = option("objective", 0.1, help="weight of the value loss, ½·max(…)²")
+    critic_warmup_steps: int = option(
+        "optimiser",
+        0,
+        help="first steps in which the critic learns and the policy's step size is 0",
+    )
+    positive_nll_coef: float = option(
+        "objective",
+        0.0,
+        help="weight of −log π of the answers that score above 0, the right ones (VAPO: 0.1)",
+    )
     target_kl: float | None = option(
         "objective",
         None,
@@ -505,6 +539,11 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
         at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon")
+        at_least(self, 0, "dynamic_sampling_rounds", "critic_warmup_steps", "positive_nll_coef")
+        at_least(self, 0, "lam_critic")
+        at_most(self, 1, "lam_critic")
+        at_least(self, 1, "overlong_cache")
+        above_zero(self, "lam_length_alpha")
         at_least(self, 0, "beta", "value_coef", "missing_eos_penalty")
         at_least(self, 0, "gamma", "lam", "top_k", "min_p", "warmup_steps", "weight_decay")
         at_least(self, 0, "adam_beta1", "adam_beta2")
@@ -565,7 +604,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     def whitens_advantages(self) -> bool:
         if self.whiten_advantages is not None:
             return self.whiten_advantages
-        return self.estimator not in GROUPED
+        return self.estimator not in (*GROUPED, "remax")
 
     def refuse_contradictions(self) -> None:
         grouped = self.estimator in GROUPED
@@ -590,10 +629,33 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 ("value_model", "estimator"),
                 "this estimator has no critic",
             ),
+            *(
+                (
+                    self.estimator in CRITIC_FREE and getattr(self, name) not in (None, 0),
+                    (name, "estimator"),
+                    "this estimator has no critic",
+                )
+                for name in ("lam_critic", "lam_length_alpha", "critic_warmup_steps")
+            ),
             (
-                grouped and self.samples_per_prompt < 2,
+                (grouped or self.estimator == "reinforce_baseline") and self.samples_per_prompt < 2,
                 ("estimator", "samples_per_prompt"),
                 "an answer needs others to its prompt to be compared with",
+            ),
+            (
+                self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2,
+                ("dynamic_sampling_rounds", "samples_per_prompt"),
+                "the scores of one answer have no spread",
+            ),
+            (
+                self.dynamic_sampling_rounds > 0 and self.estimator == "remax",
+                ("dynamic_sampling_rounds", "estimator"),
+                "remax compares with a greedy answer and not with the group",
+            ),
+            (
+                self.overlong_cache is not None and self.overlong_cache > self.max_new_tokens,
+                ("overlong_cache", "max_new_tokens"),
+                "the answer is not that long",
             ),
             (
                 grouped and self.whiten_rewards,

@@ -24,6 +24,9 @@ with warnings.catch_warnings():  # verl names each engine that is not installed
 import rlhf_fast  # noqa: E402
 from rlhf_fast.integrations import verl as fast  # noqa: E402
 from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
+from rlhf_fast.trainer.advantages import estimate  # noqa: E402
+from rlhf_fast.trainer.config import PPOConfig  # noqa: E402
+from rlhf_fast.trainer.measure import Measured  # noqa: E402
 
 MODES = [
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
@@ -371,3 +374,34 @@ def test_rejected_sequences(name):
     assert torch.equal(kept, theirs.bool())
     assert stats.rejectfrac.item() == pytest.approx(metrics["rollout_rs_masked_fraction"])
     assert 0 < stats.rejectfrac < 1
+
+
+def of_the_trainer(scores, mask, **options):
+    """The trainer's advantages at beta 0, of groups of 3."""
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o", "beta": 0.0}
+    config = PPOConfig(**required, batch_size=6, samples_per_prompt=3, **options)
+    zeros = torch.zeros(mask.shape)
+    return lambda **more: estimate(
+        scores, Measured(zeros, zeros, zeros, None), mask, 0.0, config, **more
+    )[0]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline", "opo", "remax"])
+def test_estimators(name):
+    mask = batch()["response_mask"]
+    mask[3, :2] = True
+    scores, greedy = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, 0.5]), torch.tensor([0.3] * 6)
+    rewards = torch.zeros(6, 11)
+    rewards[range(6), mask.sum(1) - 1] = scores
+    index, config = [0, 0, 0, 1, 1, 1], types.SimpleNamespace(gamma=1.0)
+    verl = {
+        "reinforce": "reinforce_plus_plus", "reinforce_baseline": "reinforce_plus_plus_baseline",
+    }.get(name, name)  # fmt: skip
+    theirs, _ = core.get_adv_estimator_fn(verl)(
+        token_level_rewards=rewards, response_mask=mask.float(), index=index, config=config,
+        reward_baselines=greedy,
+    )  # fmt: skip
+    more = {"baseline": greedy} if name == "remax" else {}
+    ours = of_the_trainer(scores, mask, estimator=name)(**more)
+    assert_close(ours * mask, theirs * mask, rtol=1e-5, atol=1e-6)
+    assert theirs.abs().max() > 0.5

@@ -121,9 +121,12 @@ def test_group_advantages_by_hand() -> None:
         "grpo": [-2 / (std + 0.5), -1 / (std + 0.5), 3 / (std + 0.5)],
         "rloo": [1 - 4, 2 - 3.5, 6 - 1.5],
         "dr_grpo": [-2, -1, 3],
+        "opo": [1 - 3.2, 2 - 3.2, 6 - 3.2],  # (2·1 + 1·2 + 2·6) / 5
     }
+    lengths = torch.tensor([2, 1, 2, 7, 1, 4])
     for method, numbers in expected.items():
-        ours = rf.group_advantages(scores, 3, method=method, eps=0.5)
+        more = {"lengths": lengths} if method == "opo" else {}
+        ours = rf.group_advantages(scores, 3, method=method, eps=0.5, **more)
         torch.testing.assert_close(ours[:3], torch.tensor(numbers).float())
         assert (ours[3:] == 0).all()
 

@@ -103,8 +103,11 @@ def test_shaped_scores():
         ({}, [1.0, -1.0, -0.5, 1.0]),
         ({"missing_eos_penalty": 0.25, "score_clip": 0.75}, [0.75, -0.75, 0.25, 0.5]),
         ({"missing_eos_score": -3.0}, [1.0, -1.0, -3.0, -3.0]),
+        # 1 to 4 tokens of at most 4, of which the last 2 cost half each
+        ({"missing_eos_penalty": 0.0, "overlong_cache": 2}, [1.0, -1.0, 0.0, 1.0]),
     ):
-        torch.testing.assert_close(shaped(SCORES, ended, config(**options)), torch.tensor(expected))
+        settings, lengths = config(**options, max_new_tokens=4), torch.tensor([1, 2, 3, 4])
+        torch.testing.assert_close(shaped(SCORES, ended, lengths, settings), torch.tensor(expected))
 
 
 def test_every_pass_covers_the_batch_in_its_own_order():

@@ -44,8 +44,12 @@ STEERS = {
     "rollout_ratio_min": {"tis_cap": 3.0, "rollout_ratio_min": 2.0},
     "rollout_normalize": {"tis_cap": 2.0, "rollout_normalize": True, **ENGINE_OF_ONE},
     "rollout_reject": {"rollout_reject": "sum_k1", "rollout_reject_above": 0.1, **ENGINE_OF_ONE},
-    "rollout_reject_above": {"rollout_reject": "max_k3", "rollout_reject_above": 2.0},
+    "rollout_reject_above": {
+        "rollout_reject": "max_k3", "rollout_reject_above": 0.1, **ENGINE_OF_ONE
+    },
     "rollout_veto": {"rollout_veto": 0.1, **ENGINE_OF_ONE}, "bypass": True,
+    "lam_critic": 0.5, "lam_length_alpha": 0.5, "critic_warmup_steps": 2,
+    "positive_nll_coef": 0.5, "overlong_cache": 4, "dynamic_sampling_rounds": 2,
 }  # fmt: skip
 CHANGES_NO_NUMBER = {
     "trust_remote_code", "save_dtype",
@@ -67,8 +71,8 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
         model=tiny_policy_folder, data=str(folder / "prompts.jsonl"),
         output_dir=str(folder / "run"), device="cpu", missing_eos_penalty=0.0, eval_prompts=1,
         reward=f"{folder / 'reward.py'}:share", steps=1, batch_size=8, epochs=2, minibatches=2,
-        max_new_tokens=6, learning_rate=3e-3, value_learning_rate=1e-2, kl_estimator="k3",
-        adaptive_kl_target=1.0, kl_horizon=100,
+        samples_per_prompt=2, max_new_tokens=6, learning_rate=3e-3, value_learning_rate=1e-2,
+        kl_estimator="k3", adaptive_kl_target=1.0, kl_horizon=100,
     )  # fmt: skip
     ppo.train(config)
     return config
