@@ -212,6 +212,22 @@ def test_bad_flags(flags, message):
             "bypass=True and rollout_correction=mask",
         ),
         ({"bypass": True, "rollout_veto": 0.1}, "bypass=True and rollout_veto=0.1"),
+        ({"estimator": "remax", "lam_critic": 1.0}, "lam_critic=1.0 and estimator=remax"),
+        (
+            {"estimator": "reinforce", "critic_warmup_steps": 2},
+            "critic_warmup_steps=2 and estimator=reinforce",
+        ),
+        (
+            {"estimator": "reinforce", "lam_length_alpha": 0.05},
+            "lam_length_alpha=0.05 and estimator=reinforce",
+        ),
+        ({"estimator": "reinforce_baseline"}, "estimator=reinforce_baseline and samples_per_prom"),
+        ({"dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds=1 and samples_per_prompt=1"),
+        (
+            {"dynamic_sampling_rounds": 1, "estimator": "remax", "samples_per_prompt": 2},
+            "dynamic_sampling_rounds=1 and estimator=remax",
+        ),
+        ({"overlong_cache": 65}, "overlong_cache=65 and max_new_tokens=64"),
     ],
 )
 def test_options_that_contradict_each_other(options, names):

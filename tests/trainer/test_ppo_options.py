@@ -155,9 +155,11 @@ def test_micro_batches_change_nothing(configured, aggregation):
 # --------------------------------------------------------------------------------- estimators
 
 
-@pytest.mark.parametrize("estimator", ["reinforce", "rloo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "estimator", ["reinforce", "reinforce_baseline", "remax", "rloo", "grpo", "dr_grpo", "opo"]
+)
 def test_learns_without_a_critic(configured, estimator):
-    groups = {} if estimator == "reinforce" else {"samples_per_prompt": 4}
+    groups = {} if estimator in ("reinforce", "remax") else {"samples_per_prompt": 4}
     config = configured(estimator=estimator, steps=20, batch_size=32, beta=0.01, **groups)
     summary = ppo.train(config)
     assert summary["score_after"] > summary["score_before"] + 0.3
@@ -180,6 +182,48 @@ def test_groups_are_answers_to_one_prompt(configured, reward, monkeypatch):
     for batch in batches:
         assert len(batch) == 16 and len(set(batch)) == 4
         assert all(len(set(batch[i : i + 4])) == 1 for i in range(0, 16, 4))
+
+
+def test_remax_compares_with_greedy_answers(configured, monkeypatch):
+    """Those of transformers' generate; a prompt that follows itself is answered once."""
+    seen, real = [], ppo.greedy_scores
+
+    def record(policy, asked, reward, config, *more):
+        texts = []
+        for prompt in asked:
+            ids = torch.tensor([prompt.ids])
+            out = policy.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            answer = policy.tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True)
+            texts.append(answer.split().count("good") / max(1, len(answer.split())))
+        calls = []
+        scores = real(policy, asked, lambda *x: calls.append(x[1]) or reward(*x), config, *more)
+        seen.append((scores, texts, calls))
+        return scores
+
+    monkeypatch.setattr(ppo, "greedy_scores", record)
+    ppo.train(configured(steps=1, estimator="remax", samples_per_prompt=2, batch_size=8))
+    ((scores, expected, (answers,)),) = seen
+    assert scores.tolist() == pytest.approx(expected)
+    assert len(answers) <= 4 and len(set(expected)) > 1
+
+
+def test_while_the_critic_warms_up_the_policy_stays(configured, tiny_policy_folder):
+    before = load_file(Path(tiny_policy_folder) / "model.safetensors")
+    for value_model in (None, tiny_policy_folder):
+        config = configured(
+            f"warm{value_model is None}", steps=2, critic_warmup_steps=1, save_every=1,
+            value_model=value_model, weight_decay=0.1, eval_prompts=1,
+        )  # fmt: skip
+        ppo.train(config)
+        moved = []
+        for step in (1, 2):
+            file = Path(config.output_dir) / "checkpoints" / f"step_{step}.pt"
+            weights = torch.load(file, weights_only=True)["weights"]
+            end = "layers.0.mlp.up_proj.weight"
+            now, then = (next(w for x, w in y.items() if x.endswith(end)) for y in (weights, before))
+            moved.append(not torch.equal(now, then))
+            assert any(x.any() for key, x in weights.items() if "value_head" in key)
+        assert moved == [False, True]
 
 
 # ------------------------------------------------------------------------------------- models
