@@ -220,7 +220,9 @@ def test_while_the_critic_warms_up_the_policy_stays(configured, tiny_policy_fold
             file = Path(config.output_dir) / "checkpoints" / f"step_{step}.pt"
             weights = torch.load(file, weights_only=True)["weights"]
             end = "layers.0.mlp.up_proj.weight"
-            now, then = (next(w for x, w in y.items() if x.endswith(end)) for y in (weights, before))
+            now, then = (
+                next(w for x, w in y.items() if x.endswith(end)) for y in (weights, before)
+            )
             moved.append(not torch.equal(now, then))
             assert any(x.any() for key, x in weights.items() if "value_head" in key)
         assert moved == [False, True]
