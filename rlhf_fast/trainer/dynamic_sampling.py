@@ -3,7 +3,7 @@ place (dynamic sampling: DAPO, arXiv:2503.14476, sec. 3.2)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -35,6 +35,7 @@ class Sampled:
     columns: dict[str, Tensor]  # every scorer's scores, each [B]
     rollout: Rollout
     old: Measured
+    counts: dict[str, float] = field(default_factory=dict)  # metrics of what was replaced
 
 
 def without_even_groups(
@@ -47,9 +48,9 @@ def without_even_groups(
     workers: Workers,
     generator: torch.Generator,
     engine: RolloutEngine | None,
-) -> tuple[Sampled, dict[str, float]]:
+) -> Sampled:
     """The batch with each group that has no spread of scores replaced, as far as
-    dynamic_sampling_rounds further batches go, and metrics of that.
+    dynamic_sampling_rounds further batches go.
 
     A round samples a whole batch of prompts, so that each process has its equal share. Prompts and
     draws come from the step's generator: a resumed run repeats them.
@@ -67,11 +68,12 @@ def without_even_groups(
         chosen[places] = groups + good[: len(places)]
         replaced += len(places)
         sampled = put_together(sampled, further, chosen, config.samples_per_prompt)
-    return sampled, {
+    counts = {
         "rollout/rounds": rounds,
         "rollout/groups_replaced": replaced,
         "rollout/groups_without_spread": int(even(sampled, config).sum()),
     }
+    return replace(sampled, counts=counts)
 
 
 def even(sampled: Sampled, config: PPOConfig) -> Tensor:

@@ -22,11 +22,14 @@ def greedy_scores(
     config: PPOConfig,
     workers: Workers,
     engine: RolloutEngine | None,
-) -> Tensor:
-    """[B] scores of greedy answers to the prompts, changed as scores are that are learnt from.
+) -> Tensor | None:
+    """[B] scores of greedy answers to the prompts, changed as scores are that are learnt from; None
+    for other estimators than remax.
 
     A prompt that follows itself, as in a group, is answered once.
     """
+    if config.estimator != "remax":
+        return None
     mine = asked[workers.share(len(asked))]
     first = [i for i, prompt in enumerate(mine) if i == 0 or prompt is not mine[i - 1]]
     of = torch.tensor([sum(i <= row for i in first) - 1 for row in range(len(mine))])

@@ -150,9 +150,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             texts = read_answers(policy, rollout, asked[mine], config)
             try:
                 scored = workers.attempt(score_all, reward, judge, asked[mine], texts)
-                baseline = None
-                if config.estimator == "remax":
-                    baseline = greedy_scores(policy, asked, reward, config, workers, engine)
+                baseline = greedy_scores(policy, asked, reward, config, workers, engine)
             except BaseException:  # a reward function's error must not cost what was learnt
                 interrupts.keep_what_was_learnt()
                 raise
@@ -163,15 +161,19 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             # 3. Log-probs and values of what was sampled, before anything changes.
             rollout, old = gather(workers, rollout, measure(policy, rollout, config))
             clock.lap("reference")
-            replaced = {}
+            sampled = Sampled(asked, columns, rollout, old)
             if config.dynamic_sampling_rounds:
-                sampled, replaced = without_even_groups(
-                    Sampled(asked, columns, rollout, old), prompts, policy, reward, judge, config,
-                    workers, generator, engine,
-                )  # fmt: skip
-                asked, columns, rollout, old = vars(sampled).values()
-                texts = read_answers(policy, rollout, asked, config)[mine]
+                sampled = without_even_groups(
+                    sampled, prompts, policy, reward, judge, config, workers, generator, engine
+                )
+                texts = read_answers(policy, sampled.rollout, sampled.asked, config)[mine]
                 clock.lap("rollout")
+            asked, columns, rollout, old = (
+                sampled.asked,
+                sampled.columns,
+                sampled.rollout,
+                sampled.old,
+            )
             mask, raw_scores = rollout.mask, columns["scores"]  # [B, T], [B]
 
             # 4. Advantages and returns from the scores, and the KL they cost.
@@ -193,7 +195,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
                 **of_the_answers(columns, scores, batch, control.beta),
-                **replaced,
+                **sampled.counts,
                 **stats,
                 "lr": optimizer.param_groups[0]["lr"],
                 "eps": config.batch_size / clock.total,

@@ -28,9 +28,24 @@ def launch_ddp(config: PPOConfig | RewardConfig) -> CompletedProcess:
     "options",
     [
         # 3 rows a minibatch: the two processes never have the same share of it
-        {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True, "top_p": 0.8},
+        {
+            "minibatches": 4,
+            "micro_batch_size": 1,
+            "whiten_rewards": True,
+            "top_p": 0.8,
+            "critic_warmup_steps": 1,
+            "positive_nll_coef": 0.1,
+            "tis_cap": 2.0,
+            "rollout_normalize": True,
+        },
         # 1 row a minibatch: one process has nothing to learn from
-        {"minibatches": 12, "estimator": "rloo", "samples_per_prompt": 2, "trainable_layers": 2},
+        {
+            "minibatches": 12,
+            "estimator": "rloo",
+            "samples_per_prompt": 2,
+            "trainable_layers": 2,
+            "dynamic_sampling_rounds": 2,
+        },
     ],
     ids=["uneven shares", "empty shares"],
 )
