@@ -121,6 +121,8 @@ def test_before_the_first_update_all_ratios_are_1(configured, seen, options):
     assert row["val/ratio"] == pytest.approx(1, abs=one)
     assert row["val/rollout_ratio_max"] == pytest.approx(1, abs=10 * one)
     weights = call["importance_weights"]
+    weights = weights[weights != 0]  # of the answers' tokens
+    assert len(weights) == round(16 * row["val/answer_tokens"])
     torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=10 * one)
     assert row["objective/kl"] == pytest.approx(0, abs=10 * one)
     assert (call["support"] is None) == (not set(options) - {"temperature", "bf16"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, fields, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from rlhf_fast.trainer.config import PPOConfig, RewardConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
-ENGINE = """
+ENGINE_FILE = """
 import torch
 from rlhf_fast.trainer.rollout.sample import Completions
 
@@ -25,8 +26,6 @@ def says_good(model, ids, mask, sampling, draws):
     tokens = torch.tensor([[3, 3, 1]]).repeat(len(ids), 1)
     return Completions(tokens, torch.ones_like(tokens).bool(), torch.zeros(len(ids), 3))
 """
-
-ENGINE_OF_ONE = {"rollout_engine": "engine.py:says_good"}
 
 # Of the runs below, which are of one step of 4 updates before they are continued.
 STEERS = {
@@ -38,18 +37,25 @@ STEERS = {
     "lr_scheduler_type": "cosine", "warmup_steps": 8, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_epsilon": 1e-2, "weight_decay": 0.5, "policy_loss": "cispo", "ratio": "sequence",
     "clip": 0.01, "clip_high": 0.01, "dual_clip": 1.001, "value_clip": 1e-3, "value_coef": 0.7,
-    "entropy_coef": 0.1, "aggregation": "token-sum", "target_kl": 1e-9,
-    "rollout_correction": {"tis_cap": 0.5, "rollout_correction": "mask"},
-    "rollout_correction_level": {"tis_cap": 0.5, "rollout_correction_level": "sequence"},
-    "rollout_ratio_min": {"tis_cap": 3.0, "rollout_ratio_min": 2.0},
-    "rollout_normalize": {"tis_cap": 2.0, "rollout_normalize": True, **ENGINE_OF_ONE},
-    "rollout_reject": {"rollout_reject": "sum_k1", "rollout_reject_above": 0.1, **ENGINE_OF_ONE},
-    "rollout_reject_above": {
-        "rollout_reject": "max_k3", "rollout_reject_above": 0.1, **ENGINE_OF_ONE
-    },
-    "rollout_veto": {"rollout_veto": 0.1, **ENGINE_OF_ONE}, "bypass": True,
+    "entropy_coef": 0.1, "aggregation": "seq-mean-token-sum", "target_kl": 1e-9,
+    "rollout_veto": 0.1, "bypass": True, "rollout_correction": "mask", "rollout_ratio_min": 0.7,
+    "rollout_correction_level": "sequence", "rollout_normalize": True,
+    "rollout_reject": "sum_k1", "rollout_reject_above": 0.1,
     "lam_critic": 0.5, "lam_length_alpha": 0.5, "critic_warmup_steps": 2,
     "positive_nll_coef": 0.5, "overlong_cache": 4, "dynamic_sampling_rounds": 2,
+}  # fmt: skip
+# What some of them need beside them: a correction, and what there is to correct. The engine's k1 is
+# 2.8 nats a token, of 3 tokens.
+ENGINE = {"rollout_engine": "engine.py:says_good"}
+REJECT = ENGINE | {"rollout_reject": "mean_k1"}
+BESIDE = {
+    "rollout_veto": ENGINE, "bypass": ENGINE,
+    "rollout_correction": ENGINE | {"tis_cap": 0.01},
+    "rollout_ratio_min": ENGINE | {"tis_cap": 2.0},
+    "rollout_correction_level": ENGINE | {"tis_cap": 2.0},
+    "rollout_normalize": ENGINE | {"tis_cap": 2.0},
+    "rollout_reject": REJECT | {"rollout_reject_above": 5.0},
+    "rollout_reject_above": REJECT | {"rollout_reject_above": 5.0},
 }  # fmt: skip
 CHANGES_NO_NUMBER = {
     "trust_remote_code", "save_dtype",
@@ -64,7 +70,7 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
     """A run of one step."""
     folder = tmp_path_factory.mktemp("begun")
     (folder / "reward.py").write_text(REWARD)
-    (folder / "engine.py").write_text(ENGINE)
+    (folder / "engine.py").write_text(ENGINE_FILE)
     rows = [{"prompt": prompt} for prompt in STARTS * 3]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PPOConfig(
@@ -81,9 +87,10 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
 @pytest.fixture(scope="module")
 def go_on(begun):
     """go_on(**options) -> what the run has learnt after a second step with these."""
+    numbers = count()
 
     def go_on(**options) -> list[torch.Tensor]:
-        folder = Path(begun.output_dir).with_name("_".join(options) or "unchanged")
+        folder = Path(begun.output_dir).with_name(f"run_{next(numbers)}")
         shutil.copytree(begun.output_dir, folder)
         with pytest.MonkeyPatch.context() as patch:  # drawing takes half of the time
             patch.setattr(ppo, "plot", lambda rows, path: path.touch())
@@ -109,8 +116,9 @@ def test_every_option_is_one_or_the_other():
 @pytest.mark.parametrize("name", STEERS)
 def test_what_steers_learning_counts_from_there_on(begun, go_on, unchanged, monkeypatch, name):
     monkeypatch.chdir(Path(begun.data).parent)
-    value = STEERS[name]
-    changed = go_on(**(value if isinstance(value, dict) else {name: value}))
+    beside = BESIDE.get(name)
+    unchanged = unchanged if beside is None else go_on(**beside)
+    changed = go_on(**(beside or {}) | {name: STEERS[name]})
     assert not all(torch.equal(a, b) for a, b in zip(changed, unchanged, strict=True))
 
 
