@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,13 +50,16 @@ def test_a_recipe_runs_and_goes_on_to_the_same_numbers(name, configured, tmp_pat
     own = ["model", "data", "output_dir", "max_new_tokens", "batch_size", "eval_prompts", "steps"]
     flags = [x for key in own for x in (f"--{key}", str(getattr(base, key)))]
     flags += ["--reward", *base.reward, "--device", "cpu", "--learning_rate", "1e-3"]
+    flags += ["--save_every", "1"]
     flags += {"dapo": ["--overlong_cache", "2"], "vapo": ["--critic_warmup_steps", "1"]}.get(
         name, []
     )
     whole = parse(PPOConfig, [*flags, "--recipe", name], prog="x")
     ppo.train(whole)
     broken = replace(whole, output_dir=str(tmp_path / "broken"))
-    ppo.train(replace(broken, steps=1))
+    shutil.copytree(whole.output_dir, broken.output_dir)
+    for late in ("summary.json", "checkpoints/step_2.pt"):  # as if killed in the second step
+        (Path(broken.output_dir) / late).unlink()
     ppo.train(replace(broken, resume=True))
     rows, weights = [], []
     for config in (whole, broken):
