@@ -121,8 +121,8 @@ def relative(x: Tensor, exact: Tensor) -> float:
         return float("inf")
     if not x.numel():
         return 0.0
-    difference = (x.detach().double() - exact).flatten()
-    exact = exact.flatten()
+    exact = exact.double().flatten()  # a mask, too
+    difference = x.detach().double().flatten() - exact
     worst = 0.0
     for norm in (2, float("inf")):
         scale = float(torch.linalg.vector_norm(exact, norm)) or 1.0

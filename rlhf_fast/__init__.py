@@ -15,6 +15,7 @@ from .ops.masked import masked_mean, masked_whiten
 from .ops.pairwise_loss import pairwise_loss
 from .ops.policy_loss import PolicyStats, policy_loss
 from .ops.preference_loss import PreferenceStats, preference_loss
+from .ops.rollout_correction import RolloutStats, rollout_correction
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
 from .ops.token_masks import off_policy_mask, top_entropy_mask
@@ -27,6 +28,7 @@ __all__ = [
     "KTOStats",
     "PolicyStats",
     "PreferenceStats",
+    "RolloutStats",
     "ValueStats",
     "__version__",
     "chunk_budget",
@@ -46,6 +48,7 @@ __all__ = [
     "policy_loss",
     "preference_loss",
     "release_memory",
+    "rollout_correction",
     "token_kl",
     "token_logprobs",
     "top_entropy_mask",

@@ -27,6 +27,11 @@ def halves() -> tuple[torch.Tensor, torch.Tensor]:
     return values, torch.rand(2, 37, generator=generator) > torch.tensor([[0.2], [0.7]])
 
 
+def gaps(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of trainer and rollout, which differ by values around 50."""
+    return values - 50, torch.zeros_like(values)
+
+
 def masked_statistics(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank,
                             world_size=2)  # fmt: skip
@@ -42,6 +47,10 @@ def masked_statistics(rank: int, folder: str) -> None:
         "kept": rf.masked_whiten(values, mask, shift_mean=False, group=group),
         "empty": rf.masked_whiten(values, torch.zeros_like(mask), group=group),
     }
+    result["weights"], _, stats = rf.rollout_correction(
+        *gaps(values), mask, batch_normalize=True, group=group
+    )
+    result["stats"] = torch.stack(stats)
     assert rf.masked_mean(values, torch.zeros_like(mask), group=group) == 0
     own_group = [dist.new_group([r]) for r in range(2)][rank]
     for function in (rf.masked_mean, rf.masked_whiten):

@@ -13,7 +13,8 @@ in each worker, before anything else runs there:
         '{"worker_process_setup_hook": "rlhf_fast.integrations.openrlhf.patch"}' \\
         -- python -m openrlhf.cli.train_ppo_ray ...
 
-``PolicyLoss`` with an ``is_correction_level`` keeps OpenRLHF's own forward.
+``PolicyLoss`` with an ``is_correction_level`` of token and the gating ratio takes its weights from
+``rollout_correction``; with another one it keeps OpenRLHF's own forward.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import gae, pairwise_loss, policy_loss, token_kl, token_logprobs, value_loss
+from .. import (
+    gae,
+    masked_mean,
+    pairwise_loss,
+    policy_loss,
+    rollout_correction,
+    token_kl,
+    token_logprobs,
+    value_loss,
+)
 from .patching import Patch, Replacement, found
 
 VERSIONS = "0.11.2"
@@ -52,24 +62,42 @@ class PolicyLoss(_PolicyLoss):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None here."""
-        if self.is_correction_level != "off":
+        """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None without a
+        correction."""
+        corrects = self.is_correction_level != "off"
+        by_ratio = self.is_correction_level == "token" and self.is_correction_gating == "ratio"
+        if corrects and (not by_ratio or self.policy_loss_type == "gspo"):
             return super().forward(
                 log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, dp_size,
                 batch_num_tokens, global_batch_size,
             )  # fmt: skip
+        mask = _mask(action_mask, log_probs)
+        weights = vllm_kl = is_filter_ratio = None
+        if corrects:
+            low, high = self.is_correction_threshold
+            weights, _, gap = rollout_correction(
+                old_log_probs,
+                rollout_log_probs,
+                mask,
+                mode="truncate" if self.is_correction_mode == "clip" else "mask",
+                low=low,
+                high=high,
+            )
+            vllm_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
+            is_filter_ratio = gap.clipfrac
         loss, stats = policy_loss(
             log_probs,
             old_log_probs,
             advantages,
-            _mask(action_mask, log_probs),
+            mask,
+            importance_weights=weights,
             clip_low=self.clip_eps_low,
             clip_high=self.clip_eps_high,
             dual_clip=self.dual_clip,
             ratio={"ppo": "token", "gspo": "sequence"}[self.policy_loss_type],
             **_aggregation(self.token_level_loss, dp_size, batch_num_tokens, global_batch_size),
         )
-        return loss, stats.clipfrac, stats.old_kl_k1, None, None
+        return loss, stats.clipfrac, stats.old_kl_k1, vllm_kl, is_filter_ratio
 
 
 class ValueLoss(_ValueLoss):

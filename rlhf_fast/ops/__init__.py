@@ -11,6 +11,7 @@ from . import (
     group_advantages,
     token_kl,
     kl_penalized_rewards,
+    rollout_correction,
     pairwise_loss,
     preference_loss,
     kto_loss,

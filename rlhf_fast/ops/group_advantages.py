@@ -10,11 +10,16 @@ from torch import Tensor
 from . import check
 from .registry import Op, Sample, register
 
-METHODS = ("grpo", "rloo", "dr_grpo")
+METHODS = ("grpo", "rloo", "dr_grpo", "opo")
 
 
 def group_advantages(
-    scores: Tensor, group_size: int, *, method: str = "grpo", eps: float = 1e-4
+    scores: Tensor,
+    group_size: int,
+    *,
+    method: str = "grpo",
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Each response's advantage over the other responses to its prompt, from their scores alone.
 
@@ -23,14 +28,17 @@ def group_advantages(
         grpo      (score − mean) / (std + eps)        Shao et al., arXiv:2402.03300, sec. 4.1.2
         rloo      score − mean of the group's others  Ahmadian et al., arXiv:2402.14740, sec. 3
         dr_grpo   score − mean                        Liu et al., arXiv:2503.20783, sec. 3
+        opo       score − Σ length·score / Σ length   Hao et al., arXiv:2505.23585
 
     A group whose scores are all equal gets exactly 0. A few hundred numbers: plain PyTorch.
 
     Args:
         scores: [B], in units of reward; the group_size rows of a group are consecutive.
         group_size: ≥ 2; divides B.
-        method: grpo, rloo or dr_grpo.
+        method: grpo, rloo, dr_grpo or opo.
         eps: ≥ 0, only for grpo. TRL's 1e-4; verl has 1e-6.
+        lengths: [B] int64 or int32, the responses' tokens; for opo, which needs them, alone. A
+            group without a token has the plain mean.
 
     Returns:
         [B], float32 (float64 in, float64 out); no gradient flows.
@@ -51,10 +59,25 @@ def group_advantages(
     check.choice("method", method, METHODS)
     check.number("eps", eps, low=0.0, dtype=check.accumulator(scores))
 
+    if (lengths is not None) != (method == "opo"):
+        raise ValueError(
+            f"lengths and method='opo' need each other, got method={method!r} and lengths "
+            f"{'None' if lengths is None else check.describe(lengths)}"
+        )
+    if lengths is not None:
+        check.tensor("lengths", lengths)
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"lengths must be int32 or int64, got {check.describe(lengths)}")
+        check.same_shape("lengths", lengths, "scores", scores)
+
     groups = scores.detach().to(check.accumulator(scores)).reshape(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
     if method == "rloo":
         advantages = advantages * (group_size / (group_size - 1))
+    elif lengths is not None:
+        weights = lengths.reshape(-1, group_size)
+        total = weights.sum(1, keepdim=True)
+        advantages = advantages - (weights * advantages).sum(1, keepdim=True) / total.clamp(min=1)
     elif method == "grpo":
         variance = advantages.square().sum(1, keepdim=True) / (group_size - 1)
         advantages = advantages / (variance.sqrt() + eps)
@@ -64,17 +87,24 @@ def group_advantages(
 
 
 def reference(
-    scores: Tensor, group_size: int, *, method: str = "grpo", eps: float = 1e-4
+    scores: Tensor,
+    group_size: int,
+    *,
+    method: str = "grpo",
+    eps: float = 1e-4,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """One group after another, by the formula."""
     scores = scores.detach().to(check.accumulator(scores))
     advantages = []
-    for group in scores.reshape(-1, group_size):
+    for i, group in enumerate(scores.reshape(-1, group_size)):
         if (group == group[0]).all():
             advantages.append(torch.zeros_like(group))
         elif method == "rloo":
             others = (group.sum() - group) / (group_size - 1)
             advantages.append(group - others)
+        elif lengths is not None and (tokens := lengths.reshape(-1, group_size)[i]).any():
+            advantages.append(group - (tokens * group).sum() / tokens.sum())
         else:
             scale = group.std() + eps if method == "grpo" else 1.0
             advantages.append((group - group.mean()) / scale)
@@ -86,6 +116,10 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         scores = torch.randn(24, generator=generator)
         scores[6:12] = 0.3  # of which the rounded mean of six is not 0.3
         arguments = {"scores": scores, "group_size": 6, "method": method}
+        if method == "opo":
+            lengths = torch.randint(9, (24,), generator=generator)
+            lengths[18:] = 0
+            arguments["lengths"] = lengths
         yield Sample(method, arguments)
     yield Sample("pairs", {"scores": torch.randn(10, generator=generator), "group_size": 2})
     yield Sample("eps", {"scores": torch.rand(8, generator=generator), "group_size": 4, "eps": 0.5})

@@ -19,28 +19,49 @@ from rlhf_fast.trainer.measure import (
 from rlhf_fast.trainer.metrics import masked_sum, times
 
 
-def shaped(scores: Tensor, ended: Tensor, config: PPOConfig) -> Tensor:
-    """Scores [B] as they are learnt from: clipped, and changed where an answer did not end."""
+def shaped(scores: Tensor, ended: Tensor, lengths: Tensor, config: PPOConfig) -> Tensor:
+    """Scores [B] as they are learnt from: clipped, and changed where an answer did not end or came
+    near its longest."""
     if config.score_clip is not None:
         scores = scores.clamp(-config.score_clip, config.score_clip)
     if config.missing_eos_score is not None:
-        return scores.where(ended, config.missing_eos_score)
-    return scores - config.eos_penalty * (~ended).float()
+        scores = scores.where(ended, config.missing_eos_score)
+    else:
+        scores = scores - config.eos_penalty * (~ended).float()
+    if config.overlong_cache is not None:  # DAPO, arXiv:2503.14476, eq. 13
+        left = (config.max_new_tokens - lengths) / config.overlong_cache
+        scores = scores + (left - 1).clamp(-1.0, 0.0)
+    return scores
 
 
 def estimate(
-    scores: Tensor, old: Measured, mask: Tensor, beta: float, config: PPOConfig
+    scores: Tensor,
+    old: Measured,
+    mask: Tensor,
+    beta: float,
+    config: PPOConfig,
+    learnt: Tensor | None = None,
+    baseline: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(advantages [B, T], returns [B, T], or None without a critic)."""
+    """(advantages [B, T], returns [B, T], or None without a critic).
+
+    learnt: the tokens of mask that are learnt from, if these are not all; baseline [B]: ReMax's.
+    """
+    learnt = mask if learnt is None else learnt
     beta = beta if config.kl_in == "reward" else 0.0
     returns = None
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
         advantages = group_advantages(
-            scores - times(beta, kl), config.samples_per_prompt, method=config.estimator
-        )
+            scores - times(beta, kl), config.samples_per_prompt, method=config.estimator,
+            lengths=mask.sum(-1) if config.estimator == "opo" else None,
+        )  # fmt: skip
         advantages = advantages[:, None].expand(mask.shape)
     else:
+        if config.estimator == "reinforce_baseline":
+            scores = group_advantages(scores, config.samples_per_prompt, method="dr_grpo")
+        elif baseline is not None:
+            scores = scores - baseline
         rewards = kl_penalized_rewards(
             scores, old.logp, old.ref_logp, mask, beta=beta, estimator=config.kl_estimator
         )
@@ -48,10 +69,27 @@ def estimate(
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         if config.estimator == "gae":
             # Returns come before whitening: the critic learns the rewards' own scale.
-            advantages, returns = gae(rewards, old.values, mask, gamma=config.gamma, lam=config.lam)
-        else:  # reinforce: the rewards to go, which are GAE at λ = 1 without values
+            advantages, returns = by_critic(rewards, old.values, mask, config)
+        else:  # the rewards to go, which are GAE at λ = 1 without values
             zeros = torch.zeros_like(rewards)
             advantages, _ = gae(rewards, zeros, mask, gamma=config.gamma, lam=1.0)
     if config.whitens_advantages:
-        advantages = masked_whiten(advantages, mask)
+        advantages = masked_whiten(advantages, learnt)
+    return advantages, returns
+
+
+def by_critic(
+    rewards: Tensor, values: Tensor, mask: Tensor, config: PPOConfig
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), each with its own λ (VAPO, arXiv:2504.05118)."""
+    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam)
+    if config.lam_critic is not None:
+        _, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam_critic)
+    if config.lam_length_alpha is not None:
+        lengths = mask.sum(-1)
+        for length in set(lengths.tolist()) - {0}:
+            rows, lam = lengths == length, max(0.0, 1 - 1 / (config.lam_length_alpha * length))
+            advantages[rows], _ = gae(
+                rewards[rows], values[rows], mask[rows], gamma=config.gamma, lam=lam
+            )
     return advantages, returns

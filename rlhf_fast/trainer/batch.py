@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rlhf_fast import RolloutStats, rollout_correction
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.measure import (
     Measured,
@@ -14,6 +16,14 @@ from rlhf_fast.trainer.measure import (
 from rlhf_fast.trainer.rollout.sample import (
     Rollout,
 )
+
+
+class Corrections(NamedTuple):
+    """For how the answers were sampled."""
+
+    weights: Tensor | None  # [B, T]: of the tokens; None: 1 each
+    mask: Tensor  # [B, T] bool: the answers' tokens that are learnt from
+    stats: RolloutStats
 
 
 @dataclass
@@ -24,19 +34,20 @@ class Batch:
     old: Measured  # log-probs and values that the passes begin with
     advantages: Tensor  # [B, T]
     returns: Tensor | None  # [B, T]; None without a critic
-    corrections: Tensor | None  # [B, T]: weights of the tokens, for how they were sampled
+    corrections: Corrections
+    right: Tensor | None = None  # [B] bool: scored above 0, which positive_nll_coef imitates
 
     @property
     def mask(self) -> Tensor:
-        """[B, T] bool, True = a token of the answer."""
-        return self.rollout.mask
+        """[B, T] bool, True = a token that is learnt from."""
+        return self.corrections.mask
 
 
-def corrections(rollout: Rollout, old: Measured, config: PPOConfig) -> Tensor | None:
-    """min(π_old/π_rollout, tis_cap) [B, T]: truncated importance sampling."""
-    if config.tis_cap is None:
-        return None
-    return (old.logp - rollout.logp).exp().clamp(max=config.tis_cap)
+def corrections(rollout: Rollout, old: Measured, config: PPOConfig) -> Corrections:
+    """Of the whole batch, which every process has: its statistics are those of all of them."""
+    options = config.correction
+    weights, mask, stats = rollout_correction(old.logp, rollout.logp, rollout.mask, **options)
+    return Corrections(weights if options["mode"] else None, mask, stats)
 
 
 def minibatches(size: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:
@@ -55,9 +66,9 @@ def counts(mask: Tensor, config: PPOConfig) -> tuple[Tensor, Tensor]:
 
     They are those of all micro-batches and processes together, so the parts' gradients add up.
     """
-    tokens = mask.sum()
+    tokens = mask.sum().clamp(min=1)  # all answers may have been rejected: a loss of 0
     if config.aggregation == "token-mean":
         return tokens, tokens
     if config.aggregation == "token-sum":
         return tokens, torch.full_like(tokens, len(mask) * config.max_new_tokens)
-    return tokens, mask.any(-1).sum()
+    return tokens, mask.any(-1).sum().clamp(min=1)

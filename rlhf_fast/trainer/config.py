@@ -7,13 +7,14 @@ A field is a flag (`--learning_rate` or `--learning-rate`) and a key of the YAML
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from rlhf_fast.ops.options import HELD, LOSSES, PolicyOptions
+from rlhf_fast.ops.rollout_correction import LEVELS, REJECTIONS
 
 from .checks import (
     above_zero,
@@ -195,8 +196,9 @@ class RewardConfig(RunConfig):
             raise InputError(f"eval_data={self.eval_data} is data: the pairs that are trained on")
 
 
-CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
-GROUPED = ("grpo", "dr_grpo", "rloo")  # an answer is compared with the others to its prompt
+# An answer's one advantage, from its score against those of the others to its prompt.
+GROUPED = ("grpo", "dr_grpo", "rloo", "opo")
+CRITIC_FREE = (*GROUPED, "reinforce", "reinforce_baseline", "remax")
 
 
 # What a flag has otherwise than the option of the policy loss that it sets; None: it is no flag.
@@ -278,6 +280,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         help="takes the place of the score of an answer that ran into max_new_tokens",
     )
     score_clip: float | None = option("rewards", None, help="scores are clipped to ± this")
+    overlong_cache: int | None = option(
+        "rewards",
+        None,
+        help="an answer's last so many tokens before max_new_tokens cost it up to 1, linearly "
+        "(soft overlong punishment: DAPO); missing_eos_penalty comes on top",
+    )
     reward_timeout: float | None = option(
         "rewards",
         None,
@@ -336,6 +344,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     samples_per_prompt: int = option(
         "sampling", 1, help="answers to each prompt of a batch: the group size"
     )
+    dynamic_sampling_rounds: int = option(
+        "sampling",
+        0,
+        help="groups whose answers all score the same are replaced by others, from up to this many "
+        "further batches of prompts in a step (dynamic sampling: DAPO)",
+    )
     max_prompt_tokens: int = option("model and data", 512, help="longer prompts are left out")
     max_new_tokens: int = option("sampling", 64, help="longest answer, in tokens")
     temperature: float = option(
@@ -359,8 +373,49 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     tis_cap: float | None = option(
         "objective",
         None,
-        help="weigh tokens by min(π_old/π_rollout, this), for a rollout engine whose log-probs "
-        "differ from the trainer's (truncated importance sampling; 2.0 is usual)",
+        help="weigh tokens by min(s, this), s = π_old/π_rollout, for a rollout engine whose "
+        "log-probs differ from the trainer's (truncated importance sampling; 2.0 is usual)",
+    )
+    rollout_correction: str | None = option(
+        "objective",
+        None,
+        choices=("truncate", "mask"),
+        help="what becomes of an s outside rollout_ratio_min … tis_cap: truncate holds it there "
+        "(TIS), mask makes it 0 (IcePop, MIS) [unset: truncate where tis_cap is set, else no "
+        "weights]",
+    )
+    rollout_correction_level: str = option(
+        "objective",
+        "token",
+        choices=LEVELS,
+        help="s is the token's, the product over its answer's tokens, or their geometric mean",
+    )
+    rollout_ratio_min: float | None = option(
+        "objective", None, help="lower bound of s (mask: 0.5 with a tis_cap of 5 is usual)"
+    )
+    rollout_normalize: bool = option(
+        "objective", False, help="divide the weights made of s by their mean over the batch"
+    )
+    rollout_reject: str | None = option(
+        "objective",
+        None,
+        choices=REJECTIONS,
+        help="answers leave the batch by this mean, sum or maximum over their tokens of the KL "
+        "estimates between rollout and trainer (k1 by its size)",
+    )
+    rollout_reject_above: float | None = option(
+        "objective", None, help="nats of rollout_reject above which an answer is left out"
+    )
+    rollout_veto: float | None = option(
+        "objective",
+        None,
+        help="an answer is left out for one token whose s is below this (1e-4 is usual)",
+    )
+    bypass: bool = option(
+        "objective",
+        False,
+        help="take the rollout's log-probs for the old ones, without a pass for them: the loss's "
+        "own ratio is then the correction",
     )
 
     # Advantages
@@ -368,12 +423,23 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective",
         "gae",
         choices=("gae", *CRITIC_FREE),
-        help="gae: PPO with a critic. grpo, dr_grpo, rloo: a score against the others of its "
-        "group. reinforce: returns without a baseline",
+        help="gae: PPO with a critic. grpo, dr_grpo, rloo, opo: a score against the others of its "
+        "group. reinforce: rewards to go without a baseline, whitened: REINFORCE++. "
+        "reinforce_baseline: with the group's mean taken off. remax: with the score of a greedy "
+        "answer taken off",
     )
     gamma: float = option("objective", 1.0, help="discount of later rewards")
     lam: float = option(
         "objective", 0.95, help="GAE's λ: 0 trusts the value head, 1 the sampled rewards"
+    )
+    lam_critic: float | None = option(
+        "objective", None, help="λ of the returns that the critic learns (VAPO: 1) [unset: lam]"
+    )
+    lam_length_alpha: float | None = option(
+        "objective",
+        None,
+        help="the advantages' λ is 1 − 1/(this · the answer's tokens), at least 0, in place of lam "
+        "(VAPO: 0.05)",
     )
     whiten_rewards: bool = option(
         "objective",
@@ -384,7 +450,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective",
         None,
         help="advantages get mean 0 and standard deviation 1 over the batch's tokens [unset: yes "
-        "for gae and reinforce; the group estimators centre by themselves]",
+        "for gae, reinforce and reinforce_baseline; the others centre by themselves]",
     )
 
     # The KL from the frozen reference
@@ -435,6 +501,16 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "objective", 0.2, help="values may move this far from the old ones in one step"
     )
     value_coef: float = option("objective", 0.1, help="weight of the value loss, ½·max(…)²")
+    critic_warmup_steps: int = option(
+        "optimiser",
+        0,
+        help="first steps in which the critic learns and the policy's step size is 0",
+    )
+    positive_nll_coef: float = option(
+        "objective",
+        0.0,
+        help="weight of −log π of the answers that score above 0, the right ones (VAPO: 0.1)",
+    )
     target_kl: float | None = option(
         "objective",
         None,
@@ -463,6 +539,11 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
         at_least(self, 1, "samples_per_prompt", "lora_r", "kl_horizon")
+        at_least(self, 0, "dynamic_sampling_rounds", "critic_warmup_steps", "positive_nll_coef")
+        at_least(self, 0, "lam_critic")
+        at_most(self, 1, "lam_critic")
+        at_least(self, 1, "overlong_cache")
+        above_zero(self, "lam_length_alpha")
         at_least(self, 0, "beta", "value_coef", "missing_eos_penalty")
         at_least(self, 0, "gamma", "lam", "top_k", "min_p", "warmup_steps", "weight_decay")
         at_least(self, 0, "adam_beta1", "adam_beta2")
@@ -470,6 +551,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
+        above_zero(self, "rollout_ratio_min", "rollout_reject_above", "rollout_veto")
+        at_most(self, 1, "rollout_veto")
         above_zero(self, "reward_timeout")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
@@ -494,6 +577,20 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         options["kl_coef"] = beta if self.kl_in == "loss" else 0.0
         return options
 
+    @property
+    def correction(self) -> dict[str, Any]:
+        """The flags as arguments of rlhf_fast.rollout_correction."""
+        return {
+            "mode": self.rollout_correction or (self.tis_cap and "truncate"),
+            "level": self.rollout_correction_level,
+            "low": self.rollout_ratio_min,
+            "high": self.tis_cap,
+            "reject": self.rollout_reject,
+            "reject_above": self.rollout_reject_above,
+            "veto": self.rollout_veto,
+            "batch_normalize": self.rollout_normalize,
+        }
+
     # Left unset these follow from others. They stay unset in the config, so that one made from it
     # (--config of a run's config.yaml, dataclasses.replace) with other options has its own.
 
@@ -507,7 +604,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     def whitens_advantages(self) -> bool:
         if self.whiten_advantages is not None:
             return self.whiten_advantages
-        return self.estimator not in GROUPED
+        return self.estimator not in (*GROUPED, "remax")
 
     def refuse_contradictions(self) -> None:
         grouped = self.estimator in GROUPED
@@ -532,10 +629,33 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 ("value_model", "estimator"),
                 "this estimator has no critic",
             ),
+            *(
+                (
+                    self.estimator in CRITIC_FREE and getattr(self, name) not in (None, 0),
+                    (name, "estimator"),
+                    "this estimator has no critic",
+                )
+                for name in ("lam_critic", "lam_length_alpha", "critic_warmup_steps")
+            ),
             (
-                grouped and self.samples_per_prompt < 2,
+                (grouped or self.estimator == "reinforce_baseline") and self.samples_per_prompt < 2,
                 ("estimator", "samples_per_prompt"),
                 "an answer needs others to its prompt to be compared with",
+            ),
+            (
+                self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2,
+                ("dynamic_sampling_rounds", "samples_per_prompt"),
+                "the scores of one answer have no spread",
+            ),
+            (
+                self.dynamic_sampling_rounds > 0 and self.estimator == "remax",
+                ("dynamic_sampling_rounds", "estimator"),
+                "remax compares with a greedy answer and not with the group",
+            ),
+            (
+                self.overlong_cache is not None and self.overlong_cache > self.max_new_tokens,
+                ("overlong_cache", "max_new_tokens"),
+                "the answer is not that long",
             ),
             (
                 grouped and self.whiten_rewards,
@@ -572,6 +692,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 ("clip_high", "policy_loss"),
                 "this loss has no clip",
             ),
+            *self.contradictions_of_the_correction(),
             (
                 self.adaptive_kl_target is not None and self.beta == 0,
                 ("adaptive_kl_target", "beta"),
@@ -593,6 +714,42 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     " and ".join(f"{name}={getattr(self, name)}" for name in names)
                     + f" contradict each other: {reason}"
                 )
+
+    def contradictions_of_the_correction(self) -> Iterator[tuple[bool, tuple[str, ...], str]]:
+        """(whether it is one, the options, the reason)."""
+        corrects = self.correction["mode"] is not None
+        bounds = self.rollout_ratio_min, self.tis_cap
+        yield (
+            corrects and bounds == (None, None),
+            ("rollout_correction", "tis_cap"),
+            "a bound is missing, tis_cap or rollout_ratio_min",
+        )
+        yield (
+            None not in bounds and bounds[0] >= bounds[1],
+            ("rollout_ratio_min", "tis_cap"),
+            "nothing lies between them",
+        )
+        for name, default in (
+            ("rollout_correction_level", "token"),
+            ("rollout_ratio_min", None),
+            ("rollout_normalize", False),
+        ):
+            yield (
+                getattr(self, name) != default and not corrects,
+                (name, "rollout_correction"),
+                "there are no weights without a tis_cap or a rollout_correction",
+            )
+        yield (
+            (self.rollout_reject is None) != (self.rollout_reject_above is None),
+            ("rollout_reject", "rollout_reject_above"),
+            "each needs the other",
+        )
+        for name in ("tis_cap", "rollout_correction", "rollout_reject", "rollout_veto"):
+            yield (
+                self.bypass and getattr(self, name) is not None,
+                ("bypass", name),
+                "where the rollout's log-probs are the old ones, there is nothing to correct",
+            )
 
     def check_reward(self) -> None:
         if isinstance(self.reward, str):

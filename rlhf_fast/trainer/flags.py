@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from argparse import ArgumentDefaultsHelpFormatter
 from collections import Counter
@@ -17,6 +18,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .errors import InputError
+from .recipes import FILES
 
 # The parts of --help and of docs/options.md, in this order.
 GROUPS = ("model and data", "sampling", "rewards", "objective", "optimiser", "run", "devices")
@@ -76,6 +78,12 @@ def flag_parser(config_class: type, *, prog: str) -> FlagParser:
     parser._negative_number_matcher = re.compile(r"-\d*\.?\d+(e[-+]?\d+)?$")  # -1e-3 is no flag
     run = parser.groups["run"]
     run.add_argument("--config", help="YAML file of these flags, without the dashes")
+    if config_class.__name__ == "PPOConfig":
+        run.add_argument(
+            "--recipe",
+            choices=FILES,
+            help="options of a method, by its name; what --config and other flags say wins",
+        )
     run.add_argument("--help", "-h", action="help", help="show this and leave")
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
@@ -92,11 +100,15 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     if not {"-h", "--help"} & set(argv):
         file = FlagParser(add_help=False, allow_abbrev=False)
         file.add_argument("--config")
+        if "recipe" in {action.dest for action in parser._actions}:
+            file.add_argument("--recipe", choices=FILES)
         named, argv = file.parse_known_args(argv)
         if "\0" in (named.config or ""):
             raise InputError(f"config={named.config!r}: expected text without a NUL character")
         if named.config is not None:  # the file's values come first, so later flags win
             argv = yaml_flags(Path(named.config), config_class) + argv
+        if getattr(named, "recipe", None) is not None:
+            argv = below(argv, named.recipe, config_class) + argv
 
     required = [action for action in parser._actions if action.required]
     for action in required:  # asked for below, after misspelt flags: one of those may be the cause
@@ -108,8 +120,19 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     if missing:
         raise InputError(f"missing {', '.join(missing)}: give the flag, or the key in --config")
     values = vars(namespace)
-    values.pop("config")
+    for name in ("config", "recipe"):
+        values.pop(name, None)
     return config_class(**values)
+
+
+def below(argv: Sequence[str], recipe: str, config_class: type) -> list[str]:
+    """The recipe's flags that argv does not give; says which they are."""
+    given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word[:2] == "--"}
+    flags = yaml_flags(FILES[recipe], config_class)
+    flags = [flag for flag in flags if flag.split("=")[0].removeprefix("--") not in given]
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(f"recipe {recipe}: {' '.join(flag.removeprefix('--') for flag in flags)}")
+    return flags
 
 
 def yes_or_no(word: str) -> bool:

@@ -87,15 +87,26 @@ def score_all(
 
 @torch.no_grad()
 def measure(policy: Policy, rollout: Rollout, config: PPOConfig) -> Measured:
-    """Log-probs, entropies and values under the present weights; the reference's log-probs."""
+    """Log-probs, entropies and values under the present weights; the reference's log-probs.
+
+    With bypass the policy is asked for nothing that its sampling has said: log-probs are the
+    engine's, and −log π of the tokens stands for their entropy, of which it is a sample.
+    """
     columns = []
+    shared_critic = policy.value_head is not None and policy.value_body is None
     for rows in slices(len(rollout.ids), config.micro_batch_size):
         with policy.precision():
-            if rollout.hidden is None:
-                hidden = answer_hidden(policy.body, rollout, rows, packed=policy.packed)
-            else:  # decoding has been there: saves a forward pass of three (12 % of a step)
+            if rollout.hidden is not None:
+                # decoding has been there: saves a forward pass of three (12 % of a step)
                 hidden = rollout.hidden[rows]
-            logp, entropy = logprobs(policy, hidden, policy.head, rollout, rows, config)
+            elif shared_critic or not config.bypass:
+                hidden = answer_hidden(policy.body, rollout, rows, packed=policy.packed)
+            else:
+                hidden = None
+            if config.bypass:
+                logp, entropy = rollout.logp[rows], -rollout.logp[rows]
+            else:
+                logp, entropy = logprobs(policy, hidden, policy.head, rollout, rows, config)
             values = predict_values(policy, hidden, rollout, rows)
             with policy.reference() as body:
                 hidden = answer_hidden(body, rollout, rows, packed=policy.packed)

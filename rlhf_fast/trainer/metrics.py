@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from rlhf_fast import masked_mean, token_kl, value_loss
+from rlhf_fast import RolloutStats, masked_mean, token_kl, value_loss
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.ops.value_loss import ValueStats
 from rlhf_fast.trainer.batch import Batch
@@ -150,7 +150,7 @@ def of_the_answers(
 
     columns: each scorer's scores [B]; scores [B]: as they are learnt from.
     """
-    rollout, old, mask = batch.rollout, batch.old, batch.mask
+    rollout, old, mask = batch.rollout, batch.old, batch.rollout.mask
     kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask).mean().item()  # nats a sequence
     row = {
         **{f"objective/{name}": x.nanmean().item() for name, x in columns.items()},
@@ -163,6 +163,7 @@ def of_the_answers(
         "val/num_eos_tokens": int(rollout.ended.sum()),
         "val/answer_tokens": mask.sum().item() / len(mask),
         **rollout_gap(rollout, old),
+        **corrected(batch.corrections.stats),
     }
     if old.values is not None:
         row["val/explained_var"] = explained_variance(old.values, batch.returns, mask)
@@ -180,6 +181,19 @@ def rollout_gap(rollout: Rollout, old: Measured) -> dict[str, float]:
     return {
         "val/rollout_logp_gap": masked_mean(gap, rollout.mask).item(),
         "val/rollout_ratio_max": gap.masked_fill(~rollout.mask, 0.0).max().exp().item(),
+    }
+
+
+def corrected(stats: RolloutStats) -> dict[str, float]:
+    """What the correction for the engine did, in verl's words: importance sampling, rejection."""
+    numbers = dict(zip(stats._fields, torch.stack(stats).tolist(), strict=True))
+    return {
+        "rollout/is_mean": numbers["ratio_mean"],
+        "rollout/is_max": numbers["ratio_max"],
+        "rollout/is_oob_ratio": numbers["clipfrac"],
+        "rollout/is_eff_sample_size": numbers["effective_sample_size"] / max(1, numbers["tokens"]),
+        "rollout/rs_masked_fraction": numbers["rejectfrac"],
+        "rollout/k3_kl": numbers["kl_k3"],
     }
 
 

@@ -30,7 +30,9 @@ from rlhf_fast.trainer.data.read import load_rows
 from rlhf_fast.trainer.data.rows import batch_indices
 from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
+from rlhf_fast.trainer.dynamic_sampling import Sampled, without_even_groups
 from rlhf_fast.trainer.evaluate import evaluate, summarise
+from rlhf_fast.trainer.greedy import greedy_scores
 from rlhf_fast.trainer.measure import (
     gather,
     measure,
@@ -42,6 +44,7 @@ from rlhf_fast.trainer.measure import (
 from rlhf_fast.trainer.metrics import UpdateMetrics, of_the_answers
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.policy import Policy
+from rlhf_fast.trainer.positive_nll import positive_nll
 from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.rollout.engine import load_engine
 from rlhf_fast.trainer.rollout.sample import (
@@ -98,8 +101,9 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     stepper = workers.stepper(policy, optimizer, config.max_grad_norm)
     updates = config.epochs * config.minibatches  # in a step that target_kl does not end
     scheduler = Schedule(
-        optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates
-    )
+        optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates,
+        frozen=config.critic_warmup_steps * updates,
+    )  # fmt: skip
     control = Control(config)
     run.check_end(config.steps)
     names = ("model", "value_model", "reward", "judge", "rollout_engine")
@@ -146,23 +150,40 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             texts = read_answers(policy, rollout, asked[mine], config)
             try:
                 scored = workers.attempt(score_all, reward, judge, asked[mine], texts)
+                baseline = greedy_scores(policy, asked, reward, config, workers, engine)
             except BaseException:  # a reward function's error must not cost what was learnt
                 interrupts.keep_what_was_learnt()
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".
             columns = {name: torch.cat([part[name] for part in scored]) for name in scored[0]}
-            raw_scores = columns["scores"]
             clock.lap("score")
 
             # 3. Log-probs and values of what was sampled, before anything changes.
             rollout, old = gather(workers, rollout, measure(policy, rollout, config))
-            mask = rollout.mask  # [B, T]
             clock.lap("reference")
+            sampled = Sampled(asked, columns, rollout, old)
+            if config.dynamic_sampling_rounds:
+                sampled = without_even_groups(
+                    sampled, prompts, policy, reward, judge, config, workers, generator, engine
+                )
+                texts = read_answers(policy, sampled.rollout, sampled.asked, config)[mine]
+                clock.lap("rollout")
+            asked, columns, rollout, old = (
+                sampled.asked,
+                sampled.columns,
+                sampled.rollout,
+                sampled.old,
+            )
+            mask, raw_scores = rollout.mask, columns["scores"]  # [B, T], [B]
 
             # 4. Advantages and returns from the scores, and the KL they cost.
-            scores = shaped(raw_scores.to(device), rollout.ended, config)
-            advantages, returns = estimate(scores, old, mask, control.beta, config)
-            batch = Batch(rollout, old, advantages, returns, corrections(rollout, old, config))
+            scores = shaped(raw_scores.to(device), rollout.ended, mask.sum(1), config)
+            corrected = corrections(rollout, old, config)
+            advantages, returns = estimate(
+                scores, old, mask, control.beta, config, corrected.mask, baseline
+            )
+            right = raw_scores.to(device) > 0
+            batch = Batch(rollout, old, advantages, returns, corrected, right)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
             interrupts.update_begins()
@@ -174,6 +195,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
                 **of_the_answers(columns, scores, batch, control.beta),
+                **sampled.counts,
                 **stats,
                 "lr": optimizer.param_groups[0]["lr"],
                 "eps": config.batch_size / clock.total,
@@ -255,6 +277,8 @@ def learn(
                     policy, hidden, batch, rows, mask, config,
                     beta=control.beta, normalizer=normalizer,
                 )  # fmt: skip
+                if config.positive_nll_coef:
+                    loss = loss + positive_nll(policy, hidden, batch, rows, mask, minibatch, config)
             metrics.add_policy(loss, stats)
             if policy.value_body is not None:  # the graph is gone before the critic's is made
                 stepper.backward(loss)
@@ -299,7 +323,8 @@ def policy_term(
     """The policy's loss on some rows of the batch, from their hidden states [b, T, H]; mask [b, T]:
     the tokens that count."""
     rollout, old, advantages = batch.rollout, batch.old, batch.advantages
-    corrections = None if batch.corrections is None else batch.corrections[rows]
+    weights = batch.corrections.weights
+    corrections = None if weights is None else weights[rows]
     return linear_policy_loss(
         hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
         normalizer=normalizer, importance_weights=corrections, ref_logp=old.ref_logp[rows],

@@ -69,10 +69,15 @@ class Schedule:
 
     It keeps nothing: torch's scheduler and the optimizer's state would bring the old step sizes
     back where a run goes on with others.
+
+    frozen: so many updates leave the first group, the policy's, as it is, with a step size of 0;
+    Adam's moments fill with its gradients, so that they are right when it begins.
     """
 
-    def __init__(self, optimizer: Optimizer, name: str, warmup: int, updates: int) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: Optimizer, name: str, warmup: int, updates: int, frozen: int = 0
+    ) -> None:
+        self.optimizer, self.frozen = optimizer, frozen
         self.highest = [group["lr"] for group in optimizer.param_groups]
         self.rate = get_scheduler(name, optimizer, warmup, updates).lr_lambdas[0]
         self.after(0)
@@ -82,6 +87,8 @@ class Schedule:
         self.updates = updates
         for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = highest * self.rate(updates)
+        if updates < self.frozen:
+            self.optimizer.param_groups[0]["lr"] = 0.0
 
     def step(self) -> None:
         self.after(self.updates + 1)

@@ -65,9 +65,14 @@ def test_the_options_are_those_of_the_commands(capsys: pytest.CaptureFixture[str
     assert all(text.count(f"| `--{name}`") == flags.count(name) for name in set(flags))
 
 
+def test_the_recipes_are_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes = runpy.run_path(str(ROOT / "docs" / "recipes.py"))
+    assert recipes["main"](["--check"]) == 0, capsys.readouterr().out
+
+
 def test_every_flag_that_is_named_exists() -> None:
     there = {f"--{field.name}" for config in CONFIGS for field in dataclasses.fields(config)}
-    there |= {"--help", "--config", "--markdown", "--check"}
+    there |= {"--help", "--config", "--recipe", "--markdown", "--check"}
     there |= set(re.findall(r"--[a-z]+", run._parser().format_help()))
     there |= {"--no-deps", "--no-build-isolation", "--target"}  # pip's
     there |= {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}  # accelerate's

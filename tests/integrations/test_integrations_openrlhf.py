@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from functools import partial
+
 import pytest
 import torch
 from frameworks import OPENRLHF, load
@@ -14,6 +17,9 @@ actor = load("openrlhf.trainer.ray.ppo_actor", OPENRLHF)
 
 from rlhf_fast.integrations import openrlhf as fast  # noqa: E402
 from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
+from rlhf_fast.trainer.advantages import estimate, shaped  # noqa: E402
+from rlhf_fast.trainer.config import PPOConfig  # noqa: E402
+from rlhf_fast.trainer.measure import Measured  # noqa: E402
 
 COUNTS = [
     {},
@@ -88,14 +94,27 @@ def test_gspo(counts):
     assert result[1] > 0
 
 
-@pytest.mark.parametrize("level", ["token", "seq"])
-def test_importance_sampling_correction_is_openrlhfs_own(level):
-    options = dict(is_correction_level=level)
-    rollout = {"rollout_log_probs": batch()["old_log_probs"] - 0.3}
-    result = same(
-        losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", batch() | rollout
-    )
-    assert result[3] is not None and result[4] is not None
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_correction_mode": "mask"},
+        {"is_correction_mode": "clip"},
+        {"is_correction_level": "seq"},
+        {"is_correction_gating": "tv", "is_correction_threshold": [0.0, 0.1]},
+        {"policy_loss_type": "gspo"},
+    ],
+)
+def test_importance_sampling_correction(options):
+    """By the token's ratio it is ours, else OpenRLHF's own."""
+    options = {"is_correction_level": "token", "is_correction_threshold": [0.8, 1.3]} | options
+    inputs = batch()
+    noise = torch.randn(6, 11, generator=torch.Generator().manual_seed(1))
+    inputs["rollout_log_probs"] = inputs["old_log_probs"] - 0.3 * noise
+    if options["is_correction_level"] == "seq":  # NaN in OpenRLHF where a row has no token
+        inputs["action_mask"] = torch.ones(6, 11)
+    result = same(losses.PolicyLoss(**options), fast.PolicyLoss(**options), "log_probs", inputs)
+    if "policy_loss_type" not in options:
+        assert result[3] is not None and 0 < result[4] < 1
 
 
 def test_a_ratio_beyond_the_clamp():
@@ -229,3 +248,41 @@ def test_an_unknown_signature_is_refused(monkeypatch):
     with pytest.raises(UnknownSignature, match=r"log_probs_from_logits takes \(logits\), expected"):
         fast.patch()
     assert losses.PolicyLoss is original
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline"])
+def test_reinforce_plus_plus(name):
+    """With the KL in the reward, of groups of 3, and OpenRLHF's whitening by the n-th, ours by the
+    (n − 1)-th of the squares; the soft overlong punishment is in its scores, too."""
+    inputs = batch()
+    mask = inputs["action_mask"].bool()
+    mask[3, :2] = True
+    scores, lengths = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, 0.5]), mask.sum(1)
+    kl = inputs["log_probs"] - inputs["old_log_probs"]
+    space = types.SimpleNamespace
+    args = space(
+        algo=space(advantage=space(estimator=name, gamma=1.0, no_std_norm=False)),
+        rollout=space(n_samples_per_prompt=3, max_new_tokens=12),
+        reward=space(clip_range=None, overlong_buffer_len=6, overlong_penalty_factor=1.0),
+    )
+    one = space(
+        rewards=scores.clone(), index=list(range(6)), kl=kl, action_mask=mask.float(), values=None,
+        info={}, response_length=lengths,
+    )  # fmt: skip
+    made = space(
+        strategy=space(args=args), kl_ctl=space(value=0.1), advantage_estimator=name,
+        get_cumulative_returns=partial(maker.RemoteExperienceMaker.get_cumulative_returns, None),
+    )  # fmt: skip
+    maker.RemoteExperienceMaker.compute_advantages_and_returns(made, [one])
+
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o"}
+    config = PPOConfig(
+        **required, batch_size=6, samples_per_prompt=3, estimator=name, overlong_cache=6,
+        max_new_tokens=12, missing_eos_penalty=0.0,
+    )  # fmt: skip
+    paid = shaped(scores, torch.ones(6).bool(), lengths, config)
+    old = Measured(inputs["log_probs"], kl, inputs["old_log_probs"], None)
+    ours, _ = estimate(paid, old, mask, 0.1, config)
+    n = mask.sum()
+    assert_close((ours * (n / (n - 1)).sqrt())[mask], one.advantages[mask], rtol=1e-4, atol=1e-5)
+    assert (paid != scores).any()

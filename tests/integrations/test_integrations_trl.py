@@ -6,9 +6,12 @@ child process with TRL 1.16.0.
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import subprocess
 import sys
+import textwrap
 import types
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +28,7 @@ from trl import GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, RLOOConfig
 from trl.trainer import grpo_trainer, rloo_trainer
 from trl.trainer import utils as trl_utils
 
-from rlhf_fast import off_policy_mask, policy_loss, top_entropy_mask
+from rlhf_fast import off_policy_mask, policy_loss, rollout_correction, top_entropy_mask
 from rlhf_fast.integrations import trl as fast
 from rlhf_fast.integrations.patching import UnknownSignature
 
@@ -623,6 +626,44 @@ def test_ppo_trainer(tiny_policy_folder, tiny_reward_folder, tiny_tokenizer, tmp
         return losses(trainer)
 
     both(train, calls, "token_logprobs", "masked_whiten_op")
+
+
+@only_1_16
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_rollout_weights(mode, level):
+    """TRL's ratio stands inside a method: those very lines are run by themselves."""
+    asked = "if self.use_vllm and self.vllm_importance_sampling_correction:"
+    lines = inspect.getsource(grpo_trainer).splitlines()
+    (begin,) = (
+        i
+        for i, line in enumerate(lines)
+        if line.strip() == asked and "completion_mask" in lines[i + 1]
+    )
+    indent = lines[begin].index("if")
+    end = next(
+        i for i in range(begin + 1, len(lines)) if lines[i].strip() and lines[i][indent] != " "
+    )
+    g = torch.Generator().manual_seed(0)
+    rollout, noise = -3 * torch.rand(6, 9, generator=g), torch.randn(6, 9, generator=g)
+    old, counts = rollout + 0.3 * noise, torch.rand(6, 9, generator=g) < 0.7
+    asked_for = {
+        "use_vllm": True, "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": f"{level}_{mode}",
+        "vllm_importance_sampling_clip_max": 1.4, "vllm_importance_sampling_clip_min": 0.8,
+    }  # fmt: skip
+    names = {
+        "self": types.SimpleNamespace(**asked_for), "torch": torch, "math": math,
+        "completion_mask": counts.int(), "tool_mask": None, "old_per_token_logps": old,
+        "sampling_per_token_logps": rollout,
+    }  # fmt: skip
+    exec(textwrap.dedent("\n".join(lines[begin:end])), names)
+    theirs = names["vllm_importance_sampling_ratio"].expand(6, 9)
+    ours, kept, stats = rollout_correction(
+        old, rollout, counts, mode=mode, level=level, low=0.8, high=1.4
+    )
+    assert_close(ours, theirs * counts)
+    assert torch.equal(kept, counts) and 0 < stats.clipfrac < 1
 
 
 @pytest.mark.skipif(not OLD, reason="this is that run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
 
@@ -18,9 +19,14 @@ with warnings.catch_warnings():  # verl names each engine that is not installed
     torch_functional = load("verl.utils.torch_functional", VERL)
     fused = load("verl.utils.experimental.torch_functional", VERL)
     cross_entropy = load("verl.utils.kernel.linear_cross_entropy", VERL)
+    rollout_corr = load("verl.trainer.ppo.rollout_corr_helper", VERL)
 
+import rlhf_fast  # noqa: E402
 from rlhf_fast.integrations import verl as fast  # noqa: E402
 from rlhf_fast.integrations.patching import UnknownSignature  # noqa: E402
+from rlhf_fast.trainer.advantages import estimate  # noqa: E402
+from rlhf_fast.trainer.config import PPOConfig  # noqa: E402
+from rlhf_fast.trainer.measure import Measured  # noqa: E402
 
 MODES = [
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
@@ -351,3 +357,92 @@ def test_an_unknown_signature_is_refused(monkeypatch):
     with pytest.raises(UnknownSignature, match="verl 0.9.1: .*kl_penalty takes .*works with verl"):
         fast.patch()
     assert core.compute_gae_advantage_return is original
+
+
+# ------------------------------------------------- where rollout and trainer disagree, estimators
+
+
+def gap(spread: float = 0.5, mask: str = "padding") -> tuple[torch.Tensor, ...]:
+    """(old_logp, rollout_logp, mask) without an empty row, of which verl makes NaN."""
+    inputs = batch(spread, mask)
+    keep = inputs["response_mask"].any(1)
+    names = ("log_prob", "old_log_prob", "response_mask")
+    return tuple(inputs[name][keep] for name in names)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("threshold", [1.5, "0.7_1.5"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_rollout_weights(level, threshold, normalize):
+    icepop = isinstance(threshold, str)
+    far = [] if icepop else [(20.0, "all")]  # where no weight is left, verl divides by 0
+    for spread, mask in (*far, (0.3, "padding"), (0.3, "holes")):
+        old, rollout, counts = gap(spread, mask)
+        theirs, metrics = rollout_corr.compute_rollout_correction_weights(
+            old - rollout, counts, level, threshold, normalize
+        )
+        options = {"mode": "mask", "low": 0.7} if icepop else {}
+        ours, kept, stats = rlhf_fast.rollout_correction(
+            old, rollout, counts, level=level, high=1.5, batch_normalize=normalize, **options
+        )
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        assert torch.equal(kept, counts)
+        share = stats.effective_sample_size.item() / int(counts.sum())
+        assert share == pytest.approx(metrics["rollout_is_eff_sample_size"], rel=1e-4)
+        if icepop:
+            assert stats.clipfrac.item() == pytest.approx(metrics["rollout_is_oob_ratio"])
+            assert stats.clipfrac > 0
+    off_policy = rollout_corr.compute_offpolicy_metrics(old, rollout, counts)
+    assert stats.kl_k3.item() == pytest.approx(off_policy["k3_kl"], rel=1e-4)
+
+
+REJECTIONS = [name for name in rlhf_fast.ops.rollout_correction.REJECTIONS if name != "max_k1"]
+
+
+@pytest.mark.parametrize("name", REJECTIONS)
+def test_rejected_sequences(name):
+    """A k1 has one threshold u in verl: the ratio is to be within [1/u, u]."""
+    old, rollout, counts = gap(0.3, "holes")
+    above = {"mean_k1": 0.05, "max_k2": 0.12, "max_k3": 0.12, "mean_k2": 0.04, "mean_k3": 0.04}
+    above = above.get(name, 0.25)
+    limit = math.exp(above) if name.endswith("k1") else above
+    theirs, metrics = rollout_corr.compute_rollout_rejection_mask(
+        old - rollout, counts, f"seq_{name}", limit
+    )
+    _, kept, stats = rlhf_fast.rollout_correction(
+        old, rollout, counts, mode=None, reject=name, reject_above=above
+    )
+    assert torch.equal(kept, theirs.bool())
+    assert stats.rejectfrac.item() == pytest.approx(metrics["rollout_rs_masked_fraction"])
+    assert 0 < stats.rejectfrac < 1
+
+
+def of_the_trainer(scores, mask, **options):
+    """The trainer's advantages at beta 0, of groups of 3."""
+    required = {"model": "m", "data": "d", "reward": "r", "output_dir": "o", "beta": 0.0}
+    config = PPOConfig(**required, batch_size=6, samples_per_prompt=3, **options)
+    zeros = torch.zeros(mask.shape)
+    return lambda **more: estimate(
+        scores, Measured(zeros, zeros, zeros, None), mask, 0.0, config, **more
+    )[0]
+
+
+@pytest.mark.parametrize("name", ["reinforce", "reinforce_baseline", "opo", "remax"])
+def test_estimators(name):
+    mask = batch()["response_mask"]
+    mask[3, :2] = True
+    scores, greedy = torch.tensor([1.0, 0.0, 2.0, -1.0, 0.5, 0.5]), torch.tensor([0.3] * 6)
+    rewards = torch.zeros(6, 11)
+    rewards[range(6), mask.sum(1) - 1] = scores
+    index, config = [0, 0, 0, 1, 1, 1], types.SimpleNamespace(gamma=1.0)
+    verl = {
+        "reinforce": "reinforce_plus_plus", "reinforce_baseline": "reinforce_plus_plus_baseline",
+    }.get(name, name)  # fmt: skip
+    theirs, _ = core.get_adv_estimator_fn(verl)(
+        token_level_rewards=rewards, response_mask=mask.float(), index=index, config=config,
+        reward_baselines=greedy,
+    )  # fmt: skip
+    more = {"baseline": greedy} if name == "remax" else {}
+    ours = of_the_trainer(scores, mask, estimator=name)(**more)
+    assert_close(ours * mask, theirs * mask, rtol=1e-5, atol=1e-6)
+    assert theirs.abs().max() > 0.5

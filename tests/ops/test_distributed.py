@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from ranks import halves, masked_statistics
+from ranks import gaps, halves, masked_statistics
 
 import rlhf_fast as rf
 
@@ -24,7 +24,9 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
         "kept": rf.masked_whiten(values, mask, shift_mean=False),
         "empty": torch.zeros_like(values.detach()),
     }
+    whole["weights"], _, stats = rf.rollout_correction(*gaps(values), mask, batch_normalize=True)
     for rank in ranks:
         torch.testing.assert_close(rank["mean"], mean.detach())
+        torch.testing.assert_close(rank["stats"], torch.stack(stats))
     for name, want in whole.items():
         torch.testing.assert_close(torch.stack([rank[name] for rank in ranks]), want)

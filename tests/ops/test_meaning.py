@@ -121,11 +121,52 @@ def test_group_advantages_by_hand() -> None:
         "grpo": [-2 / (std + 0.5), -1 / (std + 0.5), 3 / (std + 0.5)],
         "rloo": [1 - 4, 2 - 3.5, 6 - 1.5],
         "dr_grpo": [-2, -1, 3],
+        "opo": [1 - 3.2, 2 - 3.2, 6 - 3.2],  # (2·1 + 1·2 + 2·6) / 5
     }
+    lengths = torch.tensor([2, 1, 2, 7, 1, 4])
     for method, numbers in expected.items():
-        ours = rf.group_advantages(scores, 3, method=method, eps=0.5)
+        more = {"lengths": lengths} if method == "opo" else {}
+        ours = rf.group_advantages(scores, 3, method=method, eps=0.5, **more)
         torch.testing.assert_close(ours[:3], torch.tensor(numbers).float())
         assert (ours[3:] == 0).all()
+
+
+def test_rollout_correction_by_hand() -> None:
+    """Two rows of ratios 2, 3 and 1/4, 1; what is masked is NaN."""
+    s = torch.tensor([[2.0, 3.0, math.nan], [0.25, 1.0, math.nan]])
+    mask = ~s.isnan()
+    rollout = -torch.rand(2, 3)
+    old = rollout + s.log()
+
+    def correct(**options):
+        weights, kept, stats = rf.rollout_correction(old, rollout, mask, **options)
+        assert (weights[~kept] == 0).all()
+        return weights[:, :2], kept, stats
+
+    weights, kept, stats = correct(low=0.5, high=2.5)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 2.5], [0.5, 1.0]]))
+    assert torch.equal(kept, mask) and stats.clipfrac == 0.5 and stats.rejectfrac == 0
+    of_four = {
+        "ratio_mean": 6.25 / 4, "ratio_max": 3.0, "tokens": 4.0,
+        "effective_sample_size": 36 / (4 + 6.25 + 0.25 + 1),
+        "kl_k3": (6.25 - 4 - math.log(2 * 3 / 4)) / 4,
+    }  # fmt: skip
+    for name, number in of_four.items():
+        assert getattr(stats, name).item() == pytest.approx(number, rel=1e-6), name
+    weights, kept, _ = correct(mode="mask", low=0.5, high=2.5)
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.0, 1.0]]))
+    assert torch.equal(kept, mask)  # a weight of 0 still counts
+    weights, _, stats = correct(level="sequence", high=5.0)
+    torch.testing.assert_close(weights, torch.tensor([[5.0, 5.0], [0.25, 0.25]]))
+    assert stats.ratio_mean.item() == pytest.approx((6 + 0.25) / 2) and stats.clipfrac == 0.5
+    weights, _, _ = correct(level="geometric", high=None, batch_normalize=True)
+    geometric = torch.tensor([6.0, 0.25]).sqrt()[:, None].expand(2, 2)
+    torch.testing.assert_close(weights, geometric / geometric.mean())
+    weights, kept, stats = correct(mode=None, reject="max_k1", reject_above=math.log(3.5))
+    assert kept[:, :2].tolist() == [[True, True], [False, False]] and stats.rejectfrac == 0.5
+    assert weights.tolist() == [[1, 1], [0, 0]] and stats.clipfrac == 0
+    _, kept, _ = correct(veto=0.3)
+    assert kept[:, :2].tolist() == [[True, True], [False, False]]
 
 
 def test_kl_penalized_rewards_score_sits_on_the_last_real_token() -> None:

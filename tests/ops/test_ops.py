@@ -85,7 +85,7 @@ def test_16_bit_per_token_inputs_give_float32(op: Op) -> None:
     narrow = arguments(sample, torch.bfloat16)
     widened = arguments(Sample("", narrow, sample.grads), torch.float32)
     ours = tensors(op.function(**narrow))
-    assert all(x.dtype == torch.float32 for x in ours)
+    assert all(x.dtype == torch.float32 for x in ours if x.is_floating_point())
     if not VOCABULARY_SIZED & set(sample.arguments):
         for got, want in zip(ours, tensors(op.function(**widened)), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import torch
 
 from rlhf_fast import linear_token_logprobs, policy_loss
 from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.batch import Batch, corrections
+from rlhf_fast.trainer.batch import Batch, Corrections, corrections
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.measure import Measured, measure, sample_answers
 from rlhf_fast.trainer.models.packing import positions
@@ -162,7 +163,8 @@ def test_the_one_pass_is_policy_loss(one_update, monkeypatch, loss, ratio, terms
     s = one_update(policy_loss=loss, ratio=ratio, **options)
     rows = torch.tensor([3, 0, 6])
     hidden = answer_hidden(s.policy.body, s.rollout, rows).detach().requires_grad_()
-    batch = Batch(s.rollout, s.old, s.advantages, None, corrections=s.old.logp.exp())
+    weights = Corrections(s.old.logp.exp(), s.rollout.mask, None)
+    batch = Batch(s.rollout, s.old, s.advantages, None, weights)
     inputs = (s.policy, hidden, batch, rows, s.rollout.mask[rows], s.config)
     more = {"beta": 0.3, "normalizer": s.rollout.mask.sum()}
     loss, stats = ppo.policy_term(*inputs, **more)
@@ -218,3 +220,27 @@ def test_gspo_learns(configured):
     )  # fmt: skip
     summary = ppo.train(config)
     assert summary["score_after"] > summary["score_before"] + 0.3
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 3}])
+def test_right_answers_are_imitated(one_update, monkeypatch, options):
+    """The gradient of μ · the mean of −log π over their tokens, on top of the loss's."""
+    right = torch.tensor([True, False] * 4)
+    mine = partial(Batch, right=right)
+    monkeypatch.setitem(globals(), "Batch", mine)
+    plain = one_update(policy_loss="reinforce")
+    imitating = one_update(policy_loss="reinforce", positive_nll_coef=0.3, **options)
+    c, r, model = plain.config, plain.rollout, plain.policy.model
+    logits = model(
+        r.ids, attention_mask=r.attention.long(), position_ids=positions(r.attention)
+    ).logits[:, r.prompt_length - 1 : -1]
+    logp = torch.log_softmax(logits / c.temperature, -1).gather(2, r.labels[..., None]).squeeze(-1)
+    nll = -logp[r.mask & right[:, None]].mean()
+    weights = plain.policy.trained()
+    extra = torch.autograd.grad(0.3 * nll, weights.values())
+    without, stats = update(plain)
+    ours, imitated = update(imitating)
+    expected = {n: without[n] + g for n, g in zip(weights, extra, strict=True)}
+    assert_close(ours, expected)
+    loss = stats["loss/policy_avg"] + 0.3 * nll.item()
+    assert imitated["loss/policy_avg"] == pytest.approx(loss, abs=1e-5)

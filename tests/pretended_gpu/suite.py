@@ -59,7 +59,7 @@ def compare(op: Op, sample: Sample, dtype: torch.dtype, eps: float) -> None:
     made = arguments(Sample("", sample.arguments), dtype)
     wide = {k: each(lambda x: x.double() if x.is_floating_point() else x.clone(), v)
             for k, v in made.items()}  # fmt: skip
-    exact = [x.detach() for x in numbers(op.reference, wide, sample)]
+    exact = [x.detach().double() for x in numbers(op.reference, wide, sample)]
     with device.pretended():
         there = {k: each(lambda x: x.detach().cuda(), v) for k, v in made.items()}
         device.waits.clear()

@@ -200,6 +200,38 @@ def test_bad_flags(flags, message):
         ({"policy_loss": "gmpo"}, "ratio=token and policy_loss=gmpo"),
         ({"delta": 3.0, "policy_loss": "sapo"}, "delta=3.0 and policy_loss=sapo"),
         ({"unbiased_kl": True}, "unbiased_kl=True and kl_in=reward"),
+        ({"rollout_correction": "mask"}, "rollout_correction=mask and tis_cap=None"),
+        ({"rollout_ratio_min": 2.0, "tis_cap": 2.0}, "rollout_ratio_min=2.0 and tis_cap=2.0"),
+        ({"rollout_ratio_min": 0.5}, "rollout_ratio_min=0.5 and rollout_correction=None"),
+        ({"rollout_normalize": True}, "rollout_normalize=True and rollout_correction=None"),
+        (
+            {"rollout_correction_level": "sequence"},
+            "rollout_correction_level=sequence and rollout_correction=None",
+        ),
+        ({"rollout_reject": "sum_k1"}, "rollout_reject=sum_k1 and rollout_reject_above=None"),
+        ({"rollout_reject_above": 1.0}, "rollout_reject=None and rollout_reject_above=1.0"),
+        ({"bypass": True, "tis_cap": 2.0}, "bypass=True and tis_cap=2.0"),
+        (
+            {"bypass": True, "rollout_correction": "mask", "rollout_ratio_min": 0.5},
+            "bypass=True and rollout_correction=mask",
+        ),
+        ({"bypass": True, "rollout_veto": 0.1}, "bypass=True and rollout_veto=0.1"),
+        ({"estimator": "remax", "lam_critic": 1.0}, "lam_critic=1.0 and estimator=remax"),
+        (
+            {"estimator": "reinforce", "critic_warmup_steps": 2},
+            "critic_warmup_steps=2 and estimator=reinforce",
+        ),
+        (
+            {"estimator": "reinforce", "lam_length_alpha": 0.05},
+            "lam_length_alpha=0.05 and estimator=reinforce",
+        ),
+        ({"estimator": "reinforce_baseline"}, "estimator=reinforce_baseline and samples_per_prom"),
+        ({"dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds=1 and samples_per_prompt=1"),
+        (
+            {"dynamic_sampling_rounds": 1, "estimator": "remax", "samples_per_prompt": 2},
+            "dynamic_sampling_rounds=1 and estimator=remax",
+        ),
+        ({"overlong_cache": 65}, "overlong_cache=65 and max_new_tokens=64"),
     ],
 )
 def test_options_that_contradict_each_other(options, names):

@@ -57,6 +57,24 @@ def test_gae_with_and_without_whitening(old):
     assert torch.equal(returns[MASK], again[MASK])  # the critic learns the rewards' own scale
 
 
+def test_lambdas_of_policy_and_critic(old):
+    """Each of the two as if it were the only one; by length: 1 − 1/(α·tokens), not below 0."""
+
+    def plain(lam):
+        return estimate(SCORES, old, MASK, 0.1, config(lam=lam, whiten_advantages=False))
+
+    options = {"lam": 0.3, "lam_critic": 1.0, "whiten_advantages": False}
+    advantages, returns = estimate(SCORES, old, MASK, 0.1, config(**options))
+    assert torch.equal(advantages, plain(0.3)[0]) and torch.equal(returns, plain(1.0)[1])
+    options |= {"lam_length_alpha": 0.5}
+    advantages, again = estimate(SCORES, old, MASK, 0.1, config(**options))
+    assert torch.equal(again, returns)
+    for row, length in enumerate(MASK.sum(1).tolist()):
+        lam = {1: 0.0, 2: 0.0, 3: 1 - 1 / 1.5}[length]
+        assert torch.equal(advantages[row], plain(lam)[0][row])
+    assert not torch.equal(plain(0.0)[0][0], plain(1 - 1 / 1.5)[0][0])
+
+
 def test_reinforce_is_the_reward_to_go(old):
     r = rewards(old, 0.1)
     discounted = torch.zeros(4, 3)
@@ -103,8 +121,11 @@ def test_shaped_scores():
         ({}, [1.0, -1.0, -0.5, 1.0]),
         ({"missing_eos_penalty": 0.25, "score_clip": 0.75}, [0.75, -0.75, 0.25, 0.5]),
         ({"missing_eos_score": -3.0}, [1.0, -1.0, -3.0, -3.0]),
+        # 1 to 4 tokens of at most 4, of which the last 2 cost half each
+        ({"missing_eos_penalty": 0.0, "overlong_cache": 2}, [1.0, -1.0, 0.0, 1.0]),
     ):
-        torch.testing.assert_close(shaped(SCORES, ended, config(**options)), torch.tensor(expected))
+        settings, lengths = config(**options, max_new_tokens=4), torch.tensor([1, 2, 3, 4])
+        torch.testing.assert_close(shaped(SCORES, ended, lengths, settings), torch.tensor(expected))
 
 
 def test_every_pass_covers_the_batch_in_its_own_order():

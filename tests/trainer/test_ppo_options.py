@@ -121,6 +121,8 @@ def test_before_the_first_update_all_ratios_are_1(configured, seen, options):
     assert row["val/ratio"] == pytest.approx(1, abs=one)
     assert row["val/rollout_ratio_max"] == pytest.approx(1, abs=10 * one)
     weights = call["importance_weights"]
+    weights = weights[weights != 0]  # of the answers' tokens
+    assert len(weights) == round(16 * row["val/answer_tokens"])
     torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=10 * one)
     assert row["objective/kl"] == pytest.approx(0, abs=10 * one)
     assert (call["support"] is None) == (not set(options) - {"temperature", "bf16"})
@@ -180,6 +182,50 @@ def test_groups_are_answers_to_one_prompt(configured, reward, monkeypatch):
     for batch in batches:
         assert len(batch) == 16 and len(set(batch)) == 4
         assert all(len(set(batch[i : i + 4])) == 1 for i in range(0, 16, 4))
+
+
+def test_remax_compares_with_greedy_answers(configured, monkeypatch):
+    """Those of transformers' generate; a prompt that follows itself is answered once."""
+    seen, real = [], ppo.greedy_scores
+
+    def record(policy, asked, reward, config, *more):
+        texts = []
+        for prompt in asked:
+            ids = torch.tensor([prompt.ids])
+            out = policy.model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+            answer = policy.tokenizer.decode(out[0, ids.size(1) :], skip_special_tokens=True)
+            texts.append(answer.split().count("good") / max(1, len(answer.split())))
+        calls = []
+        scores = real(policy, asked, lambda *x: calls.append(x[1]) or reward(*x), config, *more)
+        seen.append((scores, texts, calls))
+        return scores
+
+    monkeypatch.setattr(ppo, "greedy_scores", record)
+    ppo.train(configured(steps=1, estimator="remax", samples_per_prompt=2, batch_size=8))
+    ((scores, expected, (answers,)),) = seen
+    assert scores.tolist() == pytest.approx(expected)
+    assert len(answers) <= 4 and len(set(expected)) > 1
+
+
+def test_while_the_critic_warms_up_the_policy_stays(configured, tiny_policy_folder):
+    before = load_file(Path(tiny_policy_folder) / "model.safetensors")
+    for value_model in (None, tiny_policy_folder):
+        config = configured(
+            f"warm{value_model is None}", steps=2, critic_warmup_steps=1, save_every=1,
+            value_model=value_model, weight_decay=0.1, eval_prompts=1,
+        )  # fmt: skip
+        ppo.train(config)
+        moved = []
+        for step in (1, 2):
+            file = Path(config.output_dir) / "checkpoints" / f"step_{step}.pt"
+            weights = torch.load(file, weights_only=True)["weights"]
+            end = "layers.0.mlp.up_proj.weight"
+            now, then = (
+                next(w for x, w in y.items() if x.endswith(end)) for y in (weights, before)
+            )
+            moved.append(not torch.equal(now, then))
+            assert any(x.any() for key, x in weights.items() if "value_head" in key)
+        assert moved == [False, True]
 
 
 # ------------------------------------------------------------------------------------- models

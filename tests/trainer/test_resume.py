@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, fields, replace
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from rlhf_fast.trainer.config import PPOConfig, RewardConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
-ENGINE = """
+ENGINE_FILE = """
 import torch
 from rlhf_fast.trainer.rollout.sample import Completions
 
@@ -36,7 +37,25 @@ STEERS = {
     "lr_scheduler_type": "cosine", "warmup_steps": 8, "adam_beta1": 0.5, "adam_beta2": 0.5,
     "adam_epsilon": 1e-2, "weight_decay": 0.5, "policy_loss": "cispo", "ratio": "sequence",
     "clip": 0.01, "clip_high": 0.01, "dual_clip": 1.001, "value_clip": 1e-3, "value_coef": 0.7,
-    "entropy_coef": 0.1, "aggregation": "token-sum", "target_kl": 1e-9,
+    "entropy_coef": 0.1, "aggregation": "seq-mean-token-sum", "target_kl": 1e-9,
+    "rollout_veto": 0.1, "bypass": True, "rollout_correction": "mask", "rollout_ratio_min": 0.7,
+    "rollout_correction_level": "sequence", "rollout_normalize": True,
+    "rollout_reject": "sum_k1", "rollout_reject_above": 0.1,
+    "lam_critic": 0.5, "lam_length_alpha": 0.5, "critic_warmup_steps": 2,
+    "positive_nll_coef": 0.5, "overlong_cache": 4, "dynamic_sampling_rounds": 2,
+}  # fmt: skip
+# What some of them need beside them: a correction, and what there is to correct. The engine's k1 is
+# 2.8 nats a token, of 3 tokens.
+ENGINE = {"rollout_engine": "engine.py:says_good"}
+REJECT = ENGINE | {"rollout_reject": "mean_k1"}
+BESIDE = {
+    "rollout_veto": ENGINE, "bypass": ENGINE,
+    "rollout_correction": ENGINE | {"tis_cap": 0.01},
+    "rollout_ratio_min": ENGINE | {"tis_cap": 2.0},
+    "rollout_correction_level": ENGINE | {"tis_cap": 2.0},
+    "rollout_normalize": ENGINE | {"tis_cap": 2.0},
+    "rollout_reject": REJECT | {"rollout_reject_above": 5.0},
+    "rollout_reject_above": REJECT | {"rollout_reject_above": 5.0},
 }  # fmt: skip
 CHANGES_NO_NUMBER = {
     "trust_remote_code", "save_dtype",
@@ -51,15 +70,15 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
     """A run of one step."""
     folder = tmp_path_factory.mktemp("begun")
     (folder / "reward.py").write_text(REWARD)
-    (folder / "engine.py").write_text(ENGINE)
+    (folder / "engine.py").write_text(ENGINE_FILE)
     rows = [{"prompt": prompt} for prompt in STARTS * 3]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = PPOConfig(
         model=tiny_policy_folder, data=str(folder / "prompts.jsonl"),
         output_dir=str(folder / "run"), device="cpu", missing_eos_penalty=0.0, eval_prompts=1,
         reward=f"{folder / 'reward.py'}:share", steps=1, batch_size=8, epochs=2, minibatches=2,
-        max_new_tokens=6, learning_rate=3e-3, value_learning_rate=1e-2, kl_estimator="k3",
-        adaptive_kl_target=1.0, kl_horizon=100,
+        samples_per_prompt=2, max_new_tokens=6, learning_rate=3e-3, value_learning_rate=1e-2,
+        kl_estimator="k3", adaptive_kl_target=1.0, kl_horizon=100,
     )  # fmt: skip
     ppo.train(config)
     return config
@@ -68,9 +87,10 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
 @pytest.fixture(scope="module")
 def go_on(begun):
     """go_on(**options) -> what the run has learnt after a second step with these."""
+    numbers = count()
 
     def go_on(**options) -> list[torch.Tensor]:
-        folder = Path(begun.output_dir).with_name("_".join(options) or "unchanged")
+        folder = Path(begun.output_dir).with_name(f"run_{next(numbers)}")
         shutil.copytree(begun.output_dir, folder)
         with pytest.MonkeyPatch.context() as patch:  # drawing takes half of the time
             patch.setattr(ppo, "plot", lambda rows, path: path.touch())
@@ -96,7 +116,9 @@ def test_every_option_is_one_or_the_other():
 @pytest.mark.parametrize("name", STEERS)
 def test_what_steers_learning_counts_from_there_on(begun, go_on, unchanged, monkeypatch, name):
     monkeypatch.chdir(Path(begun.data).parent)
-    changed = go_on(**{name: STEERS[name]})
+    beside = BESIDE.get(name)
+    unchanged = unchanged if beside is None else go_on(**beside)
+    changed = go_on(**(beside or {}) | {name: STEERS[name]})
     assert not all(torch.equal(a, b) for a, b in zip(changed, unchanged, strict=True))
 
 

@@ -28,7 +28,10 @@ OPTIONS = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every"
 
 def test_the_command_in_two_processes_gives_the_numbers_of_one(configured):
     # 3 rows a minibatch: the two processes never have the same share of it
-    options = OPTIONS | {"minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True}
+    options = OPTIONS | {
+        "minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True, "critic_warmup_steps": 1,
+        "positive_nll_coef": 0.1, "tis_cap": 2.0, "rollout_normalize": True,
+    }  # fmt: skip
     alone = configured("alone", top_p=0.8, **options)
     device = "cpu" if torch.accelerator.is_available() else "auto"  # auto finds CPUs by itself
     together = configured("together", top_p=0.8, device=device, **options)
@@ -61,7 +64,7 @@ def test_two_processes_give_the_numbers_of_one(
     nothing, a reward model, and a reward that fails in one process, which ends both."""
     # 1 row a minibatch: one process has nothing to learn from
     options = OPTIONS | {"minibatches": 12, "trainable_layers": 2}
-    options |= {"estimator": "rloo", "samples_per_prompt": 2}
+    options |= {"estimator": "rloo", "samples_per_prompt": 2, "dynamic_sampling_rounds": 2}
     empty, empties = configured("alone", **options), configured("together", **options)
     empties.data = empty.data
     ppo.train(empty)

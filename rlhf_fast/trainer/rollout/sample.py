@@ -65,7 +65,8 @@ class RolloutEngine(Protocol):
 
     It is called once a step with the model as it is now. Its log-probs may differ from the
     trainer's (another kernel, another precision): the trainer measures old_logp by itself, logs
-    the gap, and corrects for it when tis_cap is set.
+    the gap, and corrects for it when tis_cap or rollout_correction is set; with bypass it takes
+    the engine's.
     """
 
     def __call__(
