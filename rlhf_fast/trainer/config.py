@@ -22,6 +22,7 @@ from .checks import (
     below_one,
     finite,
     in_ranges,
+    no_objects,
     one_of,
     paths_as_text,
     seed_in_range,
@@ -35,14 +36,19 @@ def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[s
     return field(default=default, metadata=metadata | ({"choices": choices} if choices else {}))
 
 
+def needed(group: str, *, help: str) -> Any:
+    """A flag that must be given. In Python an object may stand for it: see trainers.py."""
+    return field(default=None, metadata={"group": group, "help": help, "needed": True})
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """What training a reward model and training a policy have in common."""
 
-    model: str = option(
+    model: str | None = needed(
         "model and data", help="model to start from: a Hugging Face folder or hub name"
     )
-    data: str = option(
+    data: str | None = needed(
         "model and data", help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name"
     )
     output_dir: str = option(
@@ -115,6 +121,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         paths_as_text(self)
+        no_objects(self)
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
@@ -187,12 +194,18 @@ class RewardConfig(RunConfig):
                     f"{name} and eval_pairs contradict each other: held-out pairs are either a "
                     "dataset or split of their own, or drawn from data"
                 )
-        if self.eval_data is None and self.eval_split == self.split:
+        refuse_same_data(self, "pairs")
+
+
+def refuse_same_data(config: Any, rows: str) -> None:
+    """What is held out must not be what is learnt from."""
+    if config.eval_data is None and config.eval_split == config.split:
+        raise InputError(f"eval_split={config.eval_split} is split: the {rows} that are trained on")
+    if config.eval_data is not None and config.eval_data == config.data:
+        if config.eval_split in (None, config.split):
             raise InputError(
-                f"eval_split={self.eval_split} is split: the pairs that are trained on"
+                f"eval_data={config.eval_data} is data: the {rows} that are trained on"
             )
-        if self.eval_data == self.data and self.eval_split in (None, self.split):
-            raise InputError(f"eval_data={self.eval_data} is data: the pairs that are trained on")
 
 
 CRITIC_FREE = ("grpo", "dr_grpo", "rloo", "reinforce")
@@ -250,7 +263,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     """
 
     # What is learnt from
-    reward: list[str] = option(
+    reward: list[str] | None = needed(
         "rewards",
         help="what scores an answer, one or several: a reward model (folder or hub name), a "
         "classifier's label (`folder#label`), or a Python function (`module:function` or "
@@ -443,8 +456,19 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     )
 
     # What is shown
+    eval_data: str | None = option(
+        "model and data", None, help="held-out prompts; unset holds out some of data"
+    )
+    eval_split: str | None = option(
+        "model and data",
+        None,
+        help="split of the held-out prompts, in eval_data or in data [unset: as split]",
+    )
     eval_prompts: int = option(
-        "model and data", 32, help="prompts kept from training and answered before and after it"
+        "model and data",
+        32,
+        help="prompts kept from training and answered before and after it: the first different "
+        "ones",
     )
     log_every: int = option(
         "run", 10, help="steps between printed lines; every step is in metrics.jsonl"
@@ -453,7 +477,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
-        "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
+        "batch_size", "samples_per_prompt", "max_prompt_tokens",
+        "eval_data", "eval_split", "eval_prompts",
         "reward", "reward_weights", "judge", "keep_special_tokens",
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
     }  # fmt: skip
@@ -481,6 +506,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     f"{parts}={getattr(self, parts)} of the same size"
                 )
         self.check_reward()
+        refuse_same_data(self, "prompts")
         self.refuse_contradictions()
         try:
             PolicyOptions(**self.policy_options(self.beta)).check(torch.float32)
@@ -587,6 +613,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     def check_reward(self) -> None:
         if isinstance(self.reward, str):
             self.reward = [self.reward]
+        if self.reward is None:
+            return
         if not all(self.reward or [""]):
             raise InputError("reward is empty: give at least one model or function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):

@@ -26,11 +26,12 @@ from rlhf_fast.trainer.advantages import estimate, shaped
 from rlhf_fast.trainer.batch import Batch, corrections, counts, minibatches, parts
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.held_out import split_prompts
-from rlhf_fast.trainer.data.read import load_rows
+from rlhf_fast.trainer.data.read import read_data
 from rlhf_fast.trainer.data.rows import batch_indices
 from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.evaluate import evaluate, summarise
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.measure import (
     gather,
     measure,
@@ -70,27 +71,32 @@ from rlhf_fast.trainer.update import Stepper
 
 @interrupts.guarded()
 @quiet()
-def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
-    """Returns (and saves as summary.json) score, judge and KL before and after training."""
+def train(
+    config: PPOConfig, *, engine: RolloutEngine | None = None, given: Given | None = None
+) -> dict:
+    """Returns (and saves as summary.json) score, judge and KL before and after training.
+
+    given: objects that names in the config stand for (see PPOTrainer).
+    """
+    given = given or Given()
     workers = Workers(config)
+    given.check(config, workers.sharing)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
-        console.print(f"{run.folder} is finished already: {run.summary}")
+        console.print(f"{run.folder} is finished already: {run.summary}{given.untouched()}")
         return run.summary
 
     began = time.perf_counter()
     device = workers.device
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
-    reward, judge = load_scorers(config, device)
-    engine = load_engine(config) if engine is None else engine
-    policy = load_models(config, device)
+    rows, eval_rows = read_data(config, given)
+    reward, judge = load_scorers(config, device, given)
+    engine = load_engine(config, given) if engine is None else engine
+    policy = load_models(config, device, given)
     if workers.is_main and engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
-    held_out, prompts = split_prompts(config, policy, rows)
+    held_out, prompts = split_prompts(config, policy, rows, eval_rows)
     for scorer in (reward, judge):
         if scorer is not None:
             scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
@@ -103,8 +109,8 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
     control = Control(config)
     run.check_end(config.steps)
     names = ("model", "value_model", "reward", "judge", "rollout_engine")
-    named = {"data": rows} | {name: getattr(config, name) for name in names}
-    contents = workers.main_only(partial(check_contents, run, named))
+    named = {"data": rows, "eval_data": eval_rows} | {name: getattr(config, name) for name in names}
+    contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
     run.save(CONTENTS, contents)
     # Answering held-out prompts first also shows whether reward and judge work at all.

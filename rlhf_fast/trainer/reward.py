@@ -12,6 +12,7 @@ Several processes share every batch (see workers.py); read the loop as if there 
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -28,10 +29,11 @@ from transformers import PreTrainedModel
 from rlhf_fast import pairwise_loss
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
 from rlhf_fast.trainer.config import RewardConfig
-from rlhf_fast.trainer.data.read import Rows, load_rows
+from rlhf_fast.trainer.data.read import Rows, read_data
 from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.metrics import Means
 from rlhf_fast.trainer.models.loading import context_length, source_dtype
 from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
@@ -53,21 +55,33 @@ WINDOW = 8  # batches drawn at once and sorted by length: little padding, still 
 
 @interrupts.guarded()
 @quiet()
-def train(config: RewardConfig) -> dict:
-    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
+def train(config: RewardConfig, *, given: Given | None = None) -> dict:
+    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std.
+
+    given: objects that names in the config stand for (see RewardTrainer).
+    """
+    given = given or Given()
     workers = Workers(config)
+    given.check(config, workers.sharing)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
-        console.print(f"{run.folder} is finished already: {run.summary}")
+        console.print(f"{run.folder} is finished already: {run.summary}{given.untouched()}")
         return run.summary
 
     began = time.perf_counter()
     device = workers.device
     trust = config.trust_remote_code
-    tokenizer = load_tokenizer(config.model, field="model", trust=trust)
-    rows, eval_rows = read_pairs(config)
+    tokenizer = copy.deepcopy(given.tokenizer(config.model))  # its pad may become another
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.model, field="model", trust=trust)
+    rows, eval_rows = read_data(config, given)
     pairs, held_out = load_pairs(config, tokenizer, (rows, eval_rows))
+    loaded = given.get(config.model)
+    if loaded is None:
+        dtype = source_dtype(config.model, field="model", trust=trust)
+    else:
+        dtype = loaded.dtype
     texts = [text for pair in pairs + held_out for text in (pair.chosen, pair.rejected)]
     choose_pad(tokenizer, used=set().union(*texts))
     model = new_reward_model(
@@ -77,6 +91,7 @@ def train(config: RewardConfig) -> dict:
         seed=config.seed,
         device=device,
         trust=trust,
+        loaded=loaded,
     )
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -101,7 +116,7 @@ def train(config: RewardConfig) -> dict:
     stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
     run.check_end(steps)
     named = {"data": rows, "eval_data": eval_rows, "model": config.model}
-    contents = workers.main_only(partial(check_contents, run, named))
+    contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
     run.save(CONTENTS, contents)
     first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
@@ -155,7 +170,6 @@ def train(config: RewardConfig) -> dict:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
-    dtype = source_dtype(config.model, field="model", trust=trust)
     if config.save_dtype:
         dtype = getattr(torch, config.save_dtype)
     model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
@@ -227,23 +241,11 @@ def batch_loss(
     return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)
 
 
-def read_pairs(config: RewardConfig) -> tuple[Rows, Rows | None]:
-    """(rows of data, rows of the held-out pairs where they come from elsewhere)."""
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
-    if config.eval_data is not None:
-        return rows, load_rows(config.eval_data, split=config.eval_split or config.split)
-    if config.eval_split is not None:
-        return rows, load_rows(config.data, split=config.eval_split, subset=config.subset)
-    return rows, None
-
-
 def load_pairs(
     config: RewardConfig, tokenizer, read: tuple[Rows, Rows | None] | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to train on, pairs held out); read: what read_pairs gave, if it was called."""
-    rows, eval_rows = read or read_pairs(config)
+    """(pairs to train on, pairs held out); read: what read_data gave, if it was called."""
+    rows, eval_rows = read or read_data(config, Given())
     limit = config.max_tokens
     pairs = preference_pairs(rows, tokenizer, source=config.data, max_tokens=limit)
     if eval_rows is not None:

@@ -102,7 +102,8 @@ class Run:
             ) from None
         changed = {}
         for f in fields(self.config):
-            before, now = earlier.get(f.name, f.default), getattr(self.config, f.name)
+            absent = MISSING if f.metadata.get("needed") else f.default
+            before, now = earlier.get(f.name, absent), getattr(self.config, f.name)
             if before is MISSING:
                 raise InputError(
                     f"output_dir={self.folder} holds a run whose config.yaml has no {f.name}: it "
