@@ -1,9 +1,9 @@
 """The trainer: a reward model from preference pairs, then PPO against it.
 
-    from rlhf_fast.trainer import PPOConfig, PPOTrainer
+from rlhf_fast.trainer import PPOConfig, PPOTrainer
 
-    trainer = PPOTrainer(model, reward_function, dataset, config=PPOConfig(output_dir="runs/ppo"))
-    summary = trainer.train()
+trainer = PPOTrainer(model, reward_function, dataset, config=PPOConfig(output_dir="runs/ppo"))
+summary = trainer.train()
 """
 
 from __future__ import annotations

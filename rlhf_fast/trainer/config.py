@@ -111,6 +111,19 @@ class RunConfig:
         help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …",
     )
 
+    eval_every: int | None = option(
+        "run",
+        None,
+        help="steps between evaluations of what is held out, kept in metrics/eval.jsonl [unset: "
+        "before and after only]",
+    )
+    load_best_model_at_end: bool = option(
+        "run", False, help="the trained model is that of the best evaluation, not the last step's"
+    )
+    early_stopping_patience: int | None = option(
+        "run", None, help="the run ends after this many evaluations in a row without a better one"
+    )
+
     # What makes a run this run: changed, its checkpoints would not fit, its place in the data would
     # be lost, or its results could not be compared with those before it. All else may differ when
     # it is continued, and counts from there on.
@@ -131,6 +144,10 @@ class RunConfig:
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
         seed_in_range(self)
         above_zero(self, "max_grad_norm")
+        at_least(self, 1, "eval_every", "early_stopping_patience")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and self.eval_every is None:
+                raise InputError(f"{name}={getattr(self, name)} needs evaluations: set eval_every")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: set only one of them")
 
@@ -176,6 +193,13 @@ class RewardConfig(RunConfig):
         "objective",
         0.0,
         help="adds this times (score(chosen) + score(rejected))² to keep scores around zero",
+    )
+
+    metric_for_best_model: str = option(
+        "run",
+        "accuracy",
+        choices=("accuracy", "loss"),
+        help="what makes one evaluation better than another, over the held-out pairs",
     )
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
@@ -474,6 +498,19 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "run", 10, help="steps between printed lines; every step is in metrics.jsonl"
     )
     sample_every: int | None = option("run", None, help="steps between printed tables of answers")
+    metric_for_best_model: str = option(
+        "run",
+        "score",
+        choices=("score", "judge", "kl"),
+        help="what makes one evaluation better than another: the mean score or judge's score of "
+        "the held-out prompts' answers, or (lower is better) their KL",
+    )
+    stop_at_kl: float | None = option(
+        "run",
+        None,
+        help="the run ends after a step whose answers are further than this from the reference "
+        "(KL in nats a sequence)",
+    )
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
@@ -495,7 +532,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         below_one(self, "adam_beta1", "adam_beta2")
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
-        above_zero(self, "reward_timeout")
+        above_zero(self, "reward_timeout", "stop_at_kl")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
         in_ranges(self, self.ranges)

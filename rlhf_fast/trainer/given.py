@@ -15,7 +15,12 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+)
 from transformers.trainer_callback import CallbackHandler
 
 from rlhf_fast.trainer.config import RunConfig
@@ -69,13 +74,22 @@ class Given:
         for name in OPTIONS:
             value = getattr(config, name, None)
             if value is None and name in needed(config):
-                raise InputError(f"{name} is not given: expected a name in the config, or an object")
+                raise InputError(
+                    f"{name} is not given: expected a name in the config, or an object"
+                )
             for text in value if isinstance(value, list) else [value]:
                 if text and text.startswith("<") and text not in self.objects:
                     raise InputError(
                         f"{name}={text} was an object of a Python program: give it to the trainer "
                         "again, or name a file or folder"
                     )
+        if config.metric_for_best_model == "judge" and getattr(config, "judge", None) is None:
+            raise InputError("metric_for_best_model=judge: there is no judge")
+        stops = any(isinstance(x, EarlyStoppingCallback) for x in self.callbacks)
+        if stops and config.eval_every is None:
+            raise InputError(
+                "callbacks: EarlyStoppingCallback waits for evaluations: set eval_every"
+            )
 
     def untouched(self) -> str:
         """What is said of a loaded model where nothing is left to train."""

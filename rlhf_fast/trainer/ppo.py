@@ -24,6 +24,7 @@ from rlhf_fast import (
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.trainer.advantages import estimate, shaped
 from rlhf_fast.trainer.batch import Batch, corrections, counts, minibatches, parts
+from rlhf_fast.trainer.callbacks import Callbacks
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.held_out import split_prompts
 from rlhf_fast.trainer.data.read import read_data
@@ -107,6 +108,11 @@ def train(
         optimizer, config.lr_scheduler_type, config.warmup_steps, config.steps * updates
     )
     control = Control(config)
+    callbacks = Callbacks(
+        given, config, config.steps, run, workers, model=policy.model, tokenizer=policy.tokenizer,
+        optimizer=optimizer, schedule=scheduler,
+    )  # fmt: skip
+    steering = {"control": control, "callbacks": callbacks}  # kept beside weights and optimizer
     run.check_end(config.steps)
     names = ("model", "value_model", "reward", "judge", "rollout_engine")
     named = {"data": rows, "eval_data": eval_rows} | {name: getattr(config, name) for name in names}
@@ -120,7 +126,7 @@ def train(
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
     first = workers.agreed(
-        run.restore(weights, stepper.optimizer, control=control), "step to go on from"
+        run.restore(weights, stepper.optimizer, **steering), "step to go on from"
     )
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
@@ -129,7 +135,7 @@ def train(
         console.print(f"{workers.size} processes share {shared}")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
-        for step in range(first, config.steps):
+        for step in callbacks.steps(first, history):
             # Everything random is a function of (seed, step): a resumed run repeats every draw,
             # those of a reward function from the global generators included.
             seed = config.seed * 1_000_003 + step
@@ -137,7 +143,7 @@ def train(
             generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
             scheduler.after(step * updates)
-            learnt = partial(run.keep, step, weights, stepper.optimizer, control=control)
+            learnt = partial(run.keep, step, weights, stepper.optimizer, **steering)
             interrupts.step_begins(learnt, alone=workers.size == 1)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
@@ -203,13 +209,21 @@ def train(
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     shown = [prompt.prompt for prompt in asked[mine]]
                     console.print(samples_table(shown, texts, raw_scores[mine].tolist()))
+            callbacks.step_ended(row, per_epoch=len(prompts) / groups)
+            if callbacks.evaluates():
+                callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
             ending = workers.largest(interrupts.asked())
-            if ending or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
+            if ending or callbacks.saves():
+                run.save_checkpoint(step + 1, weights, stepper.optimizer, **steering)
+                callbacks.saved()
             if ending:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
+
+    if (best := callbacks.best_step()) is not None:
+        run.go_back(best, weights, stepper.optimizer)
+    callbacks.end()
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
@@ -219,10 +233,11 @@ def train(
     if config.lora_r is not None:
         save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
         run.write("adapter", save_adapter)
-    after = evaluate(policy, held_out, reward, judge, config, workers)
+    after = callbacks.answers or evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
+        **callbacks.summary(),
         "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from rlhf_fast import pairwise_loss
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
+from rlhf_fast.trainer.callbacks import Callbacks
 from rlhf_fast.trainer.config import RewardConfig
 from rlhf_fast.trainer.data.read import Rows, read_data
 from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
@@ -44,7 +45,7 @@ from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.console import console, progress_bar
 from rlhf_fast.trainer.run.contents import CONTENTS, check_contents
-from rlhf_fast.trainer.run.folder import Run
+from rlhf_fast.trainer.run.folder import Run, read_metrics
 from rlhf_fast.trainer.schedule import Schedule, Updates
 from rlhf_fast.trainer.update import Stepper
 
@@ -114,12 +115,17 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
     schedule = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, steps)
     updates = Updates(config)
     stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
+    callbacks = Callbacks(
+        given, config, steps, run, workers, model=model, tokenizer=tokenizer, optimizer=optimizer,
+        schedule=schedule,
+    )  # fmt: skip
+    steering = {"updates": updates, "callbacks": callbacks}  # kept beside weights and optimizer
     run.check_end(steps)
     named = {"data": rows, "eval_data": eval_rows, "model": config.model}
     contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
     run.save(CONTENTS, contents)
-    first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
+    first = workers.agreed(run.restore(weights, optimizer, **steering), "step to go on from")
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main:
         console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
@@ -128,9 +134,9 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
     score = scorer(model, config, pairs, workers.size)
 
     with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
-        for step in range(first, steps):
+        for step in callbacks.steps(first, read_metrics(run.metrics)):
             schedule.after(step)
-            learnt = partial(run.keep, step, weights, optimizer, updates=updates)
+            learnt = partial(run.keep, step, weights, optimizer, **steering)
             interrupts.step_begins(learnt, alone=workers.size == 1)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
@@ -163,20 +169,27 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
             if workers.is_main:
                 workers.log(row)
                 bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
+            callbacks.step_ended(row, per_epoch=steps / config.epochs)
+            if callbacks.evaluates():
+                callbacks.evaluated(workers.main_only(partial(evaluate, model, held_out)))
             ending = workers.largest(interrupts.asked())
-            if ending or (step + 1) % config.save_every == 0 or step + 1 == steps:
-                run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
+            if ending or callbacks.saves():
+                run.save_checkpoint(step + 1, weights, optimizer, **steering)
+                callbacks.saved()
             if ending:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
+    if (best := callbacks.best_step()) is not None:
+        run.go_back(best, weights, optimizer)
+    callbacks.end()
     if config.save_dtype:
         dtype = getattr(torch, config.save_dtype)
     model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
     # What is measured, here and below, is the model as it is saved.
     result = workers.main_only(partial(normalise, model, held_out, config))
     run.write("model", partial(save, model, tokenizer, dtype))
-    summary = result | {"seconds": round(time.perf_counter() - began, 1)}
+    summary = result | callbacks.summary() | {"seconds": round(time.perf_counter() - began, 1)}
     run.save("summary.json", summary)
     workers.end()
     if workers.is_main:
@@ -190,6 +203,14 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
 def save(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
     save_model(model, folder, model.state_dict(keep_vars=True), dtype)
     tokenizer.save_pretrained(folder)
+
+
+def evaluate(model: PreTrainedModel, held_out: list[Pair]) -> dict[str, list[float]]:
+    """Accuracy and loss of each held-out pair."""
+    texts = [pair.chosen for pair in held_out] + [pair.rejected for pair in held_out]
+    gaps = torch.sub(*score_texts(model, texts).chunk(2))
+    losses = -torch.nn.functional.logsigmoid(gaps)
+    return {"accuracy": (gaps > 0).float().tolist(), "loss": losses.tolist()}
 
 
 def normalise(

@@ -83,5 +83,9 @@ class Schedule:
         for group, highest in zip(self.optimizer.param_groups, self.highest, strict=True):
             group["lr"] = highest * self.rate(updates)
 
+    def get_last_lr(self) -> list[float]:
+        """As torch's schedulers say it, for callbacks."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
     def step(self) -> None:
         self.after(self.updates + 1)

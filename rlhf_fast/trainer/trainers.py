@@ -40,8 +40,8 @@ class PPOTrainer:
         rewards: one, or a list of which the scores are added up: a spec as ``--reward`` takes it, a
             function ``f(prompts, completions, **columns) -> list[float]``, a loaded sequence
             classifier with one score, or a pair of that and its tokenizer.
-        train_dataset: a spec as ``--data`` takes it, a ``datasets.Dataset`` or a list of dicts, with
-            the column ``prompt``.
+        train_dataset: a spec as ``--data`` takes it, a ``datasets.Dataset`` or a list of dicts,
+            with the column ``prompt``.
         eval_dataset: likewise: prompts to answer before, after and on the way.
         config: all other options; ``output_dir`` must be there.
         tokenizer: the model's; unset: the one beside the weights that the model came from.
@@ -107,8 +107,8 @@ class RewardTrainer:
             classifier with one label, which holds the trained weights afterwards, in the dtype, on
             the device and in the mode that it came in. Its config gets ``score_mean``,
             ``score_std`` and a pad token, and its embedding a row where that token is new.
-        train_dataset: a spec as ``--data`` takes it, a ``datasets.Dataset`` or a list of dicts, with
-            the columns ``chosen`` and ``rejected``.
+        train_dataset: a spec as ``--data`` takes it, a ``datasets.Dataset`` or a list of dicts,
+            with the columns ``chosen`` and ``rejected``.
         eval_dataset: likewise: the held-out pairs.
         config: all other options; ``output_dir`` must be there.
         tokenizer: the model's; unset: the one beside the weights that the model came from.

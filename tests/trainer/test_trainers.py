@@ -243,8 +243,9 @@ def test_what_cannot_work_is_one_line(config, policy, tiny_tokenizer, options, m
 def test_models_of_another_kind(config, policy, tiny_reward_folder, tiny_tokenizer, untied_folder):
     classifier = AutoModelForSequenceClassification.from_pretrained(tiny_reward_folder)
     frozen = policy_of(untied_folder).requires_grad_(False)
-    several = AutoModelForSequenceClassification.from_pretrained(tiny_reward_folder, num_labels=3,
-                                                                 ignore_mismatched_sizes=True)  # fmt: skip
+    labels = copy.deepcopy(classifier.config)
+    labels.num_labels = 3
+    several = AutoModelForSequenceClassification.from_config(labels)
     for options, message in (
         ({"model": classifier}, "model=<LlamaForSequenceClassification>: expected a model …ForC"),
         ({"rewards": policy}, "reward=<LlamaForCausalLM>: expected a model …ForSequenceClass"),

@@ -43,7 +43,9 @@ def split_prompts(
                 f"{longest} and max_new_tokens={config.max_new_tokens}: lower that or "
                 f"max_prompt_tokens={config.max_prompt_tokens}"
             )
-    return apart(own, prompts, config.eval_prompts) if own else hold_out(prompts, config.eval_prompts)
+    return (
+        apart(own, prompts, config.eval_prompts) if own else hold_out(prompts, config.eval_prompts)
+    )
 
 
 def apart(

@@ -24,8 +24,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.data.rows import Text, join, tokenize
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.loading import context_length
 from rlhf_fast.trainer.given import Given
+from rlhf_fast.trainer.models.loading import context_length
 from rlhf_fast.trainer.models.reward_model import load_reward_model, one_score, score_texts
 from rlhf_fast.trainer.rewards.functions import FUNCTION, call, load_function
 from rlhf_fast.trainer.run.console import console

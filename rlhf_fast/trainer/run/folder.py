@@ -28,14 +28,14 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run import checkpoints, interrupts, lock
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.run.files import flush, remove, replacing, save_tensors, tidy
-from rlhf_fast.trainer.run.metrics import finite, read_metrics
-from rlhf_fast.trainer.run.owned import RECORDS, Owned, inputs
+from rlhf_fast.trainer.run.metrics import finite, has_step, plain, read_metrics, read_rows
+from rlhf_fast.trainer.run.owned import EVALUATIONS, RECORDS, Owned, inputs
 from rlhf_fast.trainer.run.plot import is_plot
 
 # In the order of deletion: what says how far the run has come goes first. Left by a kill, the rest
 # belongs to no run and is deleted when the next one begins.
-RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "contents.json", "before.json",
-           "after.json", "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
+RESULTS = ("metrics.jsonl", EVALUATIONS, "summary.json", "checkpoints", "contents.json",
+           "before.json", "after.json", "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
 
 
 class Stateful(Protocol):
@@ -56,6 +56,8 @@ class Run:
         self.writes = writes
         self.folder = Path(config.output_dir).expanduser()
         self.metrics = self.folder / "metrics.jsonl"
+        self.evaluations = self.folder / EVALUATIONS
+        self.best: int | None = None  # the step whose checkpoint is kept whatever comes after it
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output_dir={self.folder} is a file")
         if writes:
@@ -264,6 +266,15 @@ class Run:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(row)) + "\n")
 
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """Append one: its step, means and samples."""
+        if not self.writes:
+            return
+        with self.disk_errors_explained(EVALUATIONS):
+            self.evaluations.parent.mkdir(exist_ok=True)
+            with open(self.evaluations, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+
     # ------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> dict[int, Path]:
@@ -271,6 +282,9 @@ class Run:
         found = (self.folder / "checkpoints").glob("step_*.pt")
         numbered = ((re.fullmatch(r"step_(0|[1-9]\d*)", path.stem), path) for path in found)
         return dict(sorted((int(match[1]), path) for match, path in numbered if match))
+
+    def checkpoint_of(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step_{step}.pt"
 
     def last_checkpoint(self) -> str:
         steps = list(self.checkpoints())
@@ -307,7 +321,7 @@ class Run:
     def prune(self) -> None:
         for path in list(self.checkpoints().values())[: -self.config.save_total_limit]:
             name = f"checkpoints/{path.name}"
-            if not self.owned.strangers(name):
+            if path.name != f"step_{self.best}.pt" and not self.owned.strangers(name):
                 remove(path)
                 self.owned.forget(name)
 
@@ -317,13 +331,12 @@ class Run:
         """Load the newest checkpoint, if any, and drop metrics after it; the step to go on from."""
         step = 0
         rows = read_metrics(self.metrics)
+        evaluations = read_rows(self.evaluations, has_step)
         if self.exists and (found := self.checkpoints()):
             step, path = found.popitem()
             self.check_metrics([row["step"] for row in rows if row["step"] <= step], step)
             state = self.read_checkpoint(step, weights, optimizer, parts)
-            with torch.no_grad():
-                for name, tensor in weights.items():
-                    tensor.copy_(placed_like(state["weights"][name], tensor))
+            put(state["weights"], weights)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             for i, moments in state["optimizer"]["state"].items():
                 for name, moment in moments.items():
@@ -335,7 +348,17 @@ class Run:
             self.prune()  # a kill may have come between a checkpoint and this
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
+        if evaluations:
+            rows = [row for row in evaluations if row["step"] <= step]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.write(EVALUATIONS, lambda path: path.write_text(lines, encoding="utf-8"))
         return step
+
+    def go_back(
+        self, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put the weights of a step's checkpoint in place."""
+        put(self.read_checkpoint(step, weights, optimizer, {})["weights"], weights)
 
     def read_checkpoint(
         self,
@@ -345,7 +368,7 @@ class Run:
         parts: dict[str, Stateful],
     ) -> dict[str, Any]:
         """Load this step's checkpoint into the parts, each of which checks its own state."""
-        path = self.checkpoints()[step]
+        path = self.checkpoint_of(step)
         try:
             state = checkpoints.read(path)
             checkpoints.check(state, step, weights, optimizer, parts)
@@ -414,6 +437,12 @@ class Run:
                 f"output_dir={self.folder}: {name} cannot be written: {reason}; {kept}. Make room, "
                 "then go on with --resume"
             ) from error
+
+
+@torch.no_grad()
+def put(kept: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        tensor.copy_(placed_like(kept[name], tensor))
 
 
 def is_table(value: dict[str, Any], columns: Sequence[str]) -> bool:
