@@ -124,6 +124,14 @@ class RunConfig:
         "run", None, help="the run ends after this many evaluations in a row without a better one"
     )
 
+    push_to_hub: bool = option(
+        "run", False, help="upload the trained model with its card when the run is finished"
+    )
+    hub_model_id: str | None = option(
+        "run", None, help="repository to upload to: `owner/name` [unset: output_dir's name]"
+    )
+    hub_private_repo: bool = option("run", False, help="make that repository private")
+
     # What makes a run this run: changed, its checkpoints would not fit, its place in the data would
     # be lost, or its results could not be compared with those before it. All else may differ when
     # it is continued, and counts from there on.

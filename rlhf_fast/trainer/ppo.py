@@ -51,6 +51,7 @@ from rlhf_fast.trainer.rollout.sample import (
     answer_hidden,
 )
 from rlhf_fast.trainer.run import interrupts
+from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import (
     Stopwatch,
     answers_table,
@@ -82,6 +83,7 @@ def train(
     given = given or Given()
     workers = Workers(config)
     given.check(config, workers.sharing)
+    check_push(config)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
@@ -227,20 +229,21 @@ def train(
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
-    run.write("model", lambda folder: policy.save(folder, whole))
-    if policy.value_body is not None:
-        run.write("value_model", lambda folder: policy.save_critic(folder, whole))
-    if config.lora_r is not None:
-        save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
-        run.write("adapter", save_adapter)
     after = callbacks.answers or evaluate(policy, held_out, reward, judge, config, workers)
     run.save("after.json", after)
-    run.write("plot.png", lambda path: plot(history, path))
     summary = summarise(before, after) | {
         **callbacks.summary(),
         "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
         "seconds": round(time.perf_counter() - began, 1),
     }
+    card = model_card(config, summary)
+    run.write("model", lambda folder: policy.save(folder, whole, card))
+    if policy.value_body is not None:
+        run.write("value_model", lambda folder: policy.save_critic(folder, whole))
+    if config.lora_r is not None:
+        save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
+        run.write("adapter", save_adapter)
+    run.write("plot.png", lambda path: plot(history, path))
     run.save("summary.json", summary)
     workers.end()
     if workers.is_main:
@@ -249,6 +252,7 @@ def train(
             "  ".join(f"{name} {value:.3g}" for name, value in summary.items())
             + f"\n{profile(history)}\nmodel, plot.png and metrics.jsonl in {run.folder}"
         )
+        push(config, run.folder)
     return summary
 
 

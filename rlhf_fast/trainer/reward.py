@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -43,6 +44,7 @@ from rlhf_fast.trainer.models.tokenizer import choose_pad, load_tokenizer
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
 from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.run import interrupts
+from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import console, progress_bar
 from rlhf_fast.trainer.run.contents import CONTENTS, check_contents
 from rlhf_fast.trainer.run.folder import Run, read_metrics
@@ -64,6 +66,7 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
     given = given or Given()
     workers = Workers(config)
     given.check(config, workers.sharing)
+    check_push(config)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
@@ -188,8 +191,8 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
     model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
     # What is measured, here and below, is the model as it is saved.
     result = workers.main_only(partial(normalise, model, held_out, config))
-    run.write("model", partial(save, model, tokenizer, dtype))
     summary = result | callbacks.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+    run.write("model", partial(save, model, tokenizer, dtype, model_card(config, summary)))
     run.save("summary.json", summary)
     workers.end()
     if workers.is_main:
@@ -197,12 +200,16 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
             f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
             f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
         )
+        push(config, run.folder)
     return summary
 
 
-def save(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
+def save(
+    model: PreTrainedModel, tokenizer, dtype: torch.dtype, card: ModelCard, folder: Path
+) -> None:
     save_model(model, folder, model.state_dict(keep_vars=True), dtype)
     tokenizer.save_pretrained(folder)
+    card.save(folder / "README.md")
 
 
 def evaluate(model: PreTrainedModel, held_out: list[Pair]) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +111,10 @@ class Policy:
             if part is not None
         }
 
-    def save(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
-        """The policy as transformers reads it, adapters merged; the value head beside it."""
+    def save(
+        self, folder: Path, state: dict[str, dict[str, Tensor]], card: ModelCard | None = None
+    ) -> None:
+        """The policy as transformers reads it, adapters merged; value head and card beside it."""
         if self.reference_model is not None:
             save_model(self.model, folder, state["model"], self.save_dtype)
         else:
@@ -120,6 +123,8 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file(state["value_head"], folder / "value_head.safetensors")
+        if card is not None:
+            card.save(folder / "README.md")
 
     def save_critic(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
         """The body of a critic of its own."""

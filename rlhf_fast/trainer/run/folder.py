@@ -7,9 +7,11 @@ written over that this program did not write (owned.py), and one process at a ti
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -35,7 +37,8 @@ from rlhf_fast.trainer.run.plot import is_plot
 # In the order of deletion: what says how far the run has come goes first. Left by a kill, the rest
 # belongs to no run and is deleted when the next one begins.
 RESULTS = ("metrics.jsonl", EVALUATIONS, "summary.json", "checkpoints", "contents.json",
-           "before.json", "after.json", "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
+           "before.json", "after.json", "bad_batch.pt", "model", "adapter", "value_model",
+           "plot.png")  # fmt: skip
 
 
 class Stateful(Protocol):
@@ -309,9 +312,19 @@ class Run:
         if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
             with self.disk_errors_explained("metrics.jsonl"):
                 flush(self.metrics)
+        self.check_room(step, checkpoints.size_of(tensors))
         self.write(f"checkpoints/step_{step}.pt", lambda path: save_tensors(state, path))
         self.prune()
         interrupts.kept(self.last_checkpoint())
+
+    def check_room(self, step: int, size: int) -> None:
+        """Before a checkpoint of so many bytes is begun: a full disk costs others more than it."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            with self.disk_errors_explained(f"checkpoints/step_{step}.pt"):
+                raise OSError(
+                    errno.ENOSPC, f"it takes {size / 2**20:.1f} MiB, {free / 2**20:.1f} are free"
+                )
 
     def keep(self, step: int, *state: Any, **parts: Stateful) -> None:
         """A checkpoint of what was learnt, before the run ends early: none if there is one."""
@@ -319,7 +332,15 @@ class Run:
             self.save_checkpoint(step, *state, **parts)
 
     def prune(self) -> None:
-        for path in list(self.checkpoints().values())[: -self.config.save_total_limit]:
+        """Delete all but the newest, once one of these is known to be whole, and the best."""
+        paths = list(self.checkpoints().values())
+        limit = self.config.save_total_limit
+        if len(paths) <= limit:
+            return
+        if not any(checkpoints.is_whole(path) for path in reversed(paths[-limit:])):
+            console.print(f"[bold yellow]{paths[-1]} is damaged: those before it are kept[/]")
+            return
+        for path in paths[:-limit]:
             name = f"checkpoints/{path.name}"
             if path.name != f"step_{self.best}.pt" and not self.owned.strangers(name):
                 remove(path)
