@@ -53,6 +53,8 @@ class Callbacks:
     """A part of a checkpoint: what the callbacks count, the best evaluation, whether one of them
     has ended the run."""
 
+    came_later = True  # checkpoints of before 0.2 have no such part
+
     def __init__(
         self,
         given: Given,

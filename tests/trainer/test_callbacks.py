@@ -306,3 +306,14 @@ def test_callbacks_that_cannot_work(config):
     ):
         with pytest.raises(InputError, match=message):
             train(replace(config, **options), *given)
+
+
+def test_a_checkpoint_of_before_there_were_callbacks(config):
+    train(replace(config, steps=1))
+    folder = Path(config.output_dir)
+    file = folder / "checkpoints" / "step_1.pt"
+    state = torch.load(file, weights_only=True)
+    del state["callbacks"]
+    torch.save(state, file)
+    train(replace(config, steps=2, resume=True))
+    assert [row["step"] for row in metrics(config)] == [1, 2]

@@ -392,8 +392,11 @@ class Run:
         path = self.checkpoint_of(step)
         try:
             state = checkpoints.read(path)
-            checkpoints.check(state, step, weights, optimizer, parts)
+            old = {name for name, part in parts.items() if getattr(part, "came_later", False)}
+            checkpoints.check(state, step, weights, optimizer, parts.keys() - old)
             for name, part in parts.items():
+                if name in old and name not in state:
+                    continue
                 try:
                     part.load_state_dict(state[name])
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
