@@ -18,6 +18,6 @@ def test_the_cells_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         if cell["cell_type"] == "code":
             exec(compile("".join(cell["source"]), cell["id"], "exec"), session)
     assert session["summary"]["score_after"] > session["summary"]["score_before"] + 0.3
-    assert len(session["rows"]) == 20 and session["figure"].axes
+    assert len(session["rows"]) == 12 and session["figure"].axes
     said = capsys.readouterr().out
-    assert "step 20: score" in said and "the film was" in said.splitlines()[-1]
+    assert "step 12: score" in said and "the film was" in said.splitlines()[-1]

@@ -110,26 +110,30 @@ def test_every_event_comes_with_what_it_is_of(config):
 
 @pytest.mark.parametrize("event", ["step_begin", "step_end", "log", "evaluate", "save"])
 def test_the_run_ends_from_within(config, event):
-    """Its model is there, and what it was ended with is kept; continued, it has ended already."""
-    step = 1 if event == "step_begin" else 2
-    config = replace(config, eval_every=2, save_every=2)
+    """Its model is there, and what it was ended with is kept."""
+    step = 0 if event == "step_begin" else 1
+    config = replace(config, eval_every=1, save_every=1)
     summary = train(config, At(event, step, "should_training_stop"))
-    assert summary["ended_after_step"] == 2 and len(metrics(config)) == 2
-    assert kept(config)[-1] == "step_2.pt" and (Path(config.output_dir) / "model").is_dir()
-    assert train(replace(config, resume=True)) == summary
-    if event != "save":  # its word comes after the checkpoint is written
-        (Path(config.output_dir) / "summary.json").unlink()  # as if killed before it
-        assert train(replace(config, resume=True))["ended_after_step"] == 2
-    train(replace(config, resume=True, steps=3))  # given more or fewer steps, it goes on
-    assert len(metrics(config)) == 3
+    assert summary["ended_after_step"] == 1 and len(metrics(config)) == 1
+    assert kept(config)[-1] == "step_1.pt" and (Path(config.output_dir) / "model").is_dir()
+
+
+def test_a_run_that_was_ended_and_is_continued(config):
+    """It has ended, until it is given another number of steps."""
+    summary = train(config, At("step_end", 1, "should_training_stop"))
+    assert train(replace(config, resume=True)) == summary and kept(config) == ["step_1.pt"]
+    (Path(config.output_dir) / "summary.json").unlink()  # as if killed before it
+    assert train(replace(config, resume=True))["ended_after_step"] == 1
+    train(replace(config, resume=True, steps=2))
+    assert len(metrics(config)) == 2
 
 
 def test_saves_and_evaluates_from_within(config):
-    notes, save = Notes(), At("log", 2, "should_save", "should_evaluate")
-    train(config, notes, save)
+    notes, save = Notes(), At("log", 1, "should_save", "should_evaluate")
+    train(replace(config, steps=2), notes, save)
     assert [x for x in notes.seen if x[0] in ("evaluate", "save")] == [
-        ("evaluate", 2), ("save", 2), ("save", 4)]  # fmt: skip
-    assert kept(config) == ["step_2.pt", "step_4.pt"]
+        ("evaluate", 1), ("save", 1), ("save", 2)]  # fmt: skip
+    assert kept(config) == ["step_1.pt", "step_2.pt"]
 
 
 def test_callbacks_of_transformers(config, capsys):
@@ -139,10 +143,10 @@ def test_callbacks_of_transformers(config, capsys):
 
 def test_evaluations(config, reward):
     """The answers of after.json are the last one's; a mean and the samples of each."""
-    config = replace(config, eval_every=2, judge=reward("negative"))
+    config = replace(config, steps=2, eval_every=1, judge=reward("negative"))
     train(config)
     rows = evaluations(config)
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows] == [1, 2]
     after = json.loads((Path(config.output_dir) / "after.json").read_text())
     assert rows[1]["samples"] == after and len(after["answer"]) == 4
     assert rows[1]["eval_score"] == pytest.approx(sum(after["score"]) / 4)
@@ -171,7 +175,7 @@ def falling(tmp_path, config):
     (tmp_path / "falling.py").write_text(FALLING)
     spec = f"{tmp_path / 'falling.py'}:falling"
     return replace(
-        config, reward=[spec], eval_every=1, steps=6, save_every=9, save_total_limit=1,
+        config, reward=[spec], eval_every=1, steps=5, save_every=9, save_total_limit=1,
         load_best_model_at_end=True,
     )  # fmt: skip
 
@@ -189,11 +193,11 @@ def test_the_best_model_is_the_trained_one(falling):
     """Its checkpoint is kept whatever comes after it."""
     summary = train(falling)
     assert (summary["best_step"], summary["best_score"]) == (2, 3.0)
-    assert kept(falling) == ["step_2.pt", "step_6.pt"]
+    assert kept(falling) == ["step_2.pt", "step_5.pt"]
     best = weights_of(Path(falling.output_dir) / "checkpoints" / "step_2.pt")
     saved = trained(falling)
     assert all(torch.equal(saved[name], x) for name, x in best.items() if name in saved)
-    last = weights_of(Path(falling.output_dir) / "checkpoints" / "step_6.pt")
+    last = weights_of(Path(falling.output_dir) / "checkpoints" / "step_5.pt")
     assert not all(torch.equal(last[name], x) for name, x in best.items())
 
 
@@ -233,19 +237,20 @@ def test_resume_keeps_counts_and_best(falling, monkeypatch):
 
 def test_evaluations_after_the_checkpoint_are_dropped(config, monkeypatch):
     """As metrics are: the steps are made again."""
-    config = replace(config, eval_every=1, save_every=2)
+    config = replace(config, steps=2, eval_every=1, save_every=1)
     train(config)
     folder = Path(config.output_dir)
     whole = evaluations(config)
-    for name in ("summary.json", "checkpoints/step_4.pt"):
+    for name in ("summary.json", "checkpoints/step_2.pt"):
         (folder / name).unlink()
     train(replace(config, resume=True))
-    assert evaluations(config) == whole and [row["step"] for row in whole] == [1, 2, 3, 4]
+    assert evaluations(config) == whole and [row["step"] for row in whole] == [1, 2]
     Run(replace(config, resume=False, overwrite=True)).begin()
     assert not (folder / "metrics" / "eval.jsonl").exists()
 
 
 def test_evaluating_changes_no_number(config):
+    config = replace(config, steps=2)
     train(config)
     other = replace(config, output_dir=config.output_dir + "_evaluated", eval_every=1)
     train(other)
