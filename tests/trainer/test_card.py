@@ -34,7 +34,8 @@ def test_the_card_of_a_policy(run, tmp_path):
         "| `reward` | `my_reward.py:share` |",
     ):
         assert line in read.text, line
-    assert str(tmp_path) not in read.content and "`seed`" not in read.text
+    assert str(tmp_path) not in read.content and "`output_dir`" not in read.text
+    assert "`seed`" not in read.text
     assert str(Path(run.model).parent) not in read.content
 
 
