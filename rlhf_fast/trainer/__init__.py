@@ -1,1 +1,46 @@
-"""The trainer: a reward model from preference pairs, then PPO against it."""
+"""The trainer: a reward model from preference pairs, then PPO against it.
+
+from rlhf_fast.trainer import PPOConfig, PPOTrainer
+
+trainer = PPOTrainer(model, reward_function, dataset, config=PPOConfig(output_dir="runs/ppo"))
+summary = trainer.train()
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_fast.trainer.config import PPOConfig, RewardConfig
+    from rlhf_fast.trainer.errors import InputError
+    from rlhf_fast.trainer.rollout.sample import Completions, RolloutEngine, Sampling
+    from rlhf_fast.trainer.trainers import PPOTrainer, RewardTrainer
+
+__all__ = [
+    "Completions",
+    "InputError",
+    "PPOConfig",
+    "PPOTrainer",
+    "RewardConfig",
+    "RewardTrainer",
+    "RolloutEngine",
+    "Sampling",
+]
+
+# Loaded when they are asked for: the command line says in one line which package is missing.
+WHERE = {
+    "Completions": "rollout.sample", "InputError": "errors", "PPOConfig": "config",
+    "PPOTrainer": "trainers", "RewardConfig": "config", "RewardTrainer": "trainers",
+    "RolloutEngine": "rollout.sample", "Sampling": "rollout.sample",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

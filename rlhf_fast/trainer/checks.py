@@ -68,6 +68,19 @@ def paths_as_text(config: Any) -> None:
             setattr(config, f.name, [str(x) if isinstance(x, PathLike) else x for x in value])
 
 
+def no_objects(config: Any) -> None:
+    """A config is text and numbers: what else came is for the trainer."""
+    for name in sorted(PATHS):
+        value = getattr(config, name, None)
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if each is not None and not isinstance(each, str):
+                kind = getattr(each, "__name__", None) or f"<{type(each).__name__}>"
+                raise InputError(
+                    f"{name}={kind}: expected text in a config; PPOTrainer and RewardTrainer take "
+                    "models, datasets and functions (from rlhf_fast.trainer import PPOTrainer)"
+                )
+
+
 def texts_of_a_config(config: Any) -> None:
     """Text is there, and where it is a name of a file or folder the system can look for it."""
     for f in fields(config):

@@ -22,13 +22,13 @@ def parsed(config: str, argv: Sequence[str], *, prog: str) -> Any:
 def reward(argv: Sequence[str]) -> None:
     """train a reward model from pairs of a better and a worse text"""
     config = parsed("RewardConfig", argv, prog="rlhf-fast reward")
-    load("rlhf_fast.trainer.reward").train(config)
+    load("rlhf_fast.trainer.trainers").RewardTrainer(config=config).train()
 
 
 def ppo(argv: Sequence[str]) -> None:
     """train a language model with PPO against a reward model or function"""
     config = parsed("PPOConfig", argv, prog="rlhf-fast ppo")
-    load("rlhf_fast.trainer.ppo").train(config)
+    load("rlhf_fast.trainer.trainers").PPOTrainer(config=config).train()
 
 
 def generate(argv: Sequence[str]) -> None:

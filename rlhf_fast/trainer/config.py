@@ -23,6 +23,7 @@ from .checks import (
     below_one,
     finite,
     in_ranges,
+    no_objects,
     one_of,
     paths_as_text,
     seed_in_range,
@@ -36,14 +37,19 @@ def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[s
     return field(default=default, metadata=metadata | ({"choices": choices} if choices else {}))
 
 
+def needed(group: str, *, help: str) -> Any:
+    """A flag that must be given. In Python an object may stand for it: see trainers.py."""
+    return field(default=None, metadata={"group": group, "help": help, "needed": True})
+
+
 @dataclass(kw_only=True)
 class RunConfig:
     """What training a reward model and training a policy have in common."""
 
-    model: str = option(
+    model: str | None = needed(
         "model and data", help="model to start from: a Hugging Face folder or hub name"
     )
-    data: str = option(
+    data: str | None = needed(
         "model and data", help="dataset: a .jsonl, .csv or .parquet file, a folder, or a hub name"
     )
     output_dir: str = option(
@@ -106,6 +112,27 @@ class RunConfig:
         help="trackers besides metrics.jsonl, separated by commas: tensorboard, wandb, …",
     )
 
+    eval_every: int | None = option(
+        "run",
+        None,
+        help="steps between evaluations of what is held out, kept in metrics/eval.jsonl [unset: "
+        "before and after only]",
+    )
+    load_best_model_at_end: bool = option(
+        "run", False, help="the trained model is that of the best evaluation, not the last step's"
+    )
+    early_stopping_patience: int | None = option(
+        "run", None, help="the run ends after this many evaluations in a row without a better one"
+    )
+
+    push_to_hub: bool = option(
+        "run", False, help="upload the trained model with its card when the run is finished"
+    )
+    hub_model_id: str | None = option(
+        "run", None, help="repository to upload to: `owner/name` [unset: output_dir's name]"
+    )
+    hub_private_repo: bool = option("run", False, help="make that repository private")
+
     # What makes a run this run: changed, its checkpoints would not fit, its place in the data would
     # be lost, or its results could not be compared with those before it. All else may differ when
     # it is continued, and counts from there on.
@@ -116,6 +143,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         paths_as_text(self)
+        no_objects(self)
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
@@ -125,6 +153,10 @@ class RunConfig:
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
         seed_in_range(self)
         above_zero(self, "max_grad_norm")
+        at_least(self, 1, "eval_every", "early_stopping_patience")
+        for name in ("load_best_model_at_end", "early_stopping_patience"):
+            if getattr(self, name) and self.eval_every is None:
+                raise InputError(f"{name}={getattr(self, name)} needs evaluations: set eval_every")
         if self.resume and self.overwrite:
             raise InputError("resume and overwrite contradict each other: set only one of them")
 
@@ -172,6 +204,13 @@ class RewardConfig(RunConfig):
         help="adds this times (score(chosen) + score(rejected))² to keep scores around zero",
     )
 
+    metric_for_best_model: str = option(
+        "run",
+        "accuracy",
+        choices=("accuracy", "loss"),
+        help="what makes one evaluation better than another, over the held-out pairs",
+    )
+
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "eval_data", "eval_split", "eval_pairs", "batch_size", "max_tokens",
     }  # fmt: skip
@@ -188,12 +227,18 @@ class RewardConfig(RunConfig):
                     f"{name} and eval_pairs contradict each other: held-out pairs are either a "
                     "dataset or split of their own, or drawn from data"
                 )
-        if self.eval_data is None and self.eval_split == self.split:
+        refuse_same_data(self, "pairs")
+
+
+def refuse_same_data(config: Any, rows: str) -> None:
+    """What is held out must not be what is learnt from."""
+    if config.eval_data is None and config.eval_split == config.split:
+        raise InputError(f"eval_split={config.eval_split} is split: the {rows} that are trained on")
+    if config.eval_data is not None and config.eval_data == config.data:
+        if config.eval_split in (None, config.split):
             raise InputError(
-                f"eval_split={self.eval_split} is split: the pairs that are trained on"
+                f"eval_data={config.eval_data} is data: the {rows} that are trained on"
             )
-        if self.eval_data == self.data and self.eval_split in (None, self.split):
-            raise InputError(f"eval_data={self.eval_data} is data: the pairs that are trained on")
 
 
 # An answer's one advantage, from its score against those of the others to its prompt.
@@ -252,7 +297,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     """
 
     # What is learnt from
-    reward: list[str] = option(
+    reward: list[str] | None = needed(
         "rewards",
         help="what scores an answer, one or several: a reward model (folder or hub name), a "
         "classifier's label (`folder#label`), or a Python function (`module:function` or "
@@ -519,17 +564,42 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     )
 
     # What is shown
+    eval_data: str | None = option(
+        "model and data", None, help="held-out prompts; unset holds out some of data"
+    )
+    eval_split: str | None = option(
+        "model and data",
+        None,
+        help="split of the held-out prompts, in eval_data or in data [unset: as split]",
+    )
     eval_prompts: int = option(
-        "model and data", 32, help="prompts kept from training and answered before and after it"
+        "model and data",
+        32,
+        help="prompts kept from training and answered before and after it: the first different "
+        "ones",
     )
     log_every: int = option(
         "run", 10, help="steps between printed lines; every step is in metrics.jsonl"
     )
     sample_every: int | None = option("run", None, help="steps between printed tables of answers")
+    metric_for_best_model: str = option(
+        "run",
+        "score",
+        choices=("score", "judge", "kl"),
+        help="what makes one evaluation better than another: the mean score or judge's score of "
+        "the held-out prompts' answers, or (lower is better) their KL",
+    )
+    stop_at_kl: float | None = option(
+        "run",
+        None,
+        help="the run ends after a step whose answers are further than this from the reference "
+        "(KL in nats a sequence)",
+    )
 
     fixed: ClassVar[set[str]] = RunConfig.fixed | {
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
-        "batch_size", "samples_per_prompt", "max_prompt_tokens", "eval_prompts",
+        "batch_size", "samples_per_prompt", "max_prompt_tokens",
+        "eval_data", "eval_split", "eval_prompts",
         "reward", "reward_weights", "judge", "keep_special_tokens",
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
     }  # fmt: skip
@@ -553,7 +623,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "rollout_ratio_min", "rollout_reject_above", "rollout_veto")
         at_most(self, 1, "rollout_veto")
-        above_zero(self, "reward_timeout")
+        above_zero(self, "reward_timeout", "stop_at_kl")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
         in_ranges(self, self.ranges)
@@ -564,6 +634,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     f"{parts}={getattr(self, parts)} of the same size"
                 )
         self.check_reward()
+        refuse_same_data(self, "prompts")
         self.refuse_contradictions()
         try:
             PolicyOptions(**self.policy_options(self.beta)).check(torch.float32)
@@ -754,6 +825,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     def check_reward(self) -> None:
         if isinstance(self.reward, str):
             self.reward = [self.reward]
+        if self.reward is None:
+            return
         if not all(self.reward or [""]):
             raise InputError("reward is empty: give at least one model or function")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):

@@ -35,8 +35,9 @@ def evaluate(
     config: PPOConfig,
     workers: Workers,
 ) -> dict[str, list]:
-    """Answers to held-out prompts with score, judge's score and KL; the same draws each time, and
-    our own decoding, so that they can be compared whatever the rollout engine is.
+    """Answers to held-out prompts with score, judge's score, KL and length in tokens; the same
+    draws each time, and our own decoding, so that they can be compared whatever the rollout engine
+    is.
 
     Every process does the same, since the model may be sharded over all; the main one's scores
     count.
@@ -57,6 +58,7 @@ def evaluate(
             result["judge"] += scored["judge"].tolist()
         kl = token_kl(measured.logp, measured.ref_logp, "k1")
         result["kl"] += masked_sum(kl, rollout.mask).tolist()
+        result["length"] += rollout.mask.sum(-1).tolist()
     return dict(result)
 
 

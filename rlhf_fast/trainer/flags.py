@@ -58,7 +58,10 @@ class FlagParser(HfArgumentParser):
     def _parse_dataclass_field(self, parser: Any, field: Field) -> None:
         flag = copy(field)
         flag.metadata = dict(field.metadata)  # the rest is argparse's
+        required = flag.metadata.pop("needed", False)
         HfArgumentParser._parse_dataclass_field(self.groups[flag.metadata.pop("group")], flag)
+        if required:
+            next(a for a in self._actions if a.dest == field.name).required = True
 
     def error(self, message: str) -> None:
         raise InputError(message)

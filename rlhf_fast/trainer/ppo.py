@@ -24,14 +24,16 @@ from rlhf_fast import (
 from rlhf_fast.ops.policy_loss import PolicyStats
 from rlhf_fast.trainer.advantages import estimate, shaped
 from rlhf_fast.trainer.batch import Batch, corrections, counts, minibatches, parts
+from rlhf_fast.trainer.callbacks import Callbacks
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.held_out import split_prompts
-from rlhf_fast.trainer.data.read import load_rows
+from rlhf_fast.trainer.data.read import read_data
 from rlhf_fast.trainer.data.rows import batch_indices
 from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.dynamic_sampling import Sampled, without_even_groups
 from rlhf_fast.trainer.evaluate import evaluate, summarise
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.greedy import greedy_scores
 from rlhf_fast.trainer.measure import (
     gather,
@@ -52,6 +54,7 @@ from rlhf_fast.trainer.rollout.sample import (
     answer_hidden,
 )
 from rlhf_fast.trainer.run import interrupts
+from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import (
     Stopwatch,
     answers_table,
@@ -73,27 +76,33 @@ from rlhf_fast.trainer.update import Stepper
 
 @interrupts.guarded()
 @quiet()
-def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
-    """Returns (and saves as summary.json) score, judge and KL before and after training."""
+def train(
+    config: PPOConfig, *, engine: RolloutEngine | None = None, given: Given | None = None
+) -> dict:
+    """Returns (and saves as summary.json) score, judge and KL before and after training.
+
+    given: objects that names in the config stand for (see PPOTrainer).
+    """
+    given = given or Given()
     workers = Workers(config)
+    given.check(config, workers.sharing)
+    check_push(config)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
-        console.print(f"{run.folder} is finished already: {run.summary}")
+        console.print(f"{run.folder} is finished already: {run.summary}{given.untouched()}")
         return run.summary
 
     began = time.perf_counter()
     device = workers.device
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
-    reward, judge = load_scorers(config, device)
-    engine = load_engine(config) if engine is None else engine
-    policy = load_models(config, device)
+    rows, eval_rows = read_data(config, given)
+    reward, judge = load_scorers(config, device, given)
+    engine = load_engine(config, given) if engine is None else engine
+    policy = load_models(config, device, given)
     if workers.is_main and engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
-    held_out, prompts = split_prompts(config, policy, rows)
+    held_out, prompts = split_prompts(config, policy, rows, eval_rows)
     for scorer in (reward, judge):
         if scorer is not None:
             scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
@@ -105,10 +114,15 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         frozen=config.critic_warmup_steps * updates,
     )  # fmt: skip
     control = Control(config)
+    callbacks = Callbacks(
+        given, config, config.steps, run, workers, model=policy.model, tokenizer=policy.tokenizer,
+        optimizer=optimizer, schedule=scheduler,
+    )  # fmt: skip
+    steering = {"control": control, "callbacks": callbacks}  # kept beside weights and optimizer
     run.check_end(config.steps)
     names = ("model", "value_model", "reward", "judge", "rollout_engine")
-    named = {"data": rows} | {name: getattr(config, name) for name in names}
-    contents = workers.main_only(partial(check_contents, run, named))
+    named = {"data": rows, "eval_data": eval_rows} | {name: getattr(config, name) for name in names}
+    contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
     run.save(CONTENTS, contents)
     # Answering held-out prompts first also shows whether reward and judge work at all.
@@ -118,7 +132,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         before = evaluate(policy, held_out, reward, judge, config, workers)
         run.save("before.json", before)
     first = workers.agreed(
-        run.restore(weights, stepper.optimizer, control=control), "step to go on from"
+        run.restore(weights, stepper.optimizer, **steering), "step to go on from"
     )
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
@@ -127,7 +141,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
         console.print(f"{workers.size} processes share {shared}")
 
     with progress_bar("ppo", config.steps, first, shown=workers.is_main) as bar:
-        for step in range(first, config.steps):
+        for step in callbacks.steps(first, history):
             # Everything random is a function of (seed, step): a resumed run repeats every draw,
             # those of a reward function from the global generators included.
             seed = config.seed * 1_000_003 + step
@@ -135,7 +149,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             generator = torch.Generator().manual_seed(seed)
             clock = Stopwatch(device)
             scheduler.after(step * updates)
-            learnt = partial(run.keep, step, weights, stepper.optimizer, control=control)
+            learnt = partial(run.keep, step, weights, stepper.optimizer, **steering)
             interrupts.step_begins(learnt, alone=workers.size == 1)
 
             # 1. Sample answers to each prompt, this process to its share of the batch.
@@ -219,29 +233,39 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     shown = [prompt.prompt for prompt in asked[mine]]
                     console.print(samples_table(shown, texts, raw_scores[mine].tolist()))
+            callbacks.step_ended(row, per_epoch=len(prompts) / groups)
+            if callbacks.evaluates():
+                callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
             ending = workers.largest(interrupts.asked())
-            if ending or (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-                run.save_checkpoint(step + 1, weights, stepper.optimizer, control=control)
+            if ending or callbacks.saves():
+                run.save_checkpoint(step + 1, weights, stepper.optimizer, **steering)
+                callbacks.saved()
             if ending:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
 
+    if (best := callbacks.best_step()) is not None:
+        run.go_back(best, weights, stepper.optimizer)
+    callbacks.end()
+
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
-    run.write("model", lambda folder: policy.save(folder, whole))
+    after = callbacks.answers or evaluate(policy, held_out, reward, judge, config, workers)
+    run.save("after.json", after)
+    summary = summarise(before, after) | {
+        **callbacks.summary(),
+        "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    card = model_card(config, summary)
+    run.write("model", lambda folder: policy.save(folder, whole, card))
     if policy.value_body is not None:
         run.write("value_model", lambda folder: policy.save_critic(folder, whole))
     if config.lora_r is not None:
         save_adapter = partial(policy.model.save_pretrained, state_dict=whole["model"])
         run.write("adapter", save_adapter)
-    after = evaluate(policy, held_out, reward, judge, config, workers)
-    run.save("after.json", after)
     run.write("plot.png", lambda path: plot(history, path))
-    summary = summarise(before, after) | {
-        "skipped_updates": sum(row.get("skipped_updates") or 0 for row in history),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
     run.save("summary.json", summary)
     workers.end()
     if workers.is_main:
@@ -250,6 +274,7 @@ def train(config: PPOConfig, *, engine: RolloutEngine | None = None) -> dict:
             "  ".join(f"{name} {value:.3g}" for name, value in summary.items())
             + f"\n{profile(history)}\nmodel, plot.png and metrics.jsonl in {run.folder}"
         )
+        push(config, run.folder)
     return summary
 
 

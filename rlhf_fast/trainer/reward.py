@@ -12,6 +12,7 @@ Several processes share every batch (see workers.py); read the loop as if there 
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import time
@@ -22,16 +23,19 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast import pairwise_loss
 from rlhf_fast.ops.pairwise_loss import PairwiseStats
+from rlhf_fast.trainer.callbacks import Callbacks
 from rlhf_fast.trainer.config import RewardConfig
-from rlhf_fast.trainer.data.read import Rows, load_rows
+from rlhf_fast.trainer.data.read import Rows, read_data
 from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.metrics import Means
 from rlhf_fast.trainer.models.loading import context_length, source_dtype
 from rlhf_fast.trainer.models.reward_model import new_reward_model, score_texts, score_tokens
@@ -40,9 +44,10 @@ from rlhf_fast.trainer.models.tokenizer import choose_pad, load_tokenizer
 from rlhf_fast.trainer.models.trunk_cache import TrunkCache, fits
 from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.run import interrupts
+from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import console, progress_bar
 from rlhf_fast.trainer.run.contents import CONTENTS, check_contents
-from rlhf_fast.trainer.run.folder import Run
+from rlhf_fast.trainer.run.folder import Run, read_metrics
 from rlhf_fast.trainer.schedule import Schedule, Updates
 from rlhf_fast.trainer.update import Stepper
 
@@ -53,21 +58,34 @@ WINDOW = 8  # batches drawn at once and sorted by length: little padding, still 
 
 @interrupts.guarded()
 @quiet()
-def train(config: RewardConfig) -> dict:
-    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std."""
+def train(config: RewardConfig, *, given: Given | None = None) -> dict:
+    """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std.
+
+    given: objects that names in the config stand for (see RewardTrainer).
+    """
+    given = given or Given()
     workers = Workers(config)
+    given.check(config, workers.sharing)
+    check_push(config)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes
     if run.summary is not None:
-        console.print(f"{run.folder} is finished already: {run.summary}")
+        console.print(f"{run.folder} is finished already: {run.summary}{given.untouched()}")
         return run.summary
 
     began = time.perf_counter()
     device = workers.device
     trust = config.trust_remote_code
-    tokenizer = load_tokenizer(config.model, field="model", trust=trust)
-    rows, eval_rows = read_pairs(config)
+    tokenizer = copy.deepcopy(given.tokenizer(config.model))  # its pad may become another
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.model, field="model", trust=trust)
+    rows, eval_rows = read_data(config, given)
     pairs, held_out = load_pairs(config, tokenizer, (rows, eval_rows))
+    loaded = given.get(config.model)
+    if loaded is None:
+        dtype = source_dtype(config.model, field="model", trust=trust)
+    else:
+        dtype = loaded.dtype
     texts = [text for pair in pairs + held_out for text in (pair.chosen, pair.rejected)]
     choose_pad(tokenizer, used=set().union(*texts))
     model = new_reward_model(
@@ -77,6 +95,7 @@ def train(config: RewardConfig) -> dict:
         seed=config.seed,
         device=device,
         trust=trust,
+        loaded=loaded,
     )
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -99,12 +118,17 @@ def train(config: RewardConfig) -> dict:
     schedule = Schedule(optimizer, config.lr_scheduler_type, config.warmup_steps, steps)
     updates = Updates(config)
     stepper = Stepper(weights.values(), optimizer, config.max_grad_norm, workers.sum)
+    callbacks = Callbacks(
+        given, config, steps, run, workers, model=model, tokenizer=tokenizer, optimizer=optimizer,
+        schedule=schedule,
+    )  # fmt: skip
+    steering = {"updates": updates, "callbacks": callbacks}  # kept beside weights and optimizer
     run.check_end(steps)
     named = {"data": rows, "eval_data": eval_rows, "model": config.model}
-    contents = workers.main_only(partial(check_contents, run, named))
+    contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
     run.save(CONTENTS, contents)
-    first = workers.agreed(run.restore(weights, optimizer, updates=updates), "step to go on from")
+    first = workers.agreed(run.restore(weights, optimizer, **steering), "step to go on from")
     workers.start_trackers(run.folder.name, asdict(config))
     if workers.is_main:
         console.print(f"{len(pairs)} pairs to learn from, {len(held_out)} held out, {steps} steps")
@@ -113,9 +137,9 @@ def train(config: RewardConfig) -> dict:
     score = scorer(model, config, pairs, workers.size)
 
     with progress_bar("reward model", steps, first, shown=workers.is_main) as bar:
-        for step in range(first, steps):
+        for step in callbacks.steps(first, read_metrics(run.metrics)):
             schedule.after(step)
-            learnt = partial(run.keep, step, weights, optimizer, updates=updates)
+            learnt = partial(run.keep, step, weights, optimizer, **steering)
             interrupts.step_begins(learnt, alone=workers.size == 1)
             rows = similar_lengths(lengths, config.batch_size, step, config.seed)
             batch = [pairs[i] for i in rows]
@@ -148,21 +172,27 @@ def train(config: RewardConfig) -> dict:
             if workers.is_main:
                 workers.log(row)
                 bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
+            callbacks.step_ended(row, per_epoch=steps / config.epochs)
+            if callbacks.evaluates():
+                callbacks.evaluated(workers.main_only(partial(evaluate, model, held_out)))
             ending = workers.largest(interrupts.asked())
-            if ending or (step + 1) % config.save_every == 0 or step + 1 == steps:
-                run.save_checkpoint(step + 1, weights, optimizer, updates=updates)
+            if ending or callbacks.saves():
+                run.save_checkpoint(step + 1, weights, optimizer, **steering)
+                callbacks.saved()
             if ending:
                 interrupts.stop(ending)
 
     interrupts.steps_are_over()
-    dtype = source_dtype(config.model, field="model", trust=trust)
+    if (best := callbacks.best_step()) is not None:
+        run.go_back(best, weights, optimizer)
+    callbacks.end()
     if config.save_dtype:
         dtype = getattr(torch, config.save_dtype)
     model.load_state_dict(rounded(model, model.state_dict(keep_vars=True), dtype))
     # What is measured, here and below, is the model as it is saved.
     result = workers.main_only(partial(normalise, model, held_out, config))
-    run.write("model", partial(save, model, tokenizer, dtype))
-    summary = result | {"seconds": round(time.perf_counter() - began, 1)}
+    summary = result | callbacks.summary() | {"seconds": round(time.perf_counter() - began, 1)}
+    run.write("model", partial(save, model, tokenizer, dtype, model_card(config, summary)))
     run.save("summary.json", summary)
     workers.end()
     if workers.is_main:
@@ -170,12 +200,24 @@ def train(config: RewardConfig) -> dict:
             f"held-out pair accuracy {summary['accuracy']:.3f} on {len(held_out)} pairs, "
             f"{summary['seconds']:.0f} s; model in {run.folder / 'model'}"
         )
+        push(config, run.folder)
     return summary
 
 
-def save(model: PreTrainedModel, tokenizer, dtype: torch.dtype, folder: Path) -> None:
+def save(
+    model: PreTrainedModel, tokenizer, dtype: torch.dtype, card: ModelCard, folder: Path
+) -> None:
     save_model(model, folder, model.state_dict(keep_vars=True), dtype)
     tokenizer.save_pretrained(folder)
+    card.save(folder / "README.md")
+
+
+def evaluate(model: PreTrainedModel, held_out: list[Pair]) -> dict[str, list[float]]:
+    """Accuracy and loss of each held-out pair."""
+    texts = [pair.chosen for pair in held_out] + [pair.rejected for pair in held_out]
+    gaps = torch.sub(*score_texts(model, texts).chunk(2))
+    losses = -torch.nn.functional.logsigmoid(gaps)
+    return {"accuracy": (gaps > 0).float().tolist(), "loss": losses.tolist()}
 
 
 def normalise(
@@ -227,23 +269,11 @@ def batch_loss(
     return pairwise_loss(chosen, rejected, margin, center_coef=center_coef)
 
 
-def read_pairs(config: RewardConfig) -> tuple[Rows, Rows | None]:
-    """(rows of data, rows of the held-out pairs where they come from elsewhere)."""
-    rows = load_rows(
-        config.data, split=config.split, subset=config.subset, max_rows=config.max_rows
-    )
-    if config.eval_data is not None:
-        return rows, load_rows(config.eval_data, split=config.eval_split or config.split)
-    if config.eval_split is not None:
-        return rows, load_rows(config.data, split=config.eval_split, subset=config.subset)
-    return rows, None
-
-
 def load_pairs(
     config: RewardConfig, tokenizer, read: tuple[Rows, Rows | None] | None = None
 ) -> tuple[list[Pair], list[Pair]]:
-    """(pairs to train on, pairs held out); read: what read_pairs gave, if it was called."""
-    rows, eval_rows = read or read_pairs(config)
+    """(pairs to train on, pairs held out); read: what read_data gave, if it was called."""
+    rows, eval_rows = read or read_data(config, Given())
     limit = config.max_tokens
     pairs = preference_pairs(rows, tokenizer, source=config.data, max_tokens=limit)
     if eval_rows is not None:

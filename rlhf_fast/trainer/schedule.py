@@ -90,5 +90,9 @@ class Schedule:
         if updates < self.frozen:
             self.optimizer.param_groups[0]["lr"] = 0.0
 
+    def get_last_lr(self) -> list[float]:
+        """As torch's schedulers say it, for callbacks."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
     def step(self) -> None:
         self.after(self.updates + 1)

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from rlhf_fast.trainer.config import CRITIC_FREE, PPOConfig
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.lora import LoRA
 from rlhf_fast.trainer.models.policy import Policy, load_policy
 from rlhf_fast.trainer.rewards.scorers import Scorer, load_scorer
@@ -15,7 +16,9 @@ from rlhf_fast.trainer.rollout.sample import decodes_exactly, sample
 from rlhf_fast.trainer.run.console import console
 
 
-def load_scorers(config: PPOConfig, device: torch.device) -> tuple[Scorer, Scorer | None]:
+def load_scorers(
+    config: PPOConfig, device: torch.device, given: Given
+) -> tuple[Scorer, Scorer | None]:
     """(reward, judge)."""
     load = partial(
         load_scorer,
@@ -23,12 +26,13 @@ def load_scorers(config: PPOConfig, device: torch.device) -> tuple[Scorer, Score
         trust=config.trust_remote_code,
         timeout=config.reward_timeout,
         ran={},
+        given=given,
     )
     reward = load(config.reward, config.reward_weights, field="reward")
     return reward, load(config.judge, field="judge") if config.judge else None
 
 
-def load_models(config: PPOConfig, device: torch.device) -> Policy:
+def load_models(config: PPOConfig, device: torch.device, given: Given) -> Policy:
     policy = load_policy(
         config.model,
         device=device,
@@ -41,6 +45,8 @@ def load_models(config: PPOConfig, device: torch.device) -> Policy:
         packing=config.packing,
         save_dtype=config.save_dtype,
         trust=config.trust_remote_code,
+        loaded=given.get(config.model),
+        tokenizer=given.tokenizer(config.model),
     )
     policy.exact_decoding = decodes_exactly(policy)
     return policy

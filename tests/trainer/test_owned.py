@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlhf_fast.trainer import cli
 from rlhf_fast.trainer.config import RunConfig
@@ -126,8 +128,8 @@ def test_put_there_while_a_run_goes_on(make):
     with pytest.raises(InputError, match="step_1.pt was put there"):
         run.write("checkpoints/step_1.pt", lambda path: path.write_text("ours"))
     run.config.save_total_limit = 1
-    run.write("checkpoints/step_2.pt", lambda path: path.write_text("ours"))
-    run.write("checkpoints/step_3.pt", lambda path: path.write_text("ours"))
+    for step in (2, 3):
+        run.write(f"checkpoints/step_{step}.pt", partial(torch.save, {}))
     run.prune()
     assert sorted(run.checkpoints()) == [1, 3]
 

@@ -61,7 +61,9 @@ CHANGES_NO_NUMBER = {
     "trust_remote_code", "save_dtype",
     "output_dir", "resume", "overwrite", "device", "steps", "micro_batch_size", "save_every",
     "save_total_limit", "max_skipped_updates", "report_to", "log_every", "sample_every",
-    "attn_implementation", "packing", "reward_timeout",
+    "attn_implementation", "packing", "reward_timeout", "eval_every", "load_best_model_at_end",
+    "metric_for_best_model", "early_stopping_patience", "stop_at_kl", "push_to_hub",
+    "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -411,3 +412,50 @@ def test_a_folder_that_cannot_be_made(make, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="output_dir=.*file/run cannot be made: Not a directory"):
         Run(make("file/run")).begin()
+
+
+def test_a_checkpoint_without_room_is_not_begun(make, monkeypatch):
+    """A full disk would cost others more than it."""
+    run, weights, optimizer, counter = start(make())
+    run.begin()
+    run.save_checkpoint(1, weights, optimizer, counter=counter)
+    monkeypatch.setattr(run_module, "save_tensors", lambda *_: pytest.fail("it was begun"))
+    size = weights["w"].nbytes
+    disk = SimpleNamespace(free=size - 1)
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: disk)
+    with pytest.raises(InputError, match="step_2.pt cannot be written: it takes .*step 1 is inta"):
+        run.save_checkpoint(2, weights, optimizer, counter=counter)
+    disk.free = size
+    with pytest.raises(pytest.fail.Exception, match="it was begun"):
+        run.save_checkpoint(2, weights, optimizer, counter=counter)
+
+
+def test_the_only_good_checkpoint_stays(make, monkeypatch, capsys):
+    """One that was damaged while it was written takes the place of none."""
+    run, weights, optimizer, counter = start(make(save_total_limit=1))
+    run.begin()
+    run.save_checkpoint(1, weights, optimizer, counter=counter)
+
+    def spoilt(state, path):
+        files.save_tensors(state, path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "save_tensors", spoilt)
+        run.save_checkpoint(2, weights, optimizer, counter=counter)
+    assert [*run.checkpoints()] == [1, 2]
+    said = "".join(capsys.readouterr().out.split())
+    assert "step_2.ptisdamaged:thosebeforeitarekept" in said
+    run.save_checkpoint(3, weights, optimizer, counter=counter)
+    assert [*run.checkpoints()] == [3]
+
+
+def test_the_best_checkpoint_stays(make):
+    run, weights, optimizer, counter = start(make(save_total_limit=1))
+    run.begin()
+    for step in range(1, 5):
+        run.best = 2 if step >= 2 else 1
+        run.save_checkpoint(step, weights, optimizer, counter=counter)
+    assert [*run.checkpoints()] == [2, 4]

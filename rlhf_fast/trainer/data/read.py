@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow as pa
@@ -21,6 +21,10 @@ import pyarrow.parquet as pq
 
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.quiet import quiet
+
+if TYPE_CHECKING:
+    from rlhf_fast.trainer.config import RunConfig
+    from rlhf_fast.trainer.given import Given
 
 Row = dict[str, Any]
 Part = list[Row] | pa.Table | datasets.Dataset
@@ -100,6 +104,28 @@ def load_rows(
     if len(rows) == 0:
         raise InputError(f"data={source} (split {split}) has no rows")
     return rows if max_rows is None else rows.cut(0, max_rows)
+
+
+def read_data(config: RunConfig, given: Given) -> tuple[Rows, Rows | None]:
+    """(rows of data, rows that are held out where they come from elsewhere)."""
+    rows = rows_of(config, given, config.data, config.split, config.subset)
+    rows = rows if config.max_rows is None else rows.cut(0, config.max_rows)
+    if config.eval_data is not None:
+        return rows, rows_of(config, given, config.eval_data, config.eval_split or config.split)
+    if config.eval_split is not None:
+        return rows, rows_of(config, given, config.data, config.eval_split, config.subset)
+    return rows, None
+
+
+def rows_of(
+    config: RunConfig, given: Given, source: str, split: str, subset: str | None = None
+) -> Rows:
+    if (rows := given.get(source)) is None:
+        return load_rows(source, split=split, subset=subset)
+    if split != "train" or subset is not None:
+        option = f"split={split}" if split != "train" else f"subset={subset}"
+        raise InputError(f"{option}, but data={source} is an object: give the rows themselves")
+    return rows
 
 
 def read(source: str, path: Path, split: str, subset: str | None) -> Rows:

@@ -54,7 +54,7 @@ def preference_pairs(
     `max_tokens` are left out: cut, they might no longer differ. So are those whose sides are the
     same: they teach nothing and no model can order them.
     """
-    need_columns(rows, ("chosen", "rejected"), source)
+    need_pairs(rows, f"data={source}")
     pairs, same = [], 0
     for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
@@ -135,15 +135,7 @@ def prompts(
     Of preference pairs without that column, what `chosen` and `rejected` have in common at their
     beginning is the prompt.
     """
-    implicit = "prompt" not in rows.column_names and {"chosen", "rejected"} <= {*rows.column_names}
-    if not implicit:
-        need_columns(rows, ("prompt",), source)
-    for name in ("prompts", "completions"):
-        if name in rows.column_names:
-            raise InputError(
-                f"data={source} has a column {name!r}, but reward functions get the other columns "
-                f"beside an argument {name} of their own: rename it"
-            )
+    implicit = need_prompts(rows, f"data={source}")
     kept, same = [], 0
     for index, row in numbered(rows, source):
         where = f"data={source}, row {index}"
@@ -216,11 +208,29 @@ def report_left_out(source: str, left_out: int, rows: int, reason: str) -> None:
         console.print(f"data={source}: {left_out} of {rows} rows {reason}, left out")
 
 
-def need_columns(rows: Rows, names: Sequence[str], source: str) -> None:
+def need_pairs(rows: Rows, who: str) -> None:
+    need_columns(rows, ("chosen", "rejected"), who)
+
+
+def need_prompts(rows: Rows, who: str) -> bool:
+    """Whether the prompts are what the sides of pairs begin with."""
+    implicit = "prompt" not in rows.column_names and {"chosen", "rejected"} <= {*rows.column_names}
+    if not implicit:
+        need_columns(rows, ("prompt",), who)
+    for name in ("prompts", "completions"):
+        if name in rows.column_names:
+            raise InputError(
+                f"{who} has a column {name!r}, but reward functions get the other columns "
+                f"beside an argument {name} of their own: rename it"
+            )
+    return implicit
+
+
+def need_columns(rows: Rows, names: Sequence[str], who: str) -> None:
     for name in names:
         if name not in rows.column_names:
             raise InputError(
-                f"data={source} has no column {name!r}; its columns are "
+                f"{who} has no column {name!r}; its columns are "
                 + ", ".join(map(repr, rows.column_names))
             )
 

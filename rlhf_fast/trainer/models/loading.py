@@ -29,6 +29,11 @@ def load_causal_lm(
     refuse_quantised(config, field, name)
     kwargs |= {"field": field, "device": device, "trust": trust}
     model = load_model(AutoModelForCausalLM, name, **kwargs)
+    check_causal_lm(model, field, name)
+    return model
+
+
+def check_causal_lm(model: PreTrainedModel, field: str, name: str) -> None:
     if not isinstance(model.get_output_embeddings(), nn.Linear):
         raise InputError(f"{field}={name} has no linear output head")
     if model.base_model is model:
@@ -36,7 +41,19 @@ def load_causal_lm(
             f"{field}={name} ({type(model).__name__}) does not keep its body apart from its head: "
             "such models are not supported"
         )
-    return model
+
+
+def made_ready(
+    model: PreTrainedModel, device: torch.device, name: str, attention: str | None = None
+) -> PreTrainedModel:
+    """A model that was loaded by a program, as load_model gives it: in float32, dropout off."""
+    refuse_quantised(model.config, "model", name)
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    model.zero_grad()
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(f"model={name} has no weight that requires a gradient: nothing can learn")
+    return model.eval().to(device, torch.float32)
 
 
 def load_model(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,7 +26,12 @@ from rlhf_fast.trainer.models.attention import (
     use_flash_attention,
 )
 from rlhf_fast.trainer.models.critic import load_critic, new_value_head
-from rlhf_fast.trainer.models.loading import load_causal_lm, source_dtype
+from rlhf_fast.trainer.models.loading import (
+    check_causal_lm,
+    load_causal_lm,
+    made_ready,
+    source_dtype,
+)
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.lora import LoRA, add_adapters, merged
 from rlhf_fast.trainer.models.packing import final_hidden
@@ -105,8 +111,10 @@ class Policy:
             if part is not None
         }
 
-    def save(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
-        """The policy as transformers reads it, adapters merged; the value head beside it."""
+    def save(
+        self, folder: Path, state: dict[str, dict[str, Tensor]], card: ModelCard | None = None
+    ) -> None:
+        """The policy as transformers reads it, adapters merged; value head and card beside it."""
         if self.reference_model is not None:
             save_model(self.model, folder, state["model"], self.save_dtype)
         else:
@@ -115,6 +123,8 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
         if self.value_head is not None:
             save_file(state["value_head"], folder / "value_head.safetensors")
+        if card is not None:
+            card.save(folder / "README.md")
 
     def save_critic(self, folder: Path, state: dict[str, dict[str, Tensor]]) -> None:
         """The body of a critic of its own."""
@@ -134,16 +144,25 @@ def load_policy(
     packing: bool | None = None,
     save_dtype: str | None = None,
     trust: bool = False,
+    loaded: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Policy:
-    """save_dtype: None keeps the dtype of the source. trust: run Python code that it brings."""
+    """save_dtype: None keeps the dtype of the source. trust: run Python code that it brings.
+    loaded, tokenizer: what stands for `name`, if it is there already."""
     flash = has_flash_attention(device)
     if attn_implementation == "flash_attention_2" and not flash:
         where = (
             "flash-attn is not installed" if device.type == "cuda" else f"not on device={device}"
         )
         raise InputError(f"attn_implementation={attn_implementation}: {where}")
-    tokenizer = load_tokenizer(name, field="model", trust=trust)
-    model = load_causal_lm(name, device, trust=trust, attn_implementation=attn_implementation)
+    if tokenizer is None:
+        tokenizer = load_tokenizer(name, field="model", trust=trust)
+    if loaded is None:
+        source = source_dtype(name, field="model", trust=trust)
+        model = load_causal_lm(name, device, trust=trust, attn_implementation=attn_implementation)
+    else:
+        source, model = loaded.dtype, made_ready(loaded, device, name, attn_implementation)
+        check_causal_lm(model, "model", name)
     check_vocabulary(tokenizer, model, field="model", name=name)
     prefer_flash = flash and bf16 and attn_implementation is None
     if prefer_flash:
@@ -184,9 +203,7 @@ def load_policy(
         reference_head,
         trunk_layers,
         stop_tokens(model, tokenizer),
-        getattr(torch, save_dtype)
-        if save_dtype
-        else source_dtype(name, field="model", trust=trust),
+        getattr(torch, save_dtype) if save_dtype else source,
         bf16,
     )
     with policy.precision():  # flash attention has no float32

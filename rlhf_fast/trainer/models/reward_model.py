@@ -12,7 +12,12 @@ from transformers import (
 
 from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.models.loading import load_config, load_model, refuse_quantised
+from rlhf_fast.trainer.models.loading import (
+    load_config,
+    load_model,
+    made_ready,
+    refuse_quantised,
+)
 from rlhf_fast.trainer.models.tokenizer import check_vocabulary, load_tokenizer
 from rlhf_fast.trainer.models.trunk import top_slice
 
@@ -25,14 +30,25 @@ def new_reward_model(
     seed: int,
     device: torch.device,
     trust: bool = False,
+    loaded: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """A language model with a Linear(H, 1) on its last token; the head's std is 1/√(H+1)."""
+    """A language model with a Linear(H, 1) on its last token; the head's std is 1/√(H+1).
+
+    loaded: a classifier that stands for `name`, with the head it has."""
     torch.manual_seed(seed)  # the head below is the only thing drawn
-    refuse_quantised(load_config(name, field="model", trust=trust), "model", name)
-    model = load_model(
-        AutoModelForSequenceClassification, name,
-        field="model", device=device, trust=trust, num_labels=1, new_head=True,
-    )  # fmt: skip
+    if loaded is None:
+        refuse_quantised(load_config(name, field="model", trust=trust), "model", name)
+        model = load_model(
+            AutoModelForSequenceClassification, name,
+            field="model", device=device, trust=trust, num_labels=1, new_head=True,
+        )  # fmt: skip
+    else:
+        model = made_ready(loaded, device, name)
+        if model.config.num_labels != 1:
+            raise InputError(
+                f"model={name} has {model.config.num_labels} labels, expected one: num_labels=1"
+            )
+        model.new_head = False
     if not hasattr(model, "score"):
         raise InputError(
             f"model={name} ({type(model).__name__}) is not a decoder: its score is not a Linear "
@@ -93,6 +109,19 @@ def load_reward_model(
         )
     model.config.score_label = labels.index(label) if len(labels) > 1 else None
     return model.requires_grad_(False), tokenizer
+
+
+def one_score(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device,
+    *, field: str, name: str,
+) -> PreTrainedModel:  # fmt: skip
+    """A classifier that was loaded by a program, as load_reward_model gives it, in its dtype."""
+    check_vocabulary(tokenizer, model, field=field, name=name)
+    labels = model.config.num_labels
+    if labels != 1 and getattr(model.config, "score_label", None) is None:
+        raise InputError(f"{field}={name} gives {labels} scores, expected one: num_labels=1")
+    model.eval()
+    return model if model.device == device else model.to(device)
 
 
 def score_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from rich.markup import escape
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.data.rows import Text, join, tokenize
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.loading import context_length
-from rlhf_fast.trainer.models.reward_model import load_reward_model, score_texts
+from rlhf_fast.trainer.models.reward_model import load_reward_model, one_score, score_texts
 from rlhf_fast.trainer.rewards.functions import FUNCTION, call, load_function
 from rlhf_fast.trainer.run.console import console
 
@@ -84,11 +86,13 @@ def load_scorer(
     trust: bool = False,
     timeout: float | None = None,
     ran: dict[Path, ModuleType] | None = None,
+    given: Given | None = None,
 ) -> Scorer:
     """Rewards as the option `field` names them (see above), weighted by 1 unless told otherwise.
 
     trust: run Python code that a model's folder brings. timeout: seconds that a function may take
     for a call. ran: the files of functions that were run already; those run here are added.
+    given: the objects that specs may stand for.
     """
     specs = [specs] if isinstance(specs, str) else specs
     if len(set(specs)) < len(specs):
@@ -96,11 +100,19 @@ def load_scorer(
     ran = {} if ran is None else ran
     parts: dict[str, Score] = {}
     for spec in specs:
-        if FUNCTION.fullmatch(spec) or spec.endswith((".py", ":")):
+        loaded = given.get(spec) if given else None
+        if isinstance(loaded, PreTrainedModel):
+            tokenizer = given.tokenizer(spec)
+            loaded = one_score(loaded, tokenizer, device, field=field, name=spec)
+            parts[spec] = ModelScore(loaded, tokenizer, f"{field}={spec}")
+        elif loaded is not None:
+            parts[spec] = function_score(loaded, f"{field}={spec}", timeout)
+        elif FUNCTION.fullmatch(spec) or spec.endswith((".py", ":")):
             function = load_function(spec, field, ran)
             parts[spec] = function_score(function, f"{field}={spec}", timeout)
         else:
-            parts[spec] = ModelScore(spec, field, device, trust=trust)
+            loaded = load_reward_model(spec, field=field, device=device, trust=trust)
+            parts[spec] = ModelScore(*loaded, f"{field}={spec}")
     return Scorer(parts, weights or [1.0] * len(specs), field)
 
 
@@ -111,11 +123,10 @@ class ModelScore:
     once: check_lengths has refused what could be known before the run.
     """
 
-    def __init__(self, spec: str, field: str, device: torch.device, *, trust: bool) -> None:
-        self.model, self.tokenizer = load_reward_model(
-            spec, field=field, device=device, trust=trust
-        )
-        self.who = f"{field}={spec}"
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str
+    ) -> None:
+        self.model, self.tokenizer, self.who = model, tokenizer, who
         self.limit = min(self.tokenizer.model_max_length, context_length(self.model) or math.inf)
         self.said = False
 
@@ -219,6 +230,7 @@ def short_names(specs: Sequence[str]) -> list[str]:
     """
     names = []
     for spec in specs:
+        spec = spec.strip("<>").removeprefix("function ")  # of an object
         named, path = FUNCTION.fullmatch(spec), Path(spec)
         folder = path.parent.name if path.name == "model" and path.parent.name else path.name
         names.append(named[2] if named else folder)

@@ -6,16 +6,19 @@ import inspect
 
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.rewards.functions import load_function
 from rlhf_fast.trainer.rollout.sample import (
     RolloutEngine,
 )
 
 
-def load_engine(config: PPOConfig) -> RolloutEngine | None:
+def load_engine(config: PPOConfig, given: Given) -> RolloutEngine | None:
     if config.rollout_engine is None:
         return None
-    engine = load_function(config.rollout_engine, "rollout_engine")
+    engine = given.get(config.rollout_engine)
+    if engine is None:
+        engine = load_function(config.rollout_engine, "rollout_engine")
     try:
         inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
     except TypeError as error:

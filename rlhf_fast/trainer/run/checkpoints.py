@@ -17,8 +17,8 @@ class Damaged(ValueError):
     """Why a checkpoint cannot be gone on from."""
 
 
-def read(path: Path) -> dict[str, Any]:
-    """As it was saved, byte by byte: torch.load does not look at the checksums of its zip file."""
+def verify(path: Path) -> None:
+    """Byte by byte as it was saved: torch.load does not look at the checksums of its zip file."""
     if not path.stat().st_size:
         raise Damaged("cannot be read: it is empty")
     try:
@@ -28,6 +28,26 @@ def read(path: Path) -> dict[str, Any]:
         raise Damaged(f"cannot be read: {' '.join(str(error).split())}") from None
     if wrong is not None:
         raise Damaged(f"is damaged: {wrong} in it does not match its checksum")
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        verify(path)
+    except (OSError, Damaged):
+        return False
+    return True
+
+
+def size_of(value: Any) -> int:
+    """Bytes of all tensors in it."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    parts = value.values() if isinstance(value, dict) else value
+    return sum(map(size_of, parts)) if isinstance(value, dict | list | tuple) else 0
+
+
+def read(path: Path) -> dict[str, Any]:
+    verify(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -7,9 +7,11 @@ written over that this program did not write (owned.py), and one process at a ti
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -28,14 +30,15 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run import checkpoints, interrupts, lock
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.run.files import flush, remove, replacing, save_tensors, tidy
-from rlhf_fast.trainer.run.metrics import finite, read_metrics
-from rlhf_fast.trainer.run.owned import RECORDS, Owned, inputs
+from rlhf_fast.trainer.run.metrics import finite, has_step, plain, read_metrics, read_rows
+from rlhf_fast.trainer.run.owned import EVALUATIONS, RECORDS, Owned, inputs
 from rlhf_fast.trainer.run.plot import is_plot
 
 # In the order of deletion: what says how far the run has come goes first. Left by a kill, the rest
 # belongs to no run and is deleted when the next one begins.
-RESULTS = ("metrics.jsonl", "summary.json", "checkpoints", "contents.json", "before.json",
-           "after.json", "bad_batch.pt", "model", "adapter", "value_model", "plot.png")  # fmt: skip
+RESULTS = ("metrics.jsonl", EVALUATIONS, "summary.json", "checkpoints", "contents.json",
+           "before.json", "after.json", "bad_batch.pt", "model", "adapter", "value_model",
+           "plot.png")  # fmt: skip
 
 
 class Stateful(Protocol):
@@ -56,6 +59,8 @@ class Run:
         self.writes = writes
         self.folder = Path(config.output_dir).expanduser()
         self.metrics = self.folder / "metrics.jsonl"
+        self.evaluations = self.folder / EVALUATIONS
+        self.best: int | None = None  # the step whose checkpoint is kept whatever comes after it
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"output_dir={self.folder} is a file")
         if writes:
@@ -102,7 +107,8 @@ class Run:
             ) from None
         changed = {}
         for f in fields(self.config):
-            before, now = earlier.get(f.name, f.default), getattr(self.config, f.name)
+            absent = MISSING if f.metadata.get("needed") else f.default
+            before, now = earlier.get(f.name, absent), getattr(self.config, f.name)
             if before is MISSING:
                 raise InputError(
                     f"output_dir={self.folder} holds a run whose config.yaml has no {f.name}: it "
@@ -263,6 +269,15 @@ class Run:
             with open(self.metrics, "a", encoding="utf-8") as file:
                 file.write(json.dumps(finite(row)) + "\n")
 
+    def log_evaluation(self, row: dict[str, Any]) -> None:
+        """Append one: its step, means and samples."""
+        if not self.writes:
+            return
+        with self.disk_errors_explained(EVALUATIONS):
+            self.evaluations.parent.mkdir(exist_ok=True)
+            with open(self.evaluations, "a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
+
     # ------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> dict[int, Path]:
@@ -270,6 +285,9 @@ class Run:
         found = (self.folder / "checkpoints").glob("step_*.pt")
         numbered = ((re.fullmatch(r"step_(0|[1-9]\d*)", path.stem), path) for path in found)
         return dict(sorted((int(match[1]), path) for match, path in numbered if match))
+
+    def checkpoint_of(self, step: int) -> Path:
+        return self.folder / "checkpoints" / f"step_{step}.pt"
 
     def last_checkpoint(self) -> str:
         steps = list(self.checkpoints())
@@ -294,9 +312,19 @@ class Run:
         if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
             with self.disk_errors_explained("metrics.jsonl"):
                 flush(self.metrics)
+        self.check_room(step, checkpoints.size_of(tensors))
         self.write(f"checkpoints/step_{step}.pt", lambda path: save_tensors(state, path))
         self.prune()
         interrupts.kept(self.last_checkpoint())
+
+    def check_room(self, step: int, size: int) -> None:
+        """Before a checkpoint of so many bytes is begun: a full disk costs others more than it."""
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            with self.disk_errors_explained(f"checkpoints/step_{step}.pt"):
+                raise OSError(
+                    errno.ENOSPC, f"it takes {size / 2**20:.1f} MiB, {free / 2**20:.1f} are free"
+                )
 
     def keep(self, step: int, *state: Any, **parts: Stateful) -> None:
         """A checkpoint of what was learnt, before the run ends early: none if there is one."""
@@ -304,9 +332,17 @@ class Run:
             self.save_checkpoint(step, *state, **parts)
 
     def prune(self) -> None:
-        for path in list(self.checkpoints().values())[: -self.config.save_total_limit]:
+        """Delete all but the newest, once one of these is known to be whole, and the best."""
+        paths = list(self.checkpoints().values())
+        limit = self.config.save_total_limit
+        if len(paths) <= limit:
+            return
+        if not any(checkpoints.is_whole(path) for path in reversed(paths[-limit:])):
+            console.print(f"[bold yellow]{paths[-1]} is damaged: those before it are kept[/]")
+            return
+        for path in paths[:-limit]:
             name = f"checkpoints/{path.name}"
-            if not self.owned.strangers(name):
+            if path.name != f"step_{self.best}.pt" and not self.owned.strangers(name):
                 remove(path)
                 self.owned.forget(name)
 
@@ -316,13 +352,12 @@ class Run:
         """Load the newest checkpoint, if any, and drop metrics after it; the step to go on from."""
         step = 0
         rows = read_metrics(self.metrics)
+        evaluations = read_rows(self.evaluations, has_step)
         if self.exists and (found := self.checkpoints()):
             step, path = found.popitem()
             self.check_metrics([row["step"] for row in rows if row["step"] <= step], step)
             state = self.read_checkpoint(step, weights, optimizer, parts)
-            with torch.no_grad():
-                for name, tensor in weights.items():
-                    tensor.copy_(placed_like(state["weights"][name], tensor))
+            put(state["weights"], weights)
             trained = [p for group in optimizer.param_groups for p in group["params"]]
             for i, moments in state["optimizer"]["state"].items():
                 for name, moment in moments.items():
@@ -334,7 +369,17 @@ class Run:
             self.prune()  # a kill may have come between a checkpoint and this
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
+        if evaluations:
+            rows = [row for row in evaluations if row["step"] <= step]
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self.write(EVALUATIONS, lambda path: path.write_text(lines, encoding="utf-8"))
         return step
+
+    def go_back(
+        self, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Put the weights of a step's checkpoint in place."""
+        put(self.read_checkpoint(step, weights, optimizer, {})["weights"], weights)
 
     def read_checkpoint(
         self,
@@ -344,11 +389,14 @@ class Run:
         parts: dict[str, Stateful],
     ) -> dict[str, Any]:
         """Load this step's checkpoint into the parts, each of which checks its own state."""
-        path = self.checkpoints()[step]
+        path = self.checkpoint_of(step)
         try:
             state = checkpoints.read(path)
-            checkpoints.check(state, step, weights, optimizer, parts)
+            old = {name for name, part in parts.items() if getattr(part, "came_later", False)}
+            checkpoints.check(state, step, weights, optimizer, parts.keys() - old)
             for name, part in parts.items():
+                if name in old and name not in state:
+                    continue
                 try:
                     part.load_state_dict(state[name])
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -413,6 +461,12 @@ class Run:
                 f"output_dir={self.folder}: {name} cannot be written: {reason}; {kept}. Make room, "
                 "then go on with --resume"
             ) from error
+
+
+@torch.no_grad()
+def put(kept: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        tensor.copy_(placed_like(kept[name], tensor))
 
 
 def is_table(value: dict[str, Any], columns: Sequence[str]) -> bool:

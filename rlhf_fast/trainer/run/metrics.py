@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from rlhf_fast.trainer.errors import InputError
 
@@ -19,6 +21,10 @@ def finite(row: dict[str, float]) -> Row:
 
 def read_metrics(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    return read_rows(path, is_row)
+
+
+def read_rows(path: Path, is_row: Callable[[object], bool]) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
@@ -41,6 +47,19 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def is_row(row: object) -> bool:
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
+    if not has_step(row):
         return False
     return all(value is None or isinstance(value, Real) for value in row.values())
+
+
+def has_step(row: object) -> bool:
+    return isinstance(row, dict) and type(row.get("step")) is int
+
+
+def plain(value: Any) -> Any:
+    """Numbers that are not finite become null, wherever they are."""
+    if isinstance(value, dict):
+        return {name: plain(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [plain(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

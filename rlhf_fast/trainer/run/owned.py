@@ -18,8 +18,9 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run.files import replacing
 
 MARK = ".rlhf_fast.json"
-RECORDS = ("metrics.jsonl", "summary.json", "contents.json", "before.json", "after.json",
-           "config.yaml")  # fmt: skip
+EVALUATIONS = "metrics/eval.jsonl"
+RECORDS = ("metrics.jsonl", EVALUATIONS, "summary.json", "contents.json", "before.json",
+           "after.json", "config.yaml")  # fmt: skip
 SAMPLES, SAMPLE = 16, 2**16  # blocks of a file that its fingerprint reads, bytes of each
 
 Fingerprint = dict[str, list[int] | None]  # file of a folder, or "" -> size and checksum
