@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf_fast import RolloutStats, rollout_correction
+from rlhf_fast import RolloutStats, rollout_correction, top_entropy_mask
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.measure import (
     Measured,
@@ -19,9 +19,9 @@ from rlhf_fast.trainer.rollout.sample import (
 
 
 class Corrections(NamedTuple):
-    """For how the answers were sampled."""
+    """For how the answers were sampled, and for what of them is to steer the policy."""
 
-    weights: Tensor | None  # [B, T]: of the tokens; None: 1 each
+    weights: Tensor | None  # [B, T]: of the tokens' surrogates; None: 1 each
     mask: Tensor  # [B, T] bool: the answers' tokens that are learnt from
     stats: RolloutStats
 
@@ -47,7 +47,10 @@ def corrections(rollout: Rollout, old: Measured, config: PPOConfig) -> Correctio
     """Of the whole batch, which every process has: its statistics are those of all of them."""
     options = config.correction
     weights, mask, stats = rollout_correction(old.logp, rollout.logp, rollout.mask, **options)
-    return Corrections(weights if options["mode"] else None, mask, stats)
+    share = config.top_entropy_quantile
+    if share < 1:
+        weights = weights * top_entropy_mask(old.entropy, mask, share)
+    return Corrections(weights if options["mode"] or share < 1 else None, mask, stats)
 
 
 def minibatches(size: int, config: PPOConfig, generator: torch.Generator) -> list[Tensor]:

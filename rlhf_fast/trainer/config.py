@@ -462,6 +462,12 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         help="take the rollout's log-probs for the old ones, without a pass for them: the loss's "
         "own ratio is then the correction",
     )
+    top_entropy_quantile: float = option(
+        "objective",
+        1.0,
+        help="only this share of the batch's tokens, those of the highest entropy, has a policy "
+        "gradient (0.2 is usual; TRL's flag of this name); KL, entropy and critic keep all",
+    )
 
     # Advantages
     estimator: str = option(
@@ -622,7 +628,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         above_zero(self, "temperature", "learning_rate", "value_learning_rate", "adam_epsilon")
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "rollout_ratio_min", "rollout_reject_above", "rollout_veto")
-        at_most(self, 1, "rollout_veto")
+        above_zero(self, "top_entropy_quantile")  # or none is left
+        at_most(self, 1, "rollout_veto", "top_entropy_quantile")
         above_zero(self, "reward_timeout", "stop_at_kl")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
@@ -814,6 +821,11 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
             (self.rollout_reject is None) != (self.rollout_reject_above is None),
             ("rollout_reject", "rollout_reject_above"),
             "each needs the other",
+        )
+        yield (
+            self.bypass and self.top_entropy_quantile < 1,
+            ("bypass", "top_entropy_quantile"),
+            "no pass measures the entropies of the old policy",
         )
         for name in ("tis_cap", "rollout_correction", "rollout_reject", "rollout_veto"):
             yield (

@@ -216,6 +216,10 @@ def test_bad_flags(flags, message):
             "bypass=True and rollout_correction=mask",
         ),
         ({"bypass": True, "rollout_veto": 0.1}, "bypass=True and rollout_veto=0.1"),
+        (
+            {"bypass": True, "top_entropy_quantile": 0.2},
+            "bypass=True and top_entropy_quantile=0.2",
+        ),
         ({"estimator": "remax", "lam_critic": 1.0}, "lam_critic=1.0 and estimator=remax"),
         (
             {"estimator": "reinforce", "critic_warmup_steps": 2},

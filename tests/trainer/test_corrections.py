@@ -100,3 +100,13 @@ def test_bypass_asks_the_policy_for_nothing(ran, monkeypatch, estimator):
     assert row["val/ratio"] == pytest.approx(1 / 1.25, rel=1e-4)
     assert row["val/rollout_logp_gap"] == 0
     assert len(calls) == 3  # the reference's: of the step's answers, and of the held-out ones twice
+
+
+def test_the_tokens_of_the_highest_entropy_steer(ran):
+    _, batch = ran(sample, top_entropy_quantile=0.25)
+    entropy, weights, mask = batch.old.entropy, batch.corrections.weights, batch.mask
+    kept, least = weights > 0, entropy[weights > 0].min()
+    assert least > entropy[mask & ~kept].max()
+    share = 0.25 * int(mask.sum())  # and those of the same entropy as the last of them
+    assert (entropy[mask] > least).sum() <= share + 1 and kept.sum() >= share - 1
+    assert torch.equal(mask, batch.rollout.mask)  # all others count, in everything else

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import asdict, fields, replace
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -43,12 +42,18 @@ STEERS = {
     "rollout_reject": "sum_k1", "rollout_reject_above": 0.1,
     "lam_critic": 0.5, "lam_length_alpha": 0.5, "critic_warmup_steps": 2,
     "positive_nll_coef": 0.5, "overlong_cache": 4, "dynamic_sampling_rounds": 2,
+    "top_entropy_quantile": 0.5, "delta": 1.001, "unbiased_kl": True,
+    "sapo_tau_pos": 3.0, "sapo_tau_neg": 3.0, "vespo_k_pos": 0.5, "vespo_lambda_pos": 1.0,
+    "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.0,
 }  # fmt: skip
 # What some of them need beside them: a correction, and what there is to correct. The engine's k1 is
 # 2.8 nats a token, of 3 tokens.
 ENGINE = {"rollout_engine": "engine.py:says_good"}
 REJECT = ENGINE | {"rollout_reject": "mean_k1"}
+SAPO, VESPO = {"policy_loss": "sapo"}, {"policy_loss": "vespo", "ratio": "sequence"}
 BESIDE = {
+    "sapo_tau_pos": SAPO, "sapo_tau_neg": SAPO, "vespo_k_pos": VESPO, "vespo_lambda_pos": VESPO,
+    "vespo_k_neg": VESPO, "vespo_lambda_neg": VESPO, "unbiased_kl": {"kl_in": "loss"},
     "rollout_veto": ENGINE, "bypass": ENGINE,
     "rollout_correction": ENGINE | {"tis_cap": 0.01},
     "rollout_ratio_min": ENGINE | {"tis_cap": 2.0},
@@ -89,10 +94,14 @@ def begun(tmp_path_factory, tiny_policy_folder) -> PPOConfig:
 @pytest.fixture(scope="module")
 def go_on(begun):
     """go_on(**options) -> what the run has learnt after a second step with these."""
-    numbers = count()
+    known: dict[str, list[torch.Tensor]] = {}
 
     def go_on(**options) -> list[torch.Tensor]:
-        folder = Path(begun.output_dir).with_name(f"run_{next(numbers)}")
+        if (key := json.dumps(options, sort_keys=True)) not in known:
+            known[key] = learnt(Path(begun.output_dir).with_name(f"run_{len(known)}"), options)
+        return known[key]
+
+    def learnt(folder: Path, options: dict) -> list[torch.Tensor]:
         shutil.copytree(begun.output_dir, folder)
         with pytest.MonkeyPatch.context() as patch:  # drawing takes half of the time
             patch.setattr(ppo, "plot", lambda rows, path: path.touch())
