@@ -511,8 +511,9 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield Sample("sequence_token, ratio beyond the clamp, dual clip", x, one)
     yield Sample("delta below the clip", draw(4, 64, spread=1.0, delta=1.1, dual_clip=2.0), one)
     for delta in (1.03, 1.5):
-        x = draw(9, 21, delta=delta, ratio="sequence", clip_low=0.05, clip_high=0.1)
-        x["logp"] = x["logp"] + 0.5 * torch.randn(9, 1, generator=generator)
+        rows: dict[str, Any] = {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.1}
+        x = draw(9, 21, 0.01, delta=delta, **rows)
+        x["logp"] = x["logp"] + torch.linspace(-0.2, 0.5, 9)[:, None]  # on each side of each bound
         yield Sample(f"sequence, delta {delta}", x, one)
     sapo = draw(4, 64, spread=1.0, loss="sapo", sapo_tau_pos=5.0, sapo_tau_neg=0.3)
     yield Sample("sapo, other temperatures", sapo, one)
