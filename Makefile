@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 # Most tests are bound by one Python process: two at a time, with a thread each, take half the time.
 WORKERS ?= 2
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
-# --no-compile: Python compiles what is imported; all of it would take pip a minute and a half.
+# --no-compile: Python compiles what is imported, once, if it may keep that; all of it would take
+# pip a minute and a half.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 

@@ -74,10 +74,10 @@ def kto_loss(
         check.floating("kl", kl)
         check.shaped("kl", kl, [], "a number or a 0-dim tensor")
         check.same_device("kl", kl, "logp", logp)
-        point = kl.detach().to(dtype).clamp(min=0.0)
+        point: float | Tensor = kl.detach().to(dtype).clamp(min=0.0)
     else:
         check.number("kl", kl, dtype=dtype)
-        point = logp.new_tensor(max(kl, 0.0), dtype=dtype)
+        point = max(kl, 0.0)
     check.number("beta", beta, above=0.0, dtype=dtype)
     check.number("desirable_weight", desirable_weight, low=0.0, dtype=dtype)
     check.number("undesirable_weight", undesirable_weight, low=0.0, dtype=dtype)

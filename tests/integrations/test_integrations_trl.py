@@ -6,6 +6,7 @@ child process with TRL 1.16.0.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import math
 import os
@@ -465,8 +466,7 @@ def test_patch_and_unpatch():
 def test_a_module_imported_while_patched_is_restored():
     sys.modules.pop("trl.experimental.cpo.cpo_trainer", None)
     with fast.patch():
-        from trl.experimental.cpo import cpo_trainer
-
+        cpo_trainer = importlib.import_module("trl.experimental.cpo.cpo_trainer")
         assert cpo_trainer.selective_log_softmax is fast.selective_log_softmax
     assert cpo_trainer.selective_log_softmax is trl_utils.selective_log_softmax
     assert cpo_trainer.selective_log_softmax is not fast.selective_log_softmax
