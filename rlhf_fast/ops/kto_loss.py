@@ -82,8 +82,8 @@ def kto_loss(
     check.number("desirable_weight", desirable_weight, low=0.0, dtype=dtype)
     check.number("undesirable_weight", undesirable_weight, low=0.0, dtype=dtype)
 
-    ratio = logp.to(dtype).masked_fill(~mask, 0.0).sum(1)
-    ratio = ratio - ref_logp.detach().to(dtype).masked_fill(~mask, 0.0).sum(1)
+    # Token by token: of two sums the difference would lose digits.
+    ratio = (logp.to(dtype) - ref_logp.detach().to(dtype)).masked_fill(~mask, 0.0).sum(1)
     kept = mask.any(1)
     sign, weight = (
         torch.where(desirable, good, bad).to(dtype)

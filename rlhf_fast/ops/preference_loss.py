@@ -97,10 +97,10 @@ def preference_loss(
     counts = mask.sum(1)
     paired = (counts > 0).view(2, -1).all(0).repeat(2)  # [2B]
     mask = mask & paired[:, None]
-    logp = logp.to(dtype).masked_fill(~mask, 0.0)
-    total = logp.sum(1)
-    if ref_logp is not None:
-        total = total - ref_logp.detach().to(dtype).masked_fill(~mask, 0.0).sum(1)
+    logp = ratio = logp.to(dtype).masked_fill(~mask, 0.0)
+    if ref_logp is not None:  # token by token: of two sums the difference would lose digits
+        ratio = logp - ref_logp.detach().to(dtype).masked_fill(~mask, 0.0)
+    total = ratio.sum(1)
     reward = total * beta if loss in ("dpo", "simpo") else total
     if loss != "dpo":
         reward = reward / counts.clamp(min=1)

@@ -364,7 +364,7 @@ TRAINER = [
            "not in given]", "not in ()]", "tests/trainer/test_recipes.py -k wins"),
     Mutant("hold_out: trained on, too", "rlhf_fast/trainer/data/held_out.py",
            "if tuple(prompt.ids) not in held_out]\n    if twice",
-           "if prompt not in prompts[:count]]\n    if twice",
+           "if all(prompt is not x for x in prompts[:count])]\n    if twice",
            ESTIMATE),
     Mutant("folder: metrics after the checkpoint stay", "rlhf_fast/trainer/run/folder.py",
            'kept = [json.dumps(row) + "\\n" for row in rows if row["step"] <= step]',
