@@ -181,8 +181,8 @@ def check_lora(lora: Lora, hidden: Tensor, weight: Tensor, prefix: str) -> Lora:
 
 
 def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
-    """A DTensor, by what it has: its class alone takes seven times as long to import, 0.9 s, as all
-    of this library."""
+    """A DTensor, by what it has: its class alone takes seven times as long to import as all of
+    this library: 0.9 s (AMD EPYC, AVX2)."""
     return hasattr(x, "full_tensor")
 
 
