@@ -412,8 +412,15 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     rollout_engine: str | None = option(
         "sampling",
         None,
-        help="what samples, `module:function` or `file.py:function` (see RolloutEngine in "
-        "rlhf_fast/trainer/rollout/sample.py); unset: rlhf_fast's own decoding",
+        help="what samples: `transformers` (continuous batching), `vllm` (in this process), "
+        "`vllm-server`, or a function or class of your own, `module:name` or `file.py:name`; "
+        "unset: rlhf_fast's own decoding",
+    )
+    rollout_engine_options: list[str] | None = option(
+        "sampling",
+        None,
+        help="`name=value` …: options of the engine, or of the library under it; in a file also a "
+        "mapping",
     )
     tis_cap: float | None = option(
         "objective",
@@ -640,6 +647,10 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     f"batch_size={self.batch_size} cannot be cut into "
                     f"{parts}={getattr(self, parts)} of the same size"
                 )
+        if self.rollout_engine_options and self.rollout_engine is None:
+            raise InputError(
+                f"rollout_engine_options={self.rollout_engine_options}: set rollout_engine, too"
+            )
         self.check_reward()
         refuse_same_data(self, "prompts")
         self.refuse_contradictions()

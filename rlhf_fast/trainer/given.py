@@ -158,8 +158,10 @@ class Given:
     def engine(self, given: Any) -> str:
         if isinstance(given, str):
             return given
-        if not callable(given):
-            raise wrong("engine", given, "a function of (model, ids, mask, sampling, draws)")
+        if not callable(given) and not hasattr(given, "generate"):
+            raise wrong(
+                "engine", given, "a function of (model, ids, mask, sampling, draws) or an engine"
+            )
         return self.add(given)
 
     def call(self, callbacks: Iterable[Any]) -> None:

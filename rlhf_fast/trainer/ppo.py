@@ -48,11 +48,9 @@ from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.positive_nll import positive_nll
 from rlhf_fast.trainer.quiet import quiet
-from rlhf_fast.trainer.rollout.engine import load_engine
-from rlhf_fast.trainer.rollout.sample import (
-    RolloutEngine,
-    answer_hidden,
-)
+from rlhf_fast.trainer.rollout.engine import engines_closed, load_engine
+from rlhf_fast.trainer.rollout.protocol import RolloutEngine
+from rlhf_fast.trainer.rollout.sample import EmbeddedEngine, answer_hidden
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import (
@@ -75,6 +73,7 @@ from rlhf_fast.trainer.update import Stepper
 
 
 @interrupts.guarded()
+@engines_closed()
 @quiet()
 def train(
     config: PPOConfig, *, engine: RolloutEngine | None = None, given: Given | None = None
@@ -97,11 +96,12 @@ def train(
     device = workers.device
     rows, eval_rows = read_data(config, given)
     reward, judge = load_scorers(config, device, given)
-    engine = load_engine(config, given) if engine is None else engine
+    make_engine = load_engine(config, given, engine)
     policy = load_models(config, device, given)
-    if workers.is_main and engine is None:
+    if workers.is_main and make_engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
+    engine = EmbeddedEngine(policy) if make_engine is None else make_engine(policy)
     held_out, prompts = split_prompts(config, policy, rows, eval_rows)
     for scorer in (reward, judge):
         if scorer is not None:
@@ -157,6 +157,8 @@ def train(
             rows = batch_indices(len(prompts), groups, step, config.seed)
             asked = [prompts[i] for i in rows for _ in range(config.samples_per_prompt)]
             mine = workers.share(len(asked))
+            engine.wake()
+            engine.sync(policy.weights())
             rollout = sample_answers(policy, asked, config, generator, share=mine, engine=engine)
             clock.lap("rollout")
 
@@ -189,6 +191,8 @@ def train(
                 sampled.old,
             )
             mask, raw_scores = rollout.mask, columns["scores"]  # [B, T], [B]
+
+            engine.sleep()
 
             # 4. Advantages and returns from the scores, and the KL they cost.
             scores = shaped(raw_scores.to(device), rollout.ended, mask.sum(1), config)
