@@ -29,7 +29,7 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.tokenizer import load_tokenizer
 
 # The options that objects may stand for.
-OPTIONS = ("model", "data", "eval_data", "reward", "judge", "rollout_engine")
+OPTIONS = ("model", "data", "eval_data", "reward", "judge", "rollout_engine", "environment")
 
 
 @dataclass

@@ -183,7 +183,7 @@ def test_an_engine_that_fails_ends_the_run_with_a_checkpoint_and_is_closed(
     [
         (
             {"rollout_engine": "vllm"},
-            "rollout_engine=vllm: vllm is not installed .pip install vllm",
+            "=vllm: vllm is not installed .pip install vllm",
         ),
         ({"rollout_engine_options": ["a=1"]}, "rollout_engine_options=.* set rollout_engine, too"),
         (

@@ -1,4 +1,4 @@
-"""What turns prompts into answers: the protocol of a rollout engine, and what it is asked and gives.
+"""What turns prompts into answers: the protocol of a rollout engine, what it is asked and gives.
 
 An engine is made once a run and used step by step:
 
@@ -7,9 +7,9 @@ An engine is made once a run and used step by step:
     sleep() … wake()   around everything else that a step does
     close()            at the end, also of a run that fails
 
-Its log-probs may differ from the trainer's (other kernels, another precision): the trainer measures
-old_logp by itself, logs the gap, and corrects for it when tis_cap or rollout_correction is set; with
-bypass it takes the engine's.
+Its log-probs may differ from the trainer's (other kernels, another precision): the trainer
+measures old_logp by itself, logs the gap, and corrects for it when tis_cap or rollout_correction is
+set; with bypass it takes the engine's.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ class Rollout:
     hidden: Tensor | None = None  # [B, T, H]: what the policy's body made of them, when it is exact
     support: Tensor | None = None  # [B, T, K] int32: what each was drawn among; None: every token
     rewards: Tensor | None = None  # [B, T] float32: earned on the way (see Completions)
+    episodes: list | None = None  # of several turns: what was said (environment.py); this process's
 
     @property
     def prompt_length(self) -> int:
