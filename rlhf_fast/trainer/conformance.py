@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import psutil
@@ -78,7 +79,11 @@ def check_engine(
     finally:
         engine.close()
     engine.close()
-    left = {name: running()[name] - known for name, known in before.items()}
+    for _ in range(50):  # a thread that was told to end needs a moment
+        left = {name: running()[name] - known for name, known in before.items()}
+        if not any(left.values()):
+            break
+        time.sleep(0.1)
     check(not any(left.values()), f"after close there are still {left}")
 
 

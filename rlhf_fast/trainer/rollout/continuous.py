@@ -23,7 +23,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.initialization import WorkloadHints
 
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.rollout.protocol import Completions, Sampling, completions
+from rlhf_fast.trainer.rollout.protocol import (
+    Completions,
+    Sampling,
+    check_prompts,
+    completions,
+)
 
 OURS = {"return_logprobs", "seed"}  # fields of its config that the engine sets
 
@@ -64,10 +69,7 @@ class TransformersEngine:
             return_logprobs=True, seed=seed, **self.room(prompts, sampling)
         )
         hints = WorkloadHints(max(map(len, prompts)), sampling.max_new_tokens, len(prompts))
-        vocabulary = self.model.get_input_embeddings().weight.size(0)
-        worst = max(max(prompt) for prompt in prompts)
-        if worst >= vocabulary:  # it would fail in its thread
-            raise ValueError(f"a prompt has the token {worst}, of {vocabulary}")
+        check_prompts(prompts, self.model.get_input_embeddings().weight.size(0))
         with torch.random.fork_rng():  # its seed is the process's
             manager = self.model.init_continuous_batching(config, plan, hints)
             sets = Sets() if sampling.truncates else None

@@ -32,7 +32,6 @@ from rlhf_fast.trainer.rollout.protocol import (
 ENGINES = {
     "transformers": ("continuous", "TransformersEngine", "transformers", "transformers"),
     "vllm": ("vllm_in_process", "VLLMEngine", "vllm", "vllm"),
-    "vllm-server": ("vllm_server", "VLLMServerEngine", "requests", "requests"),
 }
 
 Maker = Callable[[Policy], RolloutEngine]  # made of the policy, once that is loaded

@@ -102,6 +102,13 @@ class RolloutFunction(Protocol):
     ) -> Completions: ...
 
 
+def check_prompts(prompts: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """For engines whose library takes any number for a token, or fails where nobody sees it."""
+    worst = max(max(prompt) for prompt in prompts)
+    if worst >= vocabulary:
+        raise ValueError(f"a prompt has the token {worst}, of {vocabulary}")
+
+
 def completions(
     answers: Sequence[Sequence[int]],
     logps: Sequence[Sequence[float]],
