@@ -427,9 +427,9 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     rollout_engine: str | None = option(
         "sampling",
         None,
-        help="what samples: `transformers` (continuous batching), `vllm` (in this process), or a "
-        "function or class of your own, `module:name` or `file.py:name`; unset: rlhf_fast's own "
-        "decoding",
+        help="what samples: `transformers` (continuous batching), `vllm` (in this process), "
+        "`vllm-server`, or a function or class of your own, `module:name` or `file.py:name`; "
+        "unset: rlhf_fast's own decoding",
     )
     rollout_engine_options: list[str] | None = option(
         "sampling",

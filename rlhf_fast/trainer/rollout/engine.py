@@ -28,10 +28,11 @@ from rlhf_fast.trainer.rollout.protocol import (
     Sampling,
 )
 
-# Name -> (file beside this one, its class, the package it stands on, how that is installed).
+# Name -> (file beside this one, its class, the package that must be installed beside it).
 ENGINES = {
-    "transformers": ("continuous", "TransformersEngine", "transformers", "transformers"),
-    "vllm": ("vllm_in_process", "VLLMEngine", "vllm", "vllm"),
+    "transformers": ("continuous", "TransformersEngine", "transformers"),
+    "vllm": ("vllm_in_process", "VLLMEngine", "vllm"),
+    "vllm-server": ("vllm_server", "VLLMServerEngine", None),  # may have its own environment
 }
 
 Maker = Callable[[Policy], RolloutEngine]  # made of the policy, once that is loaded
@@ -51,10 +52,10 @@ def load_engine(
     if name is None:
         return None
     if name in ENGINES:
-        file, kind, package, install = ENGINES[name]
-        if find_spec(package) is None:
+        file, kind, package = ENGINES[name]
+        if package is not None and find_spec(package) is None:
             raise InputError(
-                f"rollout_engine={name}: {package} is not installed (pip install {install})"
+                f"rollout_engine={name}: {package} is not installed (pip install {package})"
             )
         found = getattr(import_module(f"rlhf_fast.trainer.rollout.{file}"), kind)
     else:
