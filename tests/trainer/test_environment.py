@@ -97,6 +97,18 @@ def test_each_turn_sees_all_before_it(policy, tiny_tokenizer):
     ]  # fmt: skip
 
 
+def test_the_end_of_a_turn_is_there_once(tiny_policy_folder, tiny_tokenizer):
+    """A template that writes it, too, puts none beside the policy's own."""
+    policy = load_policy(tiny_policy_folder, trainable_layers=None, device=CPU)
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor %}assistant"
+    )
+    asked = ids_of(tiny_tokenizer, "user film <eos> assistant")
+    rollout = played(policy, scripted([GOOD, END], [BAD, END])(policy), [(asked, ASK)], max_turns=2)
+    between = ids_of(tiny_tokenizer, "user the plot <eos> assistant")
+    assert rollout.labels[0].tolist() == [GOOD, END, *between, BAD, END]
+
+
 def test_text_goes_on_as_text(policy, tiny_tokenizer):
     engine = scripted([GOOD, END], [BAD, END])(policy)
     rollout = played(policy, engine, [([5], "film")], max_turns=2)

@@ -43,44 +43,52 @@ def test_a_group_goes_on_without_them(configured, method):
     assert (came[4:] == 0).all() and came[2] == 0
 
 
-@pytest.mark.parametrize("estimator", ["gae", "grpo", "remax"])
-def test_a_run_goes_on_without_them_and_resumes_to_the_same(
-    configured, tmp_path, capsys, estimator
-):
+@pytest.fixture
+def flaky(configured, tmp_path):
+    """flaky(**options) -> a config whose reward fails for answers that end in "film"."""
     (tmp_path / "flaky.py").write_text(FLAKY)
-    options = {"samples_per_prompt": 4, "estimator": estimator, "save_every": 2, "epochs": 1}
-    config = configured(reward=f"{tmp_path / 'flaky.py'}:flaky", **options)
-    ppo.train(config)
+    return lambda **options: configured(reward=f"{tmp_path / 'flaky.py'}:flaky", **options)
+
+
+def metrics(config) -> list[dict]:
+    """Without what depends on the clock."""
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
-    lost = [row["rollout/answers_lost"] for row in rows]
-    assert (
-        0 < sum(lost)
-        and max(lost) < 16
-        and "answers, which are left out" in "".join(capsys.readouterr().out.replace("\n", " "))
-    )
+    return [{k: v for k, v in row.items() if "perf/" not in k and k != "eps"} for row in rows]
+
+
+@pytest.mark.parametrize("estimator", ["gae", "grpo", "remax"])
+def test_a_run_goes_on_without_them(flaky, capsys, estimator):
+    config = flaky(samples_per_prompt=4, estimator=estimator, steps=2, epochs=1)
+    ppo.train(config)
+    lost = [row["rollout/answers_lost"] for row in metrics(config)]
+    said = " ".join(capsys.readouterr().out.split())
+    assert 0 < sum(lost) and max(lost) < 16 and "answers, which are left out" in said
+    assert all(v == v for row in metrics(config) for v in row.values())  # no NaN
+    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
     assert all(row["perf/reward_flaky_seconds"] > 0 for row in rows)
-    numbers = [{k: v for k, v in row.items() if "perf/" not in k and k != "eps"} for row in rows]
-    assert all(v == v for row in numbers for v in row.values())  # no NaN
 
-    half = replace(config, output_dir=config.output_dir + "_half", steps=2)
+
+def test_resumed_it_ends_with_the_same_numbers(flaky):
+    options = {"samples_per_prompt": 4, "estimator": "grpo", "epochs": 1, "eval_prompts": 2}
+    whole = flaky(steps=2, **options)
+    ppo.train(whole)
+    half = replace(whole, output_dir=whole.output_dir + "_half", steps=1)
     ppo.train(half)
-    ppo.train(replace(half, steps=4, resume=True))
-    again = read_metrics(Path(half.output_dir) / "metrics.jsonl")
-    again = [{k: v for k, v in row.items() if "perf/" not in k and k != "eps"} for row in again]
-    assert again == numbers
+    ppo.train(replace(half, steps=2, resume=True))
+    assert metrics(half) == metrics(whole)
+    assert sum(row["rollout/answers_lost"] for row in metrics(whole)) > 0
 
 
-def test_what_a_lost_answer_says_changes_nothing(configured, tmp_path, monkeypatch):
-    """Its tokens have no gradient: with another score behind it, the update is the same."""
+def test_what_a_lost_answer_says_changes_nothing(flaky, monkeypatch):
+    """None of its tokens counts in what is learnt from."""
     learnt = []
 
     def seen(policy, batch, *rest):
         learnt.append(batch)
         return {"loss": 0.0}
 
-    (tmp_path / "flaky.py").write_text(FLAKY)
     monkeypatch.setattr(ppo, "learn", seen)
-    ppo.train(configured(reward=f"{tmp_path / 'flaky.py'}:flaky", steps=1, missing_eos_penalty=1.0))
+    ppo.train(flaky(steps=1, missing_eos_penalty=1.0))
     (batch,) = learnt
     gone = ~batch.mask.any(1)
     assert 0 < gone.sum() < 16
