@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_fast.trainer.config import PPOConfig, RewardConfig
     from rlhf_fast.trainer.errors import InputError
-    from rlhf_fast.trainer.rollout.sample import Completions, RolloutEngine, Sampling
+    from rlhf_fast.trainer.rollout.protocol import Completions, RolloutEngine, Sampling
     from rlhf_fast.trainer.trainers import PPOTrainer, RewardTrainer
 
 __all__ = [
@@ -30,9 +30,9 @@ __all__ = [
 
 # Loaded when they are asked for: the command line says in one line which package is missing.
 WHERE = {
-    "Completions": "rollout.sample", "InputError": "errors", "PPOConfig": "config",
+    "Completions": "rollout.protocol", "InputError": "errors", "PPOConfig": "config",
     "PPOTrainer": "trainers", "RewardConfig": "config", "RewardTrainer": "trainers",
-    "RolloutEngine": "rollout.sample", "Sampling": "rollout.sample",
+    "RolloutEngine": "rollout.protocol", "Sampling": "rollout.protocol",
 }  # fmt: skip
 
 

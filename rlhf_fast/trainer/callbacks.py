@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from statistics import fmean
 from typing import Any
 
 import transformers
@@ -30,6 +29,7 @@ from transformers.trainer_callback import CallbackHandler, ExportableState
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.evaluate import mean_of
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.run.folder import Run
@@ -133,7 +133,7 @@ class Callbacks:
         self.answers, step = answers, self.state.global_step
         texts = {name: x for name, x in answers.items() if x and not is_number(x[0])}
         numbers = {name: x for name, x in answers.items() if name not in texts}
-        metrics = {f"eval_{name}": fmean(x) for name, x in numbers.items()}
+        metrics = {f"eval_{name}": mean_of(x) for name, x in numbers.items()}
         self.run.log_evaluation({"step": step, **metrics, "samples": answers if texts else {}})
         if self.workers.is_main:
             self.workers.log({"step": step, **metrics})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import partial
 from statistics import fmean
@@ -51,7 +52,7 @@ def evaluate(
         texts = read_answers(policy, rollout, batch, config)
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
-        result["answer"] += texts
+        result["answer"] += [str(text) for text in texts]
         scored = workers.main_only(partial(score_all, reward, judge, batch, texts))
         result["score"] += scored["scores"].tolist()
         if judge is not None:
@@ -63,9 +64,14 @@ def evaluate(
 
 
 def summarise(before: dict, after: dict) -> dict[str, float]:
-    summary = {"score_before": fmean(before["score"]), "score_after": fmean(after["score"])}
+    summary = {"score_before": mean_of(before["score"]), "score_after": mean_of(after["score"])}
     summary["score_rise"] = summary["score_after"] - summary["score_before"]
     if "judge" in before:
-        summary["judge_before"] = fmean(before["judge"])
-        summary["judge_after"] = fmean(after["judge"])
+        summary["judge_before"] = mean_of(before["judge"])
+        summary["judge_after"] = mean_of(after["judge"])
     return summary | {"kl": fmean(after["kl"])}
+
+
+def mean_of(scores: list[float]) -> float:
+    """Without those that were lost."""
+    return fmean([score for score in scores if not math.isnan(score)] or [math.nan])
