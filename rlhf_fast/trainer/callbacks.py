@@ -135,6 +135,8 @@ class Callbacks:
         numbers = {name: x for name, x in answers.items() if name not in texts}
         metrics = {f"eval_{name}": fmean(x) for name, x in numbers.items()}
         self.run.log_evaluation({"step": step, **metrics, "samples": answers if texts else {}})
+        if texts:
+            self.answered(answers)
         if self.workers.is_main:
             self.workers.log({"step": step, **metrics})
             said = "  ".join(f"{name[5:]} {value:.3g}" for name, value in metrics.items())
@@ -147,6 +149,15 @@ class Callbacks:
             self.state.best_model_checkpoint = str(self.run.checkpoint_of(step))
             if self.config.load_best_model_at_end:
                 self.run.best, self.control.should_save = step, True
+
+    def answered(self, answers: dict[str, list], of: int | None = None) -> dict[str, list]:
+        """Keeps and shows the answers of an evaluation; of: the step whose weights gave them, if
+        it is not the last one."""
+        step = self.state.global_step
+        self.run.save_completions(step if of is None else of, answers)
+        if self.workers.is_main:
+            self.workers.log_answers(step, answers)
+        return answers
 
     def better(self, value: float) -> bool:
         best = self.state.best_metric

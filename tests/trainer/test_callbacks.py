@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STARTS
+from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -81,6 +82,11 @@ def metrics(config: RunConfig) -> list[dict]:
 def evaluations(config: RunConfig) -> list[dict]:
     lines = (Path(config.output_dir) / "metrics" / "eval.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def completions(config: RunConfig) -> list[dict]:
+    files = str(Path(config.output_dir) / "completions" / "*.parquet")
+    return load_dataset("parquet", data_files=files, split="train").to_list()
 
 
 def kept(config: RunConfig) -> list[str]:
@@ -245,8 +251,10 @@ def test_evaluations_after_the_checkpoint_are_dropped(config, monkeypatch):
         (folder / name).unlink()
     train(replace(config, resume=True))
     assert evaluations(config) == whole and [row["step"] for row in whole] == [1, 2]
+    assert [row["step"] for row in completions(config)] == [0] * 4 + [1] * 4 + [2] * 4
     Run(replace(config, resume=False, overwrite=True)).begin()
     assert not (folder / "metrics" / "eval.jsonl").exists()
+    assert not list((folder / "completions").iterdir())
 
 
 def test_evaluating_changes_no_number(config):
