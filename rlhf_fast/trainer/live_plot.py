@@ -10,11 +10,11 @@ from transformers import TrainerCallback
 from transformers.utils import is_in_notebook
 
 from rlhf_fast.trainer.run.metrics import Row, finite
-from rlhf_fast.trainer.run.plot import PANELS, plot
+from rlhf_fast.trainer.run.plot import panels_of, plot
 
 
 class LivePlot(TrainerCallback):
-    """Draws reward, KL, judge, … below the cell that trains, anew every few seconds and at the end.
+    """Draws the curves of `rlhf-fast plot` below the cell that trains, anew every few seconds and at the end.
 
     Outside a notebook it does nothing.
 
@@ -58,4 +58,4 @@ class LivePlot(TrainerCallback):
 
 def is_of_a_step(row: dict[str, Any]) -> bool:
     """And not of an evaluation."""
-    return any(key in row for key, _ in PANELS)
+    return bool(panels_of([row]))

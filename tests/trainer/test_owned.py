@@ -211,7 +211,7 @@ def test_a_plot_is_drawn_over_a_plot_only(drawn, tmp_path, capsys):
         output.unlink(missing_ok=True)
         output.write_bytes(b"\x89PNG somebody else's")
         assert drawn("--output", str(output)) == 2
-        assert "is there already and was not drawn by this" in capsys.readouterr().err
+        assert "is there already and was not written by this" in capsys.readouterr().err
         assert output.read_bytes() == b"\x89PNG somebody else's"
     assert drawn() == 2
     link = tmp_path / "link.png"

@@ -16,6 +16,12 @@ PANELS = (
     ("policy/clipfrac_avg", "share of clipped ratios"),
     ("loss/value_avg", "value loss"),
 )
+PANELS_OF_A_REWARD_MODEL = (
+    ("loss", "loss"),
+    ("accuracy", "share of pairs in the right order"),
+    ("margin", "score of the better text, less the other's"),
+    ("grad_norm", "norm of the gradient"),
+)
 SIGNATURE = "rlhf-fast plot"  # in the PNG: such a file may be drawn anew
 SMOOTH_FROM = 20  # steps
 ACROSS = 3  # panels side by side: what a page is wide enough for
@@ -27,10 +33,10 @@ def plot(metrics: list[Row], path: Path | IO[bytes]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = [(key, title) for key, title in PANELS if any(key in row for row in metrics)]
+    panels = panels_of(metrics)
     if not panels:
         where = path.parent if isinstance(path, Path) else "the run"
-        raise InputError(f"{where} has no metrics of a PPO run to plot")
+        raise InputError(f"{where} has no metrics to plot")
     across = min(len(panels), ACROSS)
     down = math.ceil(len(panels) / across)
     figure = Figure(figsize=(4 * across, 3 * down), layout="constrained")
@@ -41,6 +47,13 @@ def plot(metrics: list[Row], path: Path | IO[bytes]) -> None:
     for axes, (key, title) in zip(grid, panels, strict=False):
         panel(axes, metrics, key, title)
     figure.savefig(path, dpi=120, format="png", metadata={"Software": SIGNATURE})
+
+
+def panels_of(metrics: list[Row]) -> list[tuple[str, str]]:
+    """(metric, title) of those that a run has."""
+    has = set().union(*metrics)
+    known = PANELS if has & dict(PANELS).keys() else PANELS_OF_A_REWARD_MODEL
+    return [(key, title) for key, title in known if key in has]
 
 
 def panel(axes, metrics: list[Row], key: str, title: str = "", *, color: str = "C0") -> None:

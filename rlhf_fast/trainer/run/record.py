@@ -14,14 +14,7 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run import lock
 from rlhf_fast.trainer.run.metrics import Row, has_step, read_metrics, read_rows
 from rlhf_fast.trainer.run.owned import EVALUATIONS
-from rlhf_fast.trainer.run.plot import PANELS
-
-PANELS_OF_A_REWARD_MODEL = (
-    ("loss", "loss"),
-    ("accuracy", "share of pairs in the right order"),
-    ("margin", "score of the better text less the other's"),
-    ("grad_norm", "norm of the gradient"),
-)
+from rlhf_fast.trainer.run.plot import panels_of
 
 
 @dataclass
@@ -40,10 +33,8 @@ class Record:
         return "reward" in self.config
 
     @property
-    def panels(self) -> tuple[tuple[str, str], ...]:
-        """(metric, title) of those that the run has."""
-        known = PANELS if self.is_ppo else PANELS_OF_A_REWARD_MODEL
-        return tuple((key, title) for key, title in known if any(key in row for row in self.rows))
+    def panels(self) -> list[tuple[str, str]]:
+        return panels_of(self.rows)
 
     @property
     def step(self) -> int:
