@@ -32,9 +32,9 @@ __all__ = [
 
 # Loaded when they are asked for: the command line says in one line which package is missing.
 WHERE = {
-    "Completions": "rollout.sample", "InputError": "errors", "LivePlot": "live_plot", "PPOConfig": "config",
-    "PPOTrainer": "trainers", "RewardConfig": "config", "RewardTrainer": "trainers",
-    "RolloutEngine": "rollout.sample", "Sampling": "rollout.sample",
+    "Completions": "rollout.sample", "InputError": "errors", "LivePlot": "live_plot",
+    "PPOConfig": "config", "PPOTrainer": "trainers", "RewardConfig": "config",
+    "RewardTrainer": "trainers", "RolloutEngine": "rollout.sample", "Sampling": "rollout.sample",
 }  # fmt: skip
 
 

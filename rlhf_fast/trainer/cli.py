@@ -1,4 +1,4 @@
-"""`rlhf-fast reward|ppo|generate|watch|plot|report|info`; commands import the heavy modules they need."""
+"""`rlhf-fast reward|ppo|…`: the commands; each imports the heavy modules it needs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def generate(argv: Sequence[str]) -> None:
 
 def watch(argv: Sequence[str]) -> None:
     """follow a run in the terminal"""
-    config = parsed("WatchConfig", of_a_run(argv), prog="rlhf-fast watch")
+    config = parsed("WatchConfig", positional(argv, "--run"), prog="rlhf-fast watch")
     watching = load("rlhf_fast.trainer.run.watch")
     from rlhf_fast.trainer.run.console import console
 
@@ -51,7 +51,7 @@ def watch(argv: Sequence[str]) -> None:
 
 def plot(argv: Sequence[str]) -> None:
     """draw the curves of a run from its metrics"""
-    config = parsed("PlotConfig", of_a_run(argv), prog="rlhf-fast plot")
+    config = parsed("PlotConfig", positional(argv, "--run"), prog="rlhf-fast plot")
     plots = load("rlhf_fast.trainer.run.plot")
     from rlhf_fast.trainer.run.metrics import read_metrics
 
@@ -65,7 +65,7 @@ def plot(argv: Sequence[str]) -> None:
 
 def report(argv: Sequence[str]) -> None:
     """write a page about a run: curves, answers, warnings, options"""
-    config = parsed("ReportConfig", of_a_run(argv), prog="rlhf-fast report")
+    config = parsed("ReportConfig", positional(argv, "--run"), prog="rlhf-fast report")
     pages = load("rlhf_fast.trainer.run.page")
     from rlhf_fast.trainer.run.record import read
 
@@ -75,9 +75,22 @@ def report(argv: Sequence[str]) -> None:
     write(target, pages.is_page, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def of_a_run(argv: Sequence[str]) -> Sequence[str]:
+def convert(argv: Sequence[str]) -> None:
+    """write a configuration of TRL or verl as ours"""
+    config = parsed("ConvertConfig", positional(argv, "--file"), prog="rlhf-fast convert")
+    converting = load("rlhf_fast.trainer.convert")
+    path = Path(config.file).expanduser()
+    text = converting.convert(path, config.framework, config.processes)
+    if config.output is None:
+        print(text, end="")
+        return
+    target = Path(config.output).expanduser()
+    write(target, converting.is_converted, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def positional(argv: Sequence[str], flag: str) -> Sequence[str]:
     """`rlhf-fast plot run/` is `rlhf-fast plot --run run/`."""
-    return ["--run", *argv] if argv and not argv[0].startswith("-") else argv
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
 
 
 def write(target: Path, ours: Callable[[Path], bool], writer: Callable[[Path], Any]) -> None:
@@ -107,7 +120,8 @@ def info(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (reward, ppo, generate, watch, plot, report, info)
+    command.__name__: command
+    for command in (reward, ppo, generate, watch, plot, report, convert, info)
 }
 
 

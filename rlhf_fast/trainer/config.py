@@ -923,6 +923,28 @@ class ReportConfig:
 
 
 @dataclass(kw_only=True)
+class ConvertConfig:
+    """Write a configuration of TRL's or verl's trainer as ours; what has no equal stands in
+    comments, with the reason."""
+
+    file: str = option("run", help="YAML file of theirs")
+    framework: str | None = option(
+        "run",
+        None,
+        choices=("trl-ppo", "trl-grpo", "verl"),
+        help="whose it is [unset: found out by its keys]",
+    )
+    output: str | None = option("run", None, help="YAML file to write [unset: printed]")
+    processes: int = option(
+        "devices", 1, help="processes of theirs: TRL's batch sizes are those of one"
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self)
+        at_least(self, 1, "processes")
+
+
+@dataclass(kw_only=True)
 class PlotConfig:
     """Draw a run's curves: reward, KL, judge, clip fraction and value loss over the steps."""
 

@@ -117,7 +117,10 @@ def test_a_run_that_has_hardly_begun(tmp_path):
 
 def test_a_reward_model(tmp_path):
     told = Page(page(read(a_reward_run(tmp_path / "run"))))
-    assert told.texts["p"][0] == "A reward model of org/small-model, trained on the pairs of org/pairs."
+    assert (
+        told.texts["p"][0]
+        == "A reward model of org/small-model, trained on the pairs of org/pairs."
+    )
     assert told.texts["figcaption"][:2] == ["loss", "share of pairs in the right order"]
 
 

@@ -129,7 +129,9 @@ def side(label: str, answers: dict, earlier: dict | None, i: int) -> dict[str, A
             continue
         rise = value - (earlier[name][i] or 0.0) if earlier and name in earlier else 0.0
         kind = "up" if rise > 0 else "down" if rise < 0 else "muted"
-        found.append({"text": f"{'reward' if name == 'score' else name} {value:+.2f}", "kind": kind})
+        found.append(
+            {"text": f"{'reward' if name == 'score' else name} {value:+.2f}", "kind": kind}
+        )
     return {"label": label, "answer": answers["answer"][i] or "(empty)", "scores": found}
 
 
