@@ -22,7 +22,8 @@ def ppo_rows(steps: int) -> list[dict]:
             "loss/value_avg": None if i == 3 else math.exp(-i / 20),
             "policy/entropy_avg": 2.0 if i < 0.9 * steps else 0.1, "val/answer_tokens": 20.0,
             "perf/seconds": 2.0, "perf/rollout_seconds": 1.0, "perf/score_seconds": 0.1,
-            "perf/reference_seconds": 0.3, "perf/update_seconds": 0.6, "perf/tokens_per_second": 9.0,
+            "perf/reference_seconds": 0.3, "perf/update_seconds": 0.6,
+            "perf/tokens_per_second": 9.0,
         }
         for i in range(steps)
     ]  # fmt: skip

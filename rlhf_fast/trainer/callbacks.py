@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import fmean
 from typing import Any
 
@@ -169,8 +169,12 @@ class Callbacks:
         """A run that is ended keeps what it was ended with."""
         return self.wanted("should_save") or self.stopped()
 
-    def saved(self) -> None:
+    def saved(self, save: Callable[[], None]) -> None:
+        """save: writes the checkpoint; once more if it is now that a callback ends the run."""
+        ended = self.stopped()
         self.event("on_save")
+        if self.stopped() and not ended:
+            save()
 
     def best_step(self) -> int | None:
         """The step whose weights are to be the trained model's, if it is not the last one."""

@@ -14,7 +14,7 @@ from rlhf_fast.trainer.run.plot import panels_of, plot
 
 
 class LivePlot(TrainerCallback):
-    """Draws the curves of `rlhf-fast plot` below the cell that trains, anew every few seconds and at the end.
+    """Draws the curves of `rlhf-fast plot` below the cell that trains, anew every few seconds.
 
     Outside a notebook it does nothing.
 

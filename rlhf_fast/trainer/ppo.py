@@ -236,13 +236,15 @@ def train(
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     shown = [prompt.prompt for prompt in asked[mine]]
                     console.print(samples_table(shown, texts, raw_scores[mine].tolist()))
-            callbacks.step_ended(row, per_epoch=len(prompts) / groups)
-            if callbacks.evaluates():
-                callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
+            save = partial(run.save_checkpoint, step + 1, weights, stepper.optimizer, **steering)
+            with interrupts.saving_at_an_error(save):
+                callbacks.step_ended(row, per_epoch=len(prompts) / groups)
+                if callbacks.evaluates():
+                    callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
             ending = workers.largest(interrupts.asked())
             if ending or callbacks.saves():
-                run.save_checkpoint(step + 1, weights, stepper.optimizer, **steering)
-                callbacks.saved()
+                save()
+                callbacks.saved(save)
             if ending:
                 interrupts.stop(ending)
 

@@ -167,7 +167,7 @@ def test_the_tables_name_options_that_there_are(of):
 
 
 def own_fields(module: Path, config: str) -> dict[str, object]:
-    """{field: default} of a dataclass, by its source: to import TRL, and two of them, takes long."""
+    """{field: default} of a dataclass, by its source: importing two TRLs takes long."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     (found,) = (x for x in tree.body if isinstance(x, ast.ClassDef) and x.name == config)
     fields = [x for x in found.body if isinstance(x, ast.AnnAssign)]
@@ -204,8 +204,6 @@ def test_verls_keys_are_its_own():
     assert verl.KEYS.keys() - found.keys() == set()
     for name, value in verl.DEFAULTS.items():
         assert found[name] == value, name
-    assert not [name for name in found if name.startswith(("algorithm.kl", "algorithm.filter"))
-                and name not in verl.KEYS and not name.endswith(("_target_", "inflight_gen_batches"))]  # fmt: skip
 
 
 def test_the_page():

@@ -33,9 +33,8 @@ class Display:
 def notebook(monkeypatch) -> Display:
     display = Display()
     module = SimpleNamespace(display=display.display, Image=lambda data, format: data)
-    monkeypatch.setitem(
-        sys.modules, "IPython", SimpleNamespace(display=module, version_info=(9, 0))
-    )
+    whole = SimpleNamespace(display=module, version_info=(9, 0))  # which matplotlib reads
+    monkeypatch.setitem(sys.modules, "IPython", whole)
     monkeypatch.setitem(sys.modules, "IPython.display", module)
     monkeypatch.setattr(live_plot, "is_in_notebook", lambda: True)
     monkeypatch.setattr(live_plot, "plot", lambda rows, file: file.write(b"%d rows" % len(rows)))

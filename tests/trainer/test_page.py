@@ -1,4 +1,4 @@
-"""The HTML report of a run: what it says, that nothing in it is another's markup or of the network."""
+"""The HTML report of a run: what it says, without markup of the answers and without a network."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def test_each_mark_of_a_curve_is_its_own(text):
 def test_a_run_that_goes_on(tmp_path):
     """Its last evaluation is what is beside the answers before."""
     told = Page(page(read(a_ppo_run(tmp_path / "run", made=25))))
-    assert told.texts["h2"] == [
-        "Training", "Held out", "Held-out prompts, answered before and after step 20", "Options"]  # fmt: skip
+    sections = "Training", "Held out", "Held-out prompts, answered before and after step 20"
+    assert told.texts["h2"] == [*sections, "Options"]
     assert told.texts["said"][2] == f"at 20 0: {EVIL}"
     assert told.texts["muted"][0].startswith("not running and not finished")
 
@@ -172,7 +172,7 @@ def test_a_folder_that_is_no_run(small, capsys, name, written, words):
 )
 @pytest.mark.parametrize("width", [1200, 500])  # a window of Chromium is no narrower
 def test_in_a_browser(text, tmp_path, width):
-    """What a browser makes of it: all samples, no script that ran, no line wider than the window."""
+    """What a browser makes of it: all samples, no script that ran, nothing too wide."""
     measured = (
         "<script>addEventListener('load', () => document.body.dataset.wide ="
         " document.documentElement.scrollWidth > innerWidth)</script>"

@@ -1,4 +1,4 @@
-"""`rlhf-fast convert`: another trainer's configuration as ours, with what has no equal in comments."""
+"""`rlhf-fast convert`: another trainer's configuration as ours; what has no equal in comments."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def convert(path: Path, framework: str | None = None, processes: int = 1) -> str
     try:
         values, said = converted(given, of, processes)
     except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"file={path} has a value that {of.title} would not take: {error}"
-        ) from None
+        raise InputError(f"file={path} has a value that cannot be converted: {error}") from None
     check(values, path)
     return "".join(lines(values, said, given, of, path))
 

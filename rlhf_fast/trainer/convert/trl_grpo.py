@@ -1,4 +1,4 @@
-"""TRL's GRPOConfig (1.16; that of 1.12 has fewer keys), with the arguments of its example scripts."""
+"""TRL's GRPOConfig (1.16; 1.12 has fewer keys), with the arguments of its example scripts."""
 
 from __future__ import annotations
 

@@ -139,12 +139,14 @@ ESTIMATES = {
     "k3": "k3",
 }
 
+AGGREGATIONS = {"seq-mean-token-sum-norm": "token-sum"}
+
 
 def options(given: Settings, processes: int) -> tuple[dict[str, Any], list[str]]:
     said: list[str] = []
     answers, prompts = given[f"{ROLLOUT}.n"], given["data.train_batch_size"]
     mode = given[f"{ACTOR}.policy_loss.loss_mode"]
-    estimator = given["algorithm.adv_estimator"]
+    estimator, aggregation = given["algorithm.adv_estimator"], given[f"{ACTOR}.loss_agg_mode"]
     if mode not in LOSSES:
         said.append(f"loss_mode={mode} is not known here: ppo stands in its place")
     if estimator not in ESTIMATORS:
@@ -155,7 +157,7 @@ def options(given: Settings, processes: int) -> tuple[dict[str, Any], list[str]]
         "estimator": ESTIMATORS.get(estimator, "grpo"),
         "lr_scheduler_type": scheduler(given[f"{ACTOR}.optim.lr_scheduler_type"]),
         "top_k": max(0, given[f"{ROLLOUT}.top_k"]),
-        "aggregation": given[f"{ACTOR}.loss_agg_mode"].replace("seq-mean-token-sum-norm", "token-sum"),
+        "aggregation": AGGREGATIONS.get(aggregation, aggregation),
         **LOSSES.get(mode, {}),
     }  # fmt: skip
     if estimator == "grpo" and not given["algorithm.norm_adv_by_std_in_grpo"]:

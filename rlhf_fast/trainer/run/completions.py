@@ -1,4 +1,4 @@
-"""The answers of an evaluation as tables: a Parquet file in the run's folder, rows for a tracker."""
+"""The answers of an evaluation as tables: a Parquet file of the run, rows for a tracker."""
 
 from __future__ import annotations
 

@@ -123,15 +123,13 @@ def words(prompt: Any) -> str:
 
 def side(label: str, answers: dict, earlier: dict | None, i: int) -> dict[str, Any]:
     found = []
-    for name in ("score", "judge"):
+    for name, shown in (("score", "reward"), ("judge", "judge")):
         value = answers[name][i] if name in answers else None
         if value is None:
             continue
         rise = value - (earlier[name][i] or 0.0) if earlier and name in earlier else 0.0
         kind = "up" if rise > 0 else "down" if rise < 0 else "muted"
-        found.append(
-            {"text": f"{'reward' if name == 'score' else name} {value:+.2f}", "kind": kind}
-        )
+        found.append({"text": f"{shown} {value:+.2f}", "kind": kind})
     return {"label": label, "answer": answers["answer"][i] or "(empty)", "scores": found}
 
 
