@@ -471,8 +471,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     off_policy_mask_threshold: float | None = option(
         "objective",
         None,
-        help="an answer's tokens of negative advantage have no policy gradient once log π_rollout − "
-        "log π is further than this on average, in nats a token (DeepSeek-V3.2; TRL's flag of this "
+        help="an answer's tokens of negative advantage have no policy gradient once log π_rollout "
+        "− log π is above this on average, in nats a token (DeepSeek-V3.2; TRL's flag of this "
         "name). Costs a further product with the head, forward",
     )
 

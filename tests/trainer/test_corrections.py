@@ -113,7 +113,7 @@ def test_the_tokens_of_the_highest_entropy_steer(ran):
 
 
 def test_answers_that_have_moved_away_lose_their_negative_advantages(ran, monkeypatch):
-    """The engine says 4 times the policy's probability for half of the answers: 1.4 nats a token."""
+    """The engine says 4 times the policy's probability for half of them: 1.4 nats a token."""
     calls, real = [], ppo.linear_policy_loss
 
     def record(hidden, weight, labels, old_logp, advantages, mask, **options):
