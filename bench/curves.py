@@ -31,7 +31,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 if __package__ in (None, ""):  # run as a script
@@ -46,7 +45,7 @@ ROOT = machine.ROOT
 RESULTS = ROOT / "bench" / "results" / "curves.json"
 FIGURE = ROOT / "docs" / "bench" / "curves.png"
 TRAINERS = {"ours": "rlhf_fast", "TRL": f"TRL {VERSION}"}
-COLORS = {"ours": "#0277bd", "TRL": "#d32f2f"}
+COLORS = ("#0277bd", "#d32f2f", "#2e7d32", "#7b1fa2", "#5f6368")
 COLUMNS = {
     "objective/scores": "score (VADER, −1 to 1)",
     "objective/kl": "KL from the reference, nats an answer",
@@ -256,40 +255,32 @@ def run(trainer: str, folder: Path, seed: int, setting: Setting) -> None:
 # ---------------------------------------------------------------------------- figure and comparison
 
 
-def compare(runs: dict[str, list[dict]], steps: int) -> list[dict[str, Any]]:
-    """The mean of the last half of the steps: ours, TRL's, and how far the seeds spread."""
-    found = []
-    for column in COLUMNS:
-        ours, theirs = ([fmean(r[column][steps // 2 :]) for r in runs[t]] for t in TRAINERS)
-        # Of a difference of two means of n seeds each; None for one seed, which has no spread.
-        error = None
-        if len(ours) > 1 and len(theirs) > 1:
-            error = (stdev(ours) ** 2 / len(ours) + stdev(theirs) ** 2 / len(theirs)) ** 0.5
-        row = {"column": column, "ours": ours, "TRL": theirs, "standard_error": error}
-        found.append(row | {"difference": fmean(ours) - fmean(theirs)})
-    return found
+def compare(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, Any]:
+    """For how many steps one seed's answers score the same, and how near its KLs are till then."""
+    scores, kl = COLUMNS
+    pairs = zip(ours[scores], theirs[scores], strict=True)
+    same = sum(1 for _ in itertools.takewhile(lambda pair: abs(pair[0] - pair[1]) < 1e-4, pairs))
+    apart = [abs(a - b) for a, b in zip(ours[kl], theirs[kl], strict=True)][:same]
+    return {"steps": len(ours[kl]), "same_answers": same, "largest_difference_of_kl": max(apart)}
 
 
-def plot(runs: dict[str, list[dict]], path: Path) -> None:
-    """Every seed thin, means thick."""
+def plot(runs: dict[str, list[dict]], seeds: list[int], path: Path) -> None:
+    """A colour a seed: TRL's broad and pale, ours thin above it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
+    lines = {"TRL": {"lw": 7, "alpha": 0.3}, "ours": {"lw": 1.2, "marker": ".", "ls": "--"}}
     for axes, (column, what) in zip(figure.subplots(1, 2), COLUMNS.items(), strict=True):
-        for trainer, name in TRAINERS.items():
-            curves = [r[column] for r in runs[trainer]]
-            steps = range(1, len(curves[0]) + 1)
-            for curve in curves:
-                axes.plot(steps, curve, color=COLORS[trainer], alpha=0.3, lw=0.8)
-            means = [fmean(x) for x in zip(*curves, strict=True)]
-            axes.plot(
-                steps, means, color=COLORS[trainer], lw=2, label=f"{name}, {len(curves)} seeds"
-            )
+        for trainer, style in lines.items():
+            for seed, run, color in zip(seeds, runs[trainer], COLORS, strict=False):
+                label = f"{TRAINERS[trainer]}, seed {seed}"
+                steps = range(1, len(run[column]) + 1)
+                axes.plot(steps, run[column], color=color, label=label, **style)
         axes.set(xlabel="PPO step", ylabel=what)
         axes.grid(alpha=0.3)
-        axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
@@ -298,9 +289,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="%(default)s")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="%(default)s")
     parser.add_argument("--folder", type=Path, default=Path("runs/curves"), help="%(default)s")
-    parser.add_argument(
-        "--one", nargs=2, help=argparse.SUPPRESS
-    )  # trainer and seed of this process
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # trainer, seed: of a process
     args = parser.parse_args()
     setting = Setting(steps=args.steps)
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -319,12 +308,13 @@ def main() -> None:
             runs[trainer].append(json.loads(file.read_text()))
     result = {
         "machine": machine.describe(torch.device("cpu")), "setting": dataclasses.asdict(setting),
-        "seeds": args.seeds, "runs": runs, "second_half": compare(runs, args.steps),
+        "seeds": args.seeds, "runs": runs,
+        "compared": list(map(compare, runs["ours"], runs["TRL"])),
     }  # fmt: skip
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    plot(runs, FIGURE)
-    for row in result["second_half"]:
-        print({k: v for k, v in row.items()})
+    plot(runs, args.seeds, FIGURE)
+    for seed, row in zip(args.seeds, result["compared"], strict=True):
+        print(f"seed {seed}: {row}")
 
 
 if __name__ == "__main__":

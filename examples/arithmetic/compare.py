@@ -123,13 +123,14 @@ def at(xs: list[float], ys: list[float], x: float) -> float:
 def table(result: dict[str, Any]) -> str:
     total = result["answers"]
     columns = " | ".join(f"{total * part // 4:,} answers" for part in (1, 2, 4))
-    lines = [f"| right on held-out questions, % | before | {columns} | updates |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [f"| right on held-out questions, % | before | {columns} | rise | updates |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
     for recipe, runs in result["runs"].items():
         cells = [
             spread([100 * at(run["answers"], run["right"], total * part / 4) for run in runs])
             for part in (0, 1, 2, 4)
         ]
+        cells.append(spread([100 * (run["right"][-1] - run["right"][0]) for run in runs]))
         updates = round(fmean(run["updates"][-1] for run in runs))
         lines.append(f"| {NAMES[recipe]} | {' | '.join(cells)} | {updates} |")
     return "\n".join(lines)
