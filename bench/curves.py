@@ -50,6 +50,7 @@ COLUMNS = {
     "objective/scores": "score (VADER, −1 to 1)",
     "objective/kl": "KL from the reference, nats an answer",
 }
+PARTED = 1e-3  # what one other token changes in a batch of 8 answers is more
 UNUSED = "<reponame>"  # a token that the model never samples: no answer ends before its time
 
 
@@ -256,12 +257,12 @@ def run(trainer: str, folder: Path, seed: int, setting: Setting) -> None:
 
 
 def compare(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, Any]:
-    """For how many steps one seed's answers score the same, and how near its KLs are till then."""
-    scores, kl = COLUMNS
-    pairs = zip(ours[scores], theirs[scores], strict=True)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: abs(pair[0] - pair[1]) < 1e-4, pairs))
-    apart = [abs(a - b) for a, b in zip(ours[kl], theirs[kl], strict=True)][:same]
-    return {"steps": len(ours[kl]), "same_answers": same, "largest_difference_of_kl": max(apart)}
+    """Of one seed: the steps, those until its curves part, and how near each is till then."""
+    apart = {c: [abs(a - b) for a, b in zip(ours[c], theirs[c], strict=True)] for c in COLUMNS}
+    steps = list(zip(*apart.values(), strict=True))
+    together = sum(1 for _ in itertools.takewhile(lambda step: max(step) < PARTED, steps))
+    nearest = {c: max(differences[:together], default=0.0) for c, differences in apart.items()}
+    return {"steps": len(steps), "together": together, "largest_difference_till_then": nearest}
 
 
 def plot(runs: dict[str, list[dict]], seeds: list[int], path: Path) -> None:

@@ -33,8 +33,9 @@ def test_the_same_until_another_token_is_drawn(tmp_path):
     ours = {SCORES: [0.1, 0.2, 0.3, 0.5], KL: [0.0, 0.1, 0.5, 0.6]}
     theirs = {SCORES: [0.1, 0.2, 0.4, 0.5], KL: [0.0, 0.1001, 0.2, 0.6]}
     found = curves.compare(ours, theirs)
-    assert found.pop("largest_difference_of_kl") == pytest.approx(1e-4)
-    assert found == {"steps": 4, "same_answers": 2}
+    nearest = found.pop("largest_difference_till_then")
+    assert nearest == pytest.approx({SCORES: 0.0, KL: 1e-4})
+    assert found == {"steps": 4, "together": 2}
     curves.plot({"ours": [ours], "TRL": [theirs]}, [0], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
