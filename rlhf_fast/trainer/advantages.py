@@ -42,29 +42,36 @@ def estimate(
     config: PPOConfig,
     learnt: Tensor | None = None,
     baseline: Tensor | None = None,
+    kept: Tensor | None = None,
+    earned: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(advantages [B, T], returns [B, T], or None without a critic).
 
-    learnt: the tokens of mask that are learnt from, if these are not all; baseline [B]: ReMax's.
+    learnt: the tokens of mask that are learnt from, if these are not all; baseline [B]: ReMax's;
+    kept [B]: the answers that have a score, if these are not all; earned [B, T]: what an
+    environment gave for turns on the way, a part of the scores that belongs to those tokens.
     """
     learnt = mask if learnt is None else learnt
     beta = beta if config.kl_in == "reward" else 0.0
     returns = None
     if config.estimator in GROUPED:
         kl = masked_sum(token_kl(old.logp, old.ref_logp, config.kl_estimator), mask)
-        advantages = group_advantages(
-            scores - times(beta, kl), config.samples_per_prompt, method=config.estimator,
-            lengths=mask.sum(-1) if config.estimator == "opo" else None,
-        )  # fmt: skip
+        lengths = mask.sum(-1) if config.estimator == "opo" else None
+        advantages = of_groups(scores - times(beta, kl), kept, config, config.estimator, lengths)
         advantages = advantages[:, None].expand(mask.shape)
     else:
         if config.estimator == "reinforce_baseline":
-            scores = group_advantages(scores, config.samples_per_prompt, method="dr_grpo")
+            scores = of_groups(scores, kept, config, "dr_grpo")
         elif baseline is not None:
             scores = scores - baseline
+        if earned is not None:
+            earned = config.weight_of("environment") * earned.masked_fill(~mask, 0.0)
+            scores = scores - earned.sum(1)
         rewards = kl_penalized_rewards(
             scores, old.logp, old.ref_logp, mask, beta=beta, estimator=config.kl_estimator
         )
+        if earned is not None:
+            rewards = rewards + earned
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         if config.estimator == "gae":
@@ -76,6 +83,29 @@ def estimate(
     if config.whitens_advantages:
         advantages = masked_whiten(advantages, learnt)
     return advantages, returns
+
+
+def of_groups(
+    scores: Tensor,
+    kept: Tensor | None,
+    config: PPOConfig,
+    method: str,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """[B] group advantages, each group without the answers that have no score; one that is left
+    alone has nothing to be compared with."""
+    size = config.samples_per_prompt
+    if kept is None or kept.all():
+        return group_advantages(scores, size, method=method, lengths=lengths)
+    advantages = torch.zeros_like(scores)
+    for group in torch.arange(len(scores), device=scores.device).split(size):
+        rows = group[kept[group]]
+        if len(rows) > 1:
+            others = None if lengths is None else lengths[rows]
+            advantages[rows] = group_advantages(
+                scores[rows], len(rows), method=method, lengths=others
+            )
+    return advantages
 
 
 def by_critic(

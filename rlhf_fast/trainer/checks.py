@@ -18,6 +18,7 @@ from .flags import COMMAS
 # Options that are or may be paths.
 PATHS = {
     "model", "data", "eval_data", "output_dir", "value_model", "reward", "judge", "rollout_engine",
+    "environment",
     "run", "output",
 }  # fmt: skip
 

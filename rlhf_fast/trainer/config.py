@@ -300,8 +300,9 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     reward: list[str] | None = needed(
         "rewards",
         help="what scores an answer, one or several: a reward model (folder or hub name), a "
-        "classifier's label (`folder#label`), or a Python function (`module:function` or "
-        "`file.py:function`), f(prompts, completions, **columns) -> list of floats",
+        "classifier's label (`folder#label`), a Python function (`module:function` or "
+        "`file.py:function`), f(prompts, completions, **columns) -> list of floats, or "
+        "`environment`",
     )
     reward_weights: list[float] | None = option(
         "rewards",
@@ -335,7 +336,21 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "rewards",
         None,
         help="seconds that a function of reward or judge may take for a batch of answers, else the "
-        "run ends with a checkpoint [unset: it is waited for, and named once a minute has passed]",
+        "run ends with a checkpoint; for one answer where it returns a list of awaitables [unset: "
+        "it is waited for, and named once a minute has passed]",
+    )
+    reward_concurrency: int = option(
+        "rewards", 16, help="answers that a list of awaitables is waited for at a time"
+    )
+    reward_retries: int = option(
+        "rewards", 0, help="a reward function that fails or hangs is called so many times more"
+    )
+    reward_failures: str = option(
+        "rewards",
+        "drop",
+        choices=("drop", "end"),
+        help="an answer whose awaitable fails or hangs leaves the batch (drop), or the run ends "
+        "with a checkpoint (end); a function that fails for all its answers ends it anyway",
     )
 
     keep_special_tokens: bool = option(
@@ -412,8 +427,25 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     rollout_engine: str | None = option(
         "sampling",
         None,
-        help="what samples, `module:function` or `file.py:function` (see RolloutEngine in "
-        "rlhf_fast/trainer/rollout/sample.py); unset: rlhf_fast's own decoding",
+        help="what samples: `transformers` (continuous batching), `vllm` (in this process), "
+        "`vllm-server`, or a function or class of your own, `module:name` or `file.py:name`; "
+        "unset: rlhf_fast's own decoding",
+    )
+    rollout_engine_options: list[str] | None = option(
+        "sampling",
+        None,
+        help="`name=value` …: options of the engine, or of the library under it; in a file also a "
+        "mapping",
+    )
+    environment: str | None = option(
+        "sampling",
+        None,
+        help="what answers the policy, turn by turn: a class of your own, `module:name` or "
+        "`file.py:name`, with reset(prompt, **columns) and step(messages) -> (observation, reward, "
+        "done); `--reward environment` is the sum of its rewards. max_new_tokens counts all turns",
+    )
+    max_turns: int = option(
+        "sampling", 8, help="turns of the policy in an episode of the environment"
     )
     tis_cap: float | None = option(
         "objective",
@@ -613,6 +645,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         "value_model", "estimator", "lora_r", "lora_alpha", "lora_target_modules",
         "batch_size", "samples_per_prompt", "max_prompt_tokens",
         "eval_data", "eval_split", "eval_prompts",
+        "environment", "max_turns",
         "reward", "reward_weights", "judge", "keep_special_tokens",
         "max_new_tokens", "temperature", "top_k", "top_p", "min_p",
     }  # fmt: skip
@@ -639,6 +672,8 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         at_least(self, 0, "off_policy_mask_threshold")
         at_most(self, 1, "rollout_veto", "top_entropy_quantile")
         above_zero(self, "reward_timeout", "stop_at_kl")
+        at_least(self, 1, "reward_concurrency", "max_turns")
+        at_least(self, 0, "reward_retries")
         above_zero(self, "adaptive_kl_target", "lora_alpha", "top_p")
         finite(self, "missing_eos_score")
         in_ranges(self, self.ranges)
@@ -648,6 +683,10 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                     f"batch_size={self.batch_size} cannot be cut into "
                     f"{parts}={getattr(self, parts)} of the same size"
                 )
+        if self.rollout_engine_options and self.rollout_engine is None:
+            raise InputError(
+                f"rollout_engine_options={self.rollout_engine_options}: set rollout_engine, too"
+            )
         self.check_reward()
         refuse_same_data(self, "prompts")
         self.refuse_contradictions()
@@ -679,6 +718,11 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
 
     # Left unset these follow from others. They stay unset in the config, so that one made from it
     # (--config of a run's config.yaml, dataclasses.replace) with other options has its own.
+
+    def weight_of(self, reward: str) -> float:
+        """A reward's in the score; 0 where it is none of them."""
+        weights = self.reward_weights or [1.0] * len(self.reward)
+        return dict(zip(self.reward, weights, strict=True)).get(reward, 0.0)
 
     @property
     def eos_penalty(self) -> float:
@@ -737,6 +781,16 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
                 self.dynamic_sampling_rounds > 0 and self.estimator == "remax",
                 ("dynamic_sampling_rounds", "estimator"),
                 "remax compares with a greedy answer and not with the group",
+            ),
+            (
+                self.environment is not None and self.estimator == "remax",
+                ("environment", "estimator"),
+                "remax asks for one greedy answer, of one turn",
+            ),
+            (
+                self.environment is None and "environment" in (self.reward or ()),
+                ("reward", "environment"),
+                "there is no environment that gives rewards",
             ),
             (
                 self.overlong_cache is not None and self.overlong_cache > self.max_new_tokens,
@@ -908,8 +962,53 @@ class GenerateConfig:
 
 
 @dataclass(kw_only=True)
+class WatchConfig:
+    """Follow a run in the terminal: progress, last figures, curves, warnings. Ends when it does."""
+
+    run: str = option("run", help="output_dir of the run")
+    once: bool = option("run", False, help="show what there is now and leave")
+    every: float = option("run", 2.0, help="seconds from one look into the folder to the next")
+
+    def __post_init__(self) -> None:
+        above_zero(self, "every")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Write a page about a run, one HTML file that needs no other: curves, answers before and
+    after, warnings, options."""
+
+    run: str = option("run", help="output_dir of the run")
+    output: str | None = option(
+        "run", None, help="HTML file to write [unset: report.html in the run's folder]"
+    )
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Write a configuration of TRL's or verl's trainer as ours; what has no equal stands in
+    comments, with the reason."""
+
+    file: str = option("run", help="YAML file of theirs")
+    framework: str | None = option(
+        "run",
+        None,
+        choices=("trl-ppo", "trl-grpo", "verl"),
+        help="whose it is [unset: found out by its keys]",
+    )
+    output: str | None = option("run", None, help="YAML file to write [unset: printed]")
+    processes: int = option(
+        "devices", 1, help="processes of theirs: TRL's batch sizes are those of one"
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self)
+        at_least(self, 1, "processes")
+
+
+@dataclass(kw_only=True)
 class PlotConfig:
-    """Draw reward, KL, judge, clip fraction and value loss over the steps of a PPO run."""
+    """Draw a run's curves: reward, KL, judge, clip fraction and value loss over the steps."""
 
     run: str = option("run", help="output_dir of the run")
     output: str | None = option(

@@ -77,9 +77,11 @@ def without_even_groups(
 
 
 def even(sampled: Sampled, config: PPOConfig) -> Tensor:
-    """[groups] bool: all answers of the group have the same score."""
+    """[groups] bool: all answers of the group have the same score, of those that have one."""
     scores = sampled.columns["scores"].cpu().reshape(-1, config.samples_per_prompt)
-    return (scores == scores[:, :1]).all(1)
+    lost = scores.isnan()
+    low, high = scores.masked_fill(lost, torch.inf), scores.masked_fill(lost, -torch.inf)
+    return low.amin(1) >= high.amax(1)
 
 
 def collect(

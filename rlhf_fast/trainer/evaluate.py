@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from functools import partial
 from statistics import fmean
@@ -35,9 +36,9 @@ def evaluate(
     config: PPOConfig,
     workers: Workers,
 ) -> dict[str, list]:
-    """Answers to held-out prompts with score, judge's score, KL and length in tokens; the same
-    draws each time, and our own decoding, so that they can be compared whatever the rollout engine
-    is.
+    """Answers to held-out prompts with score, judge's score, KL, length in tokens and why they end
+    (stop: by a stop token; length: at max_new_tokens); the same draws each time, and our own
+    decoding, so that they can be compared whatever the rollout engine is.
 
     Every process does the same, since the model may be sharded over all; the main one's scores
     count.
@@ -51,7 +52,7 @@ def evaluate(
         texts = read_answers(policy, rollout, batch, config)
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]
-        result["answer"] += texts
+        result["answer"] += [str(text) for text in texts]
         scored = workers.main_only(partial(score_all, reward, judge, batch, texts))
         result["score"] += scored["scores"].tolist()
         if judge is not None:
@@ -59,13 +60,19 @@ def evaluate(
         kl = token_kl(measured.logp, measured.ref_logp, "k1")
         result["kl"] += masked_sum(kl, rollout.mask).tolist()
         result["length"] += rollout.mask.sum(-1).tolist()
+        result["stop_reason"] += ["stop" if ended else "length" for ended in rollout.ended.tolist()]
     return dict(result)
 
 
 def summarise(before: dict, after: dict) -> dict[str, float]:
-    summary = {"score_before": fmean(before["score"]), "score_after": fmean(after["score"])}
+    summary = {"score_before": mean_of(before["score"]), "score_after": mean_of(after["score"])}
     summary["score_rise"] = summary["score_after"] - summary["score_before"]
     if "judge" in before:
-        summary["judge_before"] = fmean(before["judge"])
-        summary["judge_after"] = fmean(after["judge"])
+        summary["judge_before"] = mean_of(before["judge"])
+        summary["judge_after"] = mean_of(after["judge"])
     return summary | {"kl": fmean(after["kl"])}
+
+
+def mean_of(scores: list[float]) -> float:
+    """Without those that were lost."""
+    return fmean([score for score in scores if not math.isnan(score)] or [math.nan])

@@ -26,6 +26,9 @@ GROUPS = ("model and data", "sampling", "rewards", "objective", "optimiser", "ru
 # Names in one text, separated by commas; in a file they may also be a list.
 COMMAS = {"report_to", "lora_target_modules"}
 
+# Lists of `name=value`; in a file they may also be a mapping.
+PAIRS = {"rollout_engine_options"}
+
 C = TypeVar("C")
 
 
@@ -177,7 +180,10 @@ def yaml_flags(path: Path, config_class: type) -> list[str]:
     for name, value in values.items():
         where = f"config={path}: {name}"
         several = str(known[name].type).startswith("list")
-        if isinstance(value, yaml.SequenceNode) and (several or name in COMMAS):
+        if isinstance(value, yaml.MappingNode) and name in PAIRS:
+            words = [f"{scalar(k, where)}={scalar(v, where)}" for k, v in value.value]
+            flags += [f"--{name}", *words]
+        elif isinstance(value, yaml.SequenceNode) and (several or name in COMMAS):
             words = [scalar(item, f"{where} has an item that") for item in value.value]
             if None in words:
                 raise InputError(f"{where} has an item that is empty, expected text")

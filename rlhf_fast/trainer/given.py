@@ -29,7 +29,7 @@ from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.tokenizer import load_tokenizer
 
 # The options that objects may stand for.
-OPTIONS = ("model", "data", "eval_data", "reward", "judge", "rollout_engine")
+OPTIONS = ("model", "data", "eval_data", "reward", "judge", "rollout_engine", "environment")
 
 
 @dataclass
@@ -158,8 +158,10 @@ class Given:
     def engine(self, given: Any) -> str:
         if isinstance(given, str):
             return given
-        if not callable(given):
-            raise wrong("engine", given, "a function of (model, ids, mask, sampling, draws)")
+        if not callable(given) and not hasattr(given, "generate"):
+            raise wrong(
+                "engine", given, "a function of (model, ids, mask, sampling, draws) or an engine"
+            )
         return self.add(given)
 
     def call(self, callbacks: Iterable[Any]) -> None:

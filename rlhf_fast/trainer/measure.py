@@ -16,6 +16,7 @@ from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.rewards.scorers import Scorer
 from rlhf_fast.trainer.rollout.sample import (
+    EmbeddedEngine,
     Rollout,
     RolloutEngine,
     Sampling,
@@ -57,6 +58,15 @@ def sample_answers(
         config.min_p,
     )  # fmt: skip
     ids, mask, draws = (x[share].to(policy.model.device) for x in (ids, mask, draws))
+    if batch[0].environment is not None:
+        from rlhf_fast.trainer.rollout.environment import play  # it stands on this package
+
+        engine = EmbeddedEngine(policy) if engine is None else engine
+        with policy.whole(), policy.precision():
+            return play(
+                policy, engine, batch[share], sampling, draws,
+                max_turns=config.max_turns, who=f"environment={config.environment}",
+            )  # fmt: skip
     with policy.whole(), policy.precision():
         return roll_out(policy, ids, mask, sampling, draws, engine)
 
@@ -65,6 +75,8 @@ def read_answers(
     policy: Policy, rollout: Rollout, batch: list[Prompt], config: PPOConfig
 ) -> list[str]:
     """The answers as rewards read them; batch: the prompts of the rollout's rows."""
+    if rollout.episodes is not None:
+        return rollout.episodes
     return decode(
         policy.tokenizer, rollout.labels, rollout.mask, batch,
         special_tokens=config.keep_special_tokens, stop_ids=policy.stop_ids,
@@ -83,6 +95,17 @@ def score_all(
     columns = {"scores": score(reward, batch, texts)}
     columns |= {f"scores/{name}": part for name, part in reward.components.items()}
     return columns if judge is None else columns | {"judge": score(judge, batch, texts)}
+
+
+def without_lost(rollout: Rollout, scores: Tensor, baseline: Tensor | None) -> tuple:
+    """(rollout, kept [B] bool): an answer whose score was lost, or its baseline's, has no token
+    left that counts."""
+    kept = ~scores.isnan().to(rollout.mask.device)
+    if baseline is not None:
+        kept &= ~baseline.isnan()
+    if kept.all():
+        return rollout, kept
+    return replace(rollout, mask=rollout.mask & kept[:, None]), kept
 
 
 @torch.no_grad()
@@ -157,7 +180,8 @@ def slices(size: int, step: int | None) -> Iterator[slice]:
 
 def gather(workers: Workers, rollout: Rollout, measured: Measured) -> tuple[Rollout, Measured]:
     """Every process's share of the batch, put together in each of them."""
-    rollout = replace(rollout, hidden=None)  # what was measured on it is all that is needed
+    # What was measured on them is all that is needed.
+    rollout = replace(rollout, hidden=None, episodes=None)
     if workers.size == 1:
         return rollout, measured
     length = workers.largest(rollout.mask.size(1))

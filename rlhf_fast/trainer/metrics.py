@@ -144,24 +144,26 @@ def unmoved(old: Measured, mask: Tensor) -> dict[str, float]:
 
 
 def of_the_answers(
-    columns: dict[str, Tensor], scores: Tensor, batch: Batch, beta: float
+    columns: dict[str, Tensor], scores: Tensor, batch: Batch, beta: float, kept: Tensor
 ) -> dict[str, float]:
     """Metrics of a step's answers, before anything is learnt from them.
 
-    columns: each scorer's scores [B]; scores [B]: as they are learnt from.
+    columns: each scorer's scores [B]; scores [B]: as they are learnt from; kept [B]: the answers
+    that have one.
     """
     rollout, old, mask = batch.rollout, batch.old, batch.rollout.mask
-    kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask).mean().item()  # nats a sequence
+    kl = masked_sum(token_kl(old.logp, old.ref_logp, "k1"), mask)[kept].mean().item()  # a sequence
     row = {
         **{f"objective/{name}": x.nanmean().item() for name, x in columns.items()},
-        "objective/scores_std": columns["scores"].std(correction=0).item(),
+        "objective/scores_std": columns["scores"][kept.cpu()].std(correction=0).item(),
         "objective/kl": kl,
         "objective/kl_coef": beta,
-        "objective/entropy": masked_sum(old.entropy, mask).mean().item(),
+        "objective/entropy": masked_sum(old.entropy, mask)[kept].mean().item(),
         "objective/non_score_reward": -times(beta, kl),
-        "objective/rlhf_reward": scores.mean().item() - times(beta, kl),
+        "objective/rlhf_reward": scores[kept].mean().item() - times(beta, kl),
         "val/num_eos_tokens": int(rollout.ended.sum()),
-        "val/answer_tokens": mask.sum().item() / len(mask),
+        "val/answer_tokens": mask.sum().item() / max(1, int(kept.sum())),
+        "rollout/answers_lost": int((~kept).sum()),  # a reward failed for them
         **rollout_gap(rollout, old),
         **corrected(batch.corrections.stats),
     }

@@ -44,17 +44,17 @@ from rlhf_fast.trainer.measure import (
     read_answers,
     sample_answers,
     score_all,
+    without_lost,
 )
 from rlhf_fast.trainer.metrics import UpdateMetrics, of_the_answers
 from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.positive_nll import positive_nll
 from rlhf_fast.trainer.quiet import quiet
-from rlhf_fast.trainer.rollout.engine import load_engine
-from rlhf_fast.trainer.rollout.sample import (
-    RolloutEngine,
-    answer_hidden,
-)
+from rlhf_fast.trainer.rollout.engine import engines_closed, load_engine
+from rlhf_fast.trainer.rollout.environment import with_environment
+from rlhf_fast.trainer.rollout.protocol import RolloutEngine
+from rlhf_fast.trainer.rollout.sample import EmbeddedEngine, answer_hidden
 from rlhf_fast.trainer.run import interrupts
 from rlhf_fast.trainer.run.card import check_push, model_card, push
 from rlhf_fast.trainer.run.console import (
@@ -77,6 +77,7 @@ from rlhf_fast.trainer.update import Stepper
 
 
 @interrupts.guarded()
+@engines_closed()
 @quiet()
 def train(
     config: PPOConfig, *, engine: RolloutEngine | None = None, given: Given | None = None
@@ -99,12 +100,14 @@ def train(
     device = workers.device
     rows, eval_rows = read_data(config, given)
     reward, judge = load_scorers(config, device, given)
-    engine = load_engine(config, given) if engine is None else engine
+    make_engine = load_engine(config, given, engine)
     policy = load_models(config, device, given)
-    if workers.is_main and engine is None:
+    if workers.is_main and make_engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
+    engine = EmbeddedEngine(policy) if make_engine is None else make_engine(policy)
     held_out, prompts = split_prompts(config, policy, rows, eval_rows)
+    with_environment(held_out + prompts, config, given, policy)
     for scorer in (reward, judge):
         if scorer is not None:
             scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
@@ -122,7 +125,7 @@ def train(
     )  # fmt: skip
     steering = {"control": control, "callbacks": callbacks}  # kept beside weights and optimizer
     run.check_end(config.steps)
-    names = ("model", "value_model", "reward", "judge", "rollout_engine")
+    names = ("model", "value_model", "reward", "judge", "rollout_engine", "environment")
     named = {"data": rows, "eval_data": eval_rows} | {name: getattr(config, name) for name in names}
     contents = workers.main_only(partial(check_contents, run, named, given))
     run.begin()
@@ -132,12 +135,15 @@ def train(
     before = run.load("before.json", columns) if run.exists else None
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
+        run.save_completions(0, before)
         run.save("before.json", before)
     first = workers.agreed(
         run.restore(weights, stepper.optimizer, **steering), "step to go on from"
     )
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main and not first:
+        workers.log_answers(0, before)
     if workers.is_main and workers.size > 1:
         shared = f"each batch of {config.batch_size} answers{workers.sharing}"
         console.print(f"{workers.size} processes share {shared}")
@@ -159,6 +165,8 @@ def train(
             rows = batch_indices(len(prompts), groups, step, config.seed)
             asked = [prompts[i] for i in rows for _ in range(config.samples_per_prompt)]
             mine = workers.share(len(asked))
+            engine.wake()
+            engine.sync(policy.weights())
             rollout = sample_answers(policy, asked, config, generator, share=mine, engine=engine)
             clock.lap("rollout")
 
@@ -190,15 +198,20 @@ def train(
                 sampled.rollout,
                 sampled.old,
             )
+            rollout, kept = without_lost(rollout, columns["scores"], baseline)
             mask, raw_scores = rollout.mask, columns["scores"]  # [B, T], [B]
 
+            engine.sleep()
+
             # 4. Advantages and returns from the scores, and the KL they cost.
-            scores = shaped(raw_scores.to(device), rollout.ended, mask.sum(1), config)
+            scored_as = raw_scores.to(device).masked_fill(~kept, 0.0)
+            scores = shaped(scored_as, rollout.ended, mask.sum(1), config)
             corrected = corrections(rollout, old, config)
             advantages, returns = estimate(
-                scores, old, mask, control.beta, config, corrected.mask, baseline
-            )
-            right = raw_scores.to(device) > 0
+                scores, old, mask, control.beta, config, corrected.mask, baseline, kept,
+                rollout.rewards,
+            )  # fmt: skip
+            right = scored_as > 0
             batch = Batch(rollout, old, advantages, returns, corrected, right)
 
             # 5. Several passes over the batch, each in minibatches that cover it.
@@ -210,12 +223,13 @@ def train(
             row = {
                 "step": step + 1,
                 "episode": (step + 1) * config.batch_size,
-                **of_the_answers(columns, scores, batch, control.beta),
+                **of_the_answers(columns, scores, batch, control.beta, kept),
                 **sampled.counts,
                 **stats,
                 "lr": optimizer.param_groups[0]["lr"],
                 "eps": config.batch_size / clock.total,
                 **clock.metrics(),
+                **{f"perf/reward_{name}_seconds": t for name, t in reward.take_seconds().items()},
                 "perf/tokens_per_second": int(mask.sum()) / clock.total,
             }
             if control.skipped_in_a_row >= config.max_skipped_updates:
@@ -234,14 +248,18 @@ def train(
                     console.print(f"step {step + 1}/{config.steps}  {summary_line(row)}")
                 if config.sample_every and (step + 1) % config.sample_every == 0:
                     shown = [prompt.prompt for prompt in asked[mine]]
-                    console.print(samples_table(shown, texts, raw_scores[mine].tolist()))
-            callbacks.step_ended(row, per_epoch=len(prompts) / groups)
-            if callbacks.evaluates():
-                callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
+                    console.print(
+                        samples_table(shown, list(map(str, texts)), raw_scores[mine].tolist())
+                    )
+            save = partial(run.save_checkpoint, step + 1, weights, stepper.optimizer, **steering)
+            with interrupts.saving_at_an_error(save):
+                callbacks.step_ended(row, per_epoch=len(prompts) / groups)
+                if callbacks.evaluates():
+                    callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
             ending = workers.largest(interrupts.asked())
             if ending or callbacks.saves():
-                run.save_checkpoint(step + 1, weights, stepper.optimizer, **steering)
-                callbacks.saved()
+                save()
+                callbacks.saved(save)
             if ending:
                 interrupts.stop(ending)
 
@@ -253,7 +271,9 @@ def train(
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
-    after = callbacks.answers or evaluate(policy, held_out, reward, judge, config, workers)
+    after = callbacks.answers or callbacks.answered(
+        evaluate(policy, held_out, reward, judge, config, workers), best
+    )
     run.save("after.json", after)
     summary = summarise(before, after) | {
         **callbacks.summary(),

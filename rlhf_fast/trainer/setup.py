@@ -10,6 +10,7 @@ from rlhf_fast.trainer.config import CRITIC_FREE, PPOConfig
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.lora import LoRA
 from rlhf_fast.trainer.models.policy import Policy, load_policy
+from rlhf_fast.trainer.rewards.awaiting import Patience
 from rlhf_fast.trainer.rewards.scorers import Scorer, load_scorer
 from rlhf_fast.trainer.rollout.memory import Way, way_of_decoding
 from rlhf_fast.trainer.rollout.sample import decodes_exactly, sample
@@ -24,7 +25,12 @@ def load_scorers(
         load_scorer,
         device=device,
         trust=config.trust_remote_code,
-        timeout=config.reward_timeout,
+        patience=Patience(
+            config.reward_timeout,
+            config.reward_concurrency,
+            config.reward_retries,
+            config.reward_failures,
+        ),
         ran={},
         given=given,
     )

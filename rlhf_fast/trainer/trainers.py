@@ -16,7 +16,7 @@ from rlhf_fast.trainer.data.rows import need_pairs, need_prompts
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.given import Given, check_call, wrong
 from rlhf_fast.trainer.models.lent import lent
-from rlhf_fast.trainer.rollout.sample import RolloutEngine
+from rlhf_fast.trainer.rollout.protocol import RolloutEngine, RolloutFunction
 
 Model = str | PathLike[str] | PreTrainedModel
 Data = str | PathLike[str] | datasets.Dataset | Sequence[dict[str, Any]]
@@ -46,7 +46,8 @@ class PPOTrainer:
         config: all other options; ``output_dir`` must be there.
         tokenizer: the model's; unset: the one beside the weights that the model came from.
         judge: written as one reward is; measured, never trained on.
-        engine: what samples the answers (``RolloutEngine``).
+        engine: what samples the answers: a ``RolloutEngine``, which you close, or a function
+            (``RolloutFunction``).
         callbacks: ``TrainerCallback`` of transformers, or their classes.
 
     Raises:
@@ -64,7 +65,7 @@ class PPOTrainer:
         config: PPOConfig | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         judge: Reward | None = None,
-        engine: RolloutEngine | str | None = None,
+        engine: RolloutEngine | RolloutFunction | str | None = None,
         callbacks: Callbacks = (),
     ) -> None:
         self.given = given = Given()

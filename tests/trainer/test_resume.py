@@ -69,7 +69,8 @@ CHANGES_NO_NUMBER = {
     "save_total_limit", "max_skipped_updates", "report_to", "log_every", "sample_every",
     "attn_implementation", "packing", "reward_timeout", "eval_every", "load_best_model_at_end",
     "metric_for_best_model", "early_stopping_patience", "stop_at_kl", "push_to_hub",
-    "hub_model_id", "hub_private_repo",
+    "hub_model_id", "hub_private_repo", "rollout_engine_options",
+    "reward_concurrency", "reward_retries", "reward_failures",
 }  # fmt: skip
 
 

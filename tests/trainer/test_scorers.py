@@ -20,6 +20,7 @@ from transformers import (
 
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.rewards import functions
+from rlhf_fast.trainer.rewards.awaiting import Patience
 from rlhf_fast.trainer.rewards.scorers import load_scorer
 
 CPU = torch.device("cpu")
@@ -388,7 +389,9 @@ def test_scores_of_one_number_each(scored):
 def test_a_function_that_hangs(scored, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setattr(functions, "PATIENCE", 0.2)
     scored("length")
-    slow = load_scorer(f"{tmp_path / 'mine.py'}:{name}", field="judge", device=CPU, timeout=1)
+    slow = load_scorer(
+        f"{tmp_path / 'mine.py'}:{name}", field="judge", device=CPU, patience=Patience(1)
+    )
     began = time.perf_counter()
     with pytest.raises(InputError, match=f"judge=.*:{name} took longer than reward_timeout=1 sec"):
         slow(PROMPTS, ANSWERS, {})
@@ -401,5 +404,98 @@ def test_a_function_that_hangs(scored, tmp_path, capsys, monkeypatch, name):
 
 def test_a_function_with_an_alarm_of_its_own(scored, tmp_path):
     scored("length")
-    scorer = load_scorer(f"{tmp_path / 'mine.py'}:alarmed", field="reward", device=CPU, timeout=9)
+    scorer = load_scorer(
+        f"{tmp_path / 'mine.py'}:alarmed", field="reward", device=CPU, patience=Patience(9)
+    )
     assert scorer(PROMPTS, ANSWERS, {}).tolist() == [1.0, 2.0]
+
+
+# ------------------------------------------------------------------- functions that wait for others
+
+WAITING = """
+import asyncio
+running = most = 0
+calls = []
+
+def judged(prompts, completions, **columns):
+    calls.append(list(completions))
+    return [judge(c) for c in completions]
+
+async def judge(text):
+    global running, most
+    running += 1
+    most = max(most, running)
+    await asyncio.sleep(0.01)
+    running -= 1
+    if text == "hangs":
+        await asyncio.sleep(30)
+    if text == "fails" or text == "fails once" and sum("fails once" in c for c in calls) < 2:
+        raise ConnectionError("no route")
+    return len(text)
+
+def some(prompts, completions, **columns):
+    return [0.5 if c == "known" else judge(c) for c in completions]
+
+def fewer(prompts, completions, **columns):
+    return [judge(c) for c in completions[1:]]
+
+async def at_once(prompts, completions, **columns):
+    calls.append(list(completions))
+    if len(calls) < 3:
+        raise ConnectionError("no route")
+    return [float(len(c)) for c in completions]
+"""
+
+
+@pytest.fixture
+def waiting(tmp_path):
+    """waiting("judged", answers, patience) -> scores; the functions' module is its attribute."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+
+    def score(name, answers, field="reward", **patience):
+        spec = f"{tmp_path / 'waiting.py'}:{name}"
+        ran = {}
+        scorer = load_scorer(spec, field=field, device=CPU, patience=Patience(**patience), ran=ran)
+        (score.module,) = ran.values()
+        return scorer(["a"] * len(answers), answers, {}).tolist()
+
+    return score
+
+
+def test_awaitables_are_awaited_side_by_side(waiting):
+    assert waiting("judged", ["x" * n for n in range(9)]) == list(range(9))
+    assert waiting.module.most == 9
+    assert waiting("judged", ["x" * n for n in range(9)], concurrency=2) == list(range(9))
+    assert waiting.module.most == 2
+    assert waiting("some", ["known", "abc"]) == [0.5, 3]
+
+
+def test_what_fails_or_hangs_costs_its_answers(waiting, capsys):
+    scores = waiting("judged", ["abc", "fails", "hangs", "ab"], timeout=0.2)
+    assert scores[0] == 3 and scores[3] == 2 and math.isnan(scores[1]) and math.isnan(scores[2])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "failed for 2 of 4 answers, which are left out: ConnectionError: no route" in said
+    with pytest.raises(InputError, match="failed for 1 of 2 answers: it took longer than reward_t"):
+        waiting("judged", ["abc", "hangs"], timeout=0.2, failures="end")
+    with pytest.raises(InputError, match="failed for 1 of 1 answers: ConnectionError: no route"):
+        waiting("judged", ["fails"])  # nothing would be left
+    with pytest.raises(InputError, match="returned 1 scores, expected a list of 2"):
+        waiting("fewer", ["a", "b"])
+
+
+def test_only_what_failed_is_tried_again(waiting):
+    assert waiting("judged", ["abc", "fails once"], retries=1) == [3, 10]
+    assert waiting.module.calls == [["abc", "fails once"], ["fails once"]]
+    with pytest.raises(InputError, match="at_once raised ConnectionError"):
+        waiting("at_once", ["abc"], retries=1)
+    assert waiting("at_once", ["abc"], retries=2) == [3.0]
+
+
+def test_a_lost_answer_has_no_sum(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING + "def one(prompts, completions): return [1, 1]")
+    specs = [f"{tmp_path / 'waiting.py'}:{name}" for name in ("judged", "one")]
+    scorer = load_scorer(specs, field="reward", device=CPU)
+    total = scorer(["a", "a"], ["ab", "fails"], {})
+    assert total[0] == 3 and total[1].isnan() and scorer.components["judged"][1].isnan()
+    assert scorer.components["one"].tolist() == [1, 1]
+    assert scorer.take_seconds()["judged"] > 0.009 and scorer.take_seconds()["judged"] == 0

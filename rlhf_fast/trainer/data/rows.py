@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -43,6 +43,7 @@ class Prompt:
     ids: list[int]
     prompt: Text
     columns: dict[str, Any]  # the row's other columns, handed to reward functions
+    environment: Callable[[], Any] | None = None  # makes what answers, if there are several turns
 
 
 def preference_pairs(

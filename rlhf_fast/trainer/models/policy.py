@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf_fast.trainer.distributed.fsdp import Sharded
+from rlhf_fast.trainer.distributed.fsdp import Sharded, gathered
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.attention import (
     has_flash_attention,
@@ -110,6 +110,16 @@ class Policy:
             for name, part in parts.items()
             if part is not None
         }
+
+    @torch.no_grad()
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's, one by one and whole, under the names that `save` gives them; adapters are
+        merged. Under FSDP all processes must ask."""
+        state = self.model.state_dict(keep_vars=True)
+        if self.reference_model is None:
+            state = merged(self.model, gathered(state)).state_dict(keep_vars=True)
+        for name, weight in state.items():
+            yield name, gathered(weight)
 
     def save(
         self, folder: Path, state: dict[str, dict[str, Tensor]], card: ModelCard | None = None

@@ -135,11 +135,15 @@ def call(function: Callable, arguments: dict[str, Any], who: str, timeout: float
     except TimedOut:
         raise InputError(f"{who} took longer than reward_timeout={timeout} seconds") from None
     except (Exception, SystemExit) as error:  # whatever the user's function raises
-        _, *frames = traceback.extract_tb(error.__traceback__)
-        own = [f for f in frames if f.filename == getattr(code_of(function), "co_filename", None)]
-        at = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{who} raised {reason}{at}") from error
+        raise InputError(f"{who} raised {reason_of(error, function)}") from error
+
+
+def reason_of(error: BaseException, function: Callable) -> str:
+    """What was raised, and the line of the function's own file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if f.filename == getattr(code_of(function), "co_filename", None)]
+    at = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    return " ".join(f"{type(error).__name__}: {error}".split()) + at
 
 
 def code_of(function: Callable) -> Any:

@@ -1,29 +1,211 @@
-"""A rollout engine of the user's own, by its name."""
+"""The engine that `--rollout_engine` names, and how the trainer asks one for answers."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.data.rows import pad
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.given import Given
+from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.rewards.functions import load_function
-from rlhf_fast.trainer.rollout.sample import (
+from rlhf_fast.trainer.rollout.protocol import (
+    Completions,
     RolloutEngine,
+    RolloutFunction,
+    Sampling,
 )
 
+# Name -> (file beside this one, its class, the package that must be installed beside it).
+ENGINES = {
+    "transformers": ("continuous", "TransformersEngine", "transformers"),
+    "vllm": ("vllm_in_process", "VLLMEngine", "vllm"),
+    "vllm-server": ("vllm_server", "VLLMServerEngine", None),  # may have its own environment
+}
 
-def load_engine(config: PPOConfig, given: Given) -> RolloutEngine | None:
-    if config.rollout_engine is None:
+Maker = Callable[[Policy], RolloutEngine]  # made of the policy, once that is loaded
+
+made_here: list[RolloutEngine] = []  # to be closed at the end of the training
+
+
+def load_engine(
+    config: PPOConfig, given: Given, engine: RolloutEngine | RolloutFunction | None = None
+) -> Maker | None:
+    """What makes the engine: everything that can be said without the policy is said here. None
+    where the trainer decodes by itself. engine: one that is there."""
+    if engine is not None:
+        return lambda policy: engine if is_engine(engine) else FunctionEngine(policy, engine)
+    name = config.rollout_engine
+    options = engine_options(config.rollout_engine_options)
+    if name is None:
         return None
-    engine = given.get(config.rollout_engine)
-    if engine is None:
-        engine = load_function(config.rollout_engine, "rollout_engine")
+    if name in ENGINES:
+        file, kind, package = ENGINES[name]
+        if package is not None and find_spec(package) is None:
+            raise InputError(
+                f"rollout_engine={name}: {package} is not installed (pip install {package})"
+            )
+        found = getattr(import_module(f"rlhf_fast.trainer.rollout.{file}"), kind)
+    else:
+        found = given.get(name) or load_function(name, "rollout_engine")
+        if is_engine(found):  # the caller's, who closes it
+            return lambda policy: found
+    if isinstance(found, type):
+        try:
+            inspect.signature(found).bind("model", "tokenizer", **options)
+        except TypeError as error:
+            raise InputError(
+                f"rollout_engine={name} cannot be made with rollout_engine_options="
+                f"{config.rollout_engine_options}: {error}"
+            ) from None
+        if check := getattr(found, "check_options", None):
+            check(options)
+        return partial(make, found, options, name)
+    if options:
+        raise InputError(
+            f"rollout_engine_options={config.rollout_engine_options}: rollout_engine={name} is a "
+            "function, which takes none"
+        )
+    check_function(found, name)
+    return partial(FunctionEngine, function=found)
+
+
+def make(
+    kind: type[RolloutEngine], options: dict[str, Any], name: str, policy: Policy
+) -> RolloutEngine:
     try:
-        inspect.signature(engine).bind("model", "ids", "mask", "sampling", "draws")
+        engine = kind(policy.model, policy.tokenizer, **options)  # type: ignore[call-arg]
+    except InputError:
+        raise
+    except Exception as error:  # whatever the library under it raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        raise InputError(f"rollout_engine={name} cannot be started: {reason}") from error
+    made_here.append(engine)
+    return engine
+
+
+@contextmanager
+def engines_closed() -> Iterator[None]:
+    """Around a training: what it made is closed, whatever happens. Also a decorator."""
+    try:
+        yield
+    finally:
+        while made_here:
+            made_here.pop().close()
+
+
+def engine_options(words: Sequence[str] | None) -> dict[str, Any]:
+    """`name=value` -> {name: number, truth value or text}."""
+    options = {}
+    for word in words or ():
+        name, equals, text = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"rollout_engine_options={word}: expected name=value")
+        try:
+            options[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            options[name] = text
+    return options
+
+
+def is_engine(given: Any) -> bool:
+    return isinstance(given, RolloutEngine) and not isinstance(given, type)
+
+
+def check_function(function: RolloutFunction, name: str) -> None:
+    try:
+        inspect.signature(function).bind("model", "ids", "mask", "sampling", "draws")
     except TypeError as error:
         raise InputError(
-            f"rollout_engine={config.rollout_engine}: {error}; expected a function of "
-            "(model, ids, mask, sampling, draws)"
+            f"rollout_engine={name}: {error}; expected a function of "
+            "(model, ids, mask, sampling, draws), or an engine (docs/engines.md)"
         ) from None
-    return engine
+
+
+class FunctionEngine:
+    """A function of (model, ids, mask, sampling, draws) as an engine. It is given the policy's own
+    model, so that it has no weights to take."""
+
+    def __init__(self, policy: Policy, function: RolloutFunction) -> None:
+        self.policy, self.function = policy, function
+
+    def draw(self, ids: Tensor, mask: Tensor, sampling: Sampling, draws: Tensor) -> Completions:
+        return self.function(self.policy.model, ids, mask, sampling, draws)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
+    ) -> Completions:
+        device = self.policy.model.device
+        ids, mask = (x.to(device) for x in pad([list(p) for p in prompts], side="left"))
+        generator = torch.Generator().manual_seed(seed)
+        draws = torch.rand(len(prompts), sampling.max_new_tokens, generator=generator)
+        return self.draw(ids, mask, sampling, draws.to(device))
+
+    def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def ask(
+    engine: RolloutEngine | RolloutFunction,
+    model: PreTrainedModel,
+    ids: Tensor,
+    mask: Tensor,
+    sampling: Sampling,
+    draws: Tensor,
+) -> Completions:
+    """An engine's answers to prompts [B, P] that are padded left, on the model's device.
+
+    One that can (`draw`, or a function) draws by the numbers that are there for the whole batch, so
+    that its answers are the same with any number of processes. Others get a seed made of them.
+    """
+    draw = getattr(engine, "draw", None) or (None if is_engine(engine) else partial(engine, model))
+    if draw is not None:
+        return draw(ids, mask, sampling, draws)
+    rows = zip(ids.tolist(), mask.tolist(), strict=True)
+    prompts = [[t for t, real in zip(row, kept, strict=True) if real] for row, kept in rows]
+    done = engine.generate(prompts, sampling, seed_of(draws))
+    check_answers(done, len(prompts), sampling, model)
+    return Completions(*(None if x is None else x.to(ids.device) for x in done))
+
+
+def seed_of(draws: Tensor) -> int:
+    """A seed that every one of the draws changes: below 2³¹, which all libraries take."""
+    return int((draws.double() * 2**24).sum().item()) % 2**31
+
+
+def check_answers(
+    done: Completions, batch: int, sampling: Sampling, model: PreTrainedModel
+) -> None:
+    """What an engine gave can be learnt from: shapes, tokens that exist, log-probs of
+    probabilities."""
+    vocabulary = model.get_output_embeddings().weight.size(0)
+    steps = done.mask.size(1) if done.mask.ndim == 2 else -1
+    for name in ("tokens", "mask", "logp"):
+        came = tuple(getattr(done, name).shape)
+        if came != (batch, steps) or steps > sampling.max_new_tokens:
+            raise InputError(
+                f"the rollout engine returned {name} of shape {came}, expected ({batch}, T) with "
+                f"T at most {sampling.max_new_tokens}"
+            )
+    tokens, logp = done.tokens[done.mask], done.logp[done.mask]
+    if ((tokens < 0) | (tokens >= vocabulary)).any():
+        raise InputError(f"the rollout engine returned tokens outside of the model's {vocabulary}")
+    if not ((logp <= 1e-3) & (logp > -torch.inf)).all():
+        raise InputError("the rollout engine returned log-probs above 0 or not finite")

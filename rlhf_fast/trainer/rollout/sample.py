@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,55 +27,16 @@ from rlhf_fast.trainer.models.logits import logit_divisor, softcap
 from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.models.trunk import trunk_recorder
+from rlhf_fast.trainer.rollout.engine import FunctionEngine, ask
 from rlhf_fast.trainer.rollout.fused_layers import fused_layers
 from rlhf_fast.trainer.rollout.kv_cache import growing_cache
 from rlhf_fast.trainer.rollout.memory import Memory, Way, way_of_decoding
-
-
-@dataclass(frozen=True)
-class Sampling:
-    max_new_tokens: int
-    temperature: float  # divides the logits; 0 takes the likeliest token
-    stop_ids: list[int]
-    top_k: int = 0  # 0: all tokens
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    @property
-    def truncates(self) -> bool:
-        """Whether some tokens cannot be drawn."""
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
-
-class Completions(NamedTuple):
-    """Answers of at most T ≤ max_new_tokens tokens to B prompts."""
-
-    tokens: Tensor  # [B, T] int64; anything where masked
-    mask: Tensor  # [B, T] bool, True = a token of the answer, the stop token included
-    logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked
-    trunk: Tensor | None = None  # [B, P+T-1, H]: input of the trained layers, if recorded
-    hidden: Tensor | None = None  # [B, T, H]: final hidden states tokens were drawn from, likewise
-    # [B, T, K] int32: the tokens that could have been drawn, −1 fills up; None: all of them
-    support: Tensor | None = None
-
-
-class RolloutEngine(Protocol):
-    """What turns prompts into answers: `sample` below, or a server in one file of your own.
-
-    It is called once a step with the model as it is now. Its log-probs may differ from the
-    trainer's (another kernel, another precision): the trainer measures old_logp by itself, logs
-    the gap, and corrects for it when tis_cap or rollout_correction is set; with bypass it takes
-    the engine's.
-    """
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        ids: Tensor,  # [B, P] int64, padded left
-        mask: Tensor,  # [B, P] bool, True = a real token
-        sampling: Sampling,
-        draws: Tensor,  # [B, max_new_tokens] uniform in [0, 1): the randomness, if it can use it
-    ) -> Completions: ...
+from rlhf_fast.trainer.rollout.protocol import (
+    Completions,
+    RolloutEngine,
+    RolloutFunction,
+    Sampling,
+)
 
 
 @dataclass
@@ -85,12 +45,16 @@ class Rollout:
 
     ids: Tensor  # [B, P+T] int64
     attention: Tensor  # [B, P+T] bool, True = a real token of prompt or answer
-    mask: Tensor  # [B, T] bool, True = a token of the answer, the stop token included
+    # [B, T] bool, True = a token that the policy chose, the stop token included; what tools said
+    # between its turns is in `attention` alone
+    mask: Tensor
     logp: Tensor  # [B, T] float32: log-probs as sampled, 0 where masked; kept apart from old_logp
     ended: Tensor  # [B] bool: the answer ended by a stop token, not by running into T
     trunk: Tensor | None  # [B, P+T-1, H]: input of the trained layers, when a trunk is shared
     hidden: Tensor | None = None  # [B, T, H]: what the policy's body made of them, when it is exact
     support: Tensor | None = None  # [B, T, K] int32: what each was drawn among; None: every token
+    rewards: Tensor | None = None  # [B, T] float32: earned on the way (see Completions)
+    episodes: list | None = None  # of several turns: what was said (environment.py); this process's
 
     @property
     def prompt_length(self) -> int:
@@ -109,40 +73,59 @@ def roll_out(
     mask: Tensor,
     sampling: Sampling,
     draws: Tensor,
-    engine: RolloutEngine | None = None,
+    engine: RolloutEngine | RolloutFunction | None = None,
 ) -> Rollout:
     """Prompts [B, P] -> prompts with answers. Without an engine: our own decoding."""
-    if engine is None:
-        done = sample(
-            policy.model, ids, mask, sampling, draws,
-            trunk_layers=policy.trunk_layers, keep_hidden=policy.exact_decoding,
-        )  # fmt: skip
-    else:
-        done = engine(policy.model, ids, mask, sampling, draws)
-        if done.support is None and sampling.truncates:
-            warnings.warn(
-                "the rollout engine samples among few tokens (top_k, top_p, min_p) and does not "
-                "say among which: log-probs, ratios and KL are taken over the whole vocabulary",
-                stacklevel=2,
-            )
-        if done.tokens.size(1) == 0:  # all answers ended at once, and the engine drops the end
-            done = Completions(*(F.pad(x, (0, 1)) for x in (done.tokens, done.mask, done.logp)))
-    length = done.mask.sum(1, keepdim=True)
-    last = done.tokens.gather(1, (length - 1).clamp(min=0)).squeeze(1)
+    engine = EmbeddedEngine(policy) if engine is None else engine
+    return put_behind(
+        policy, ids, mask, sampling, ask(engine, policy.model, ids, mask, sampling, draws)
+    )
+
+
+@torch.no_grad()
+def put_behind(
+    policy: Policy, ids: Tensor, mask: Tensor, sampling: Sampling, done: Completions
+) -> Rollout:
+    """Prompts [B, P], padded left, and what follows them, as one."""
+    if done.support is None and sampling.truncates:
+        warnings.warn(
+            "the rollout engine samples among few tokens (top_k, top_p, min_p) and does not "
+            "say among which: log-probs, ratios and KL are taken over the whole vocabulary",
+            stacklevel=2,
+        )
+    if done.tokens.size(1) == 0:  # all answers ended at once, and the engine drops the end
+        done = Completions(*(F.pad(x, (0, 1)) for x in (done.tokens, done.mask, done.logp)))
+    own = done.mask if done.loss_mask is None else done.mask & done.loss_mask
+    end = (done.mask.sum(1, keepdim=True) - 1).clamp(min=0)
+    last = done.tokens.gather(1, end).squeeze(1)
     stop = torch.tensor(sampling.stop_ids, device=ids.device)
     rollout = Rollout(
         ids=torch.cat([ids, done.tokens.masked_fill(~done.mask, 0)], 1),
         attention=torch.cat([mask, done.mask], 1),
-        mask=done.mask,
-        logp=done.logp,
-        ended=torch.isin(last, stop) & (length.squeeze(1) > 0),
+        mask=own,
+        logp=done.logp.masked_fill(~own, 0.0),
+        ended=torch.isin(last, stop) & own.gather(1, end).squeeze(1),
         trunk=done.trunk,
         hidden=done.hidden,
         support=done.support,
+        rewards=done.rewards,
     )
     if policy.trunk_layers and rollout.trunk is None:
         rollout.trunk = run_trunk(policy, rollout)
     return rollout
+
+
+class EmbeddedEngine(FunctionEngine):
+    """Our own decoding, by the policy itself: `sample` below, the engine where none is named."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__(policy, sample)
+
+    def draw(self, ids: Tensor, mask: Tensor, sampling: Sampling, draws: Tensor) -> Completions:
+        return sample(
+            self.policy.model, ids, mask, sampling, draws,
+            trunk_layers=self.policy.trunk_layers, keep_hidden=self.policy.exact_decoding,
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -157,7 +140,7 @@ def sample(
     keep_hidden: bool = False,
     way: Way | None = None,
 ) -> Completions:
-    """One answer per prompt, token by token over a KV cache; arguments as in RolloutEngine.
+    """One answer per prompt, token by token over a KV cache; arguments as in RolloutFunction.
 
     way: what is kept of the tokens before; None: what is found right for this model (memory.py).
 
@@ -341,6 +324,7 @@ def widen(rollout: Rollout, length: int, sets: int = 0) -> Rollout:
         trunk=None if rollout.trunk is None else F.pad(rollout.trunk, (0, 0, 0, more)),
         hidden=None if rollout.hidden is None else F.pad(rollout.hidden, (0, 0, 0, more)),
         support=None if rollout.support is None else widened(rollout.support, more, sets),
+        rewards=None if rollout.rewards is None else F.pad(rollout.rewards, (0, more)),
     )
 
 
