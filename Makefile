@@ -77,7 +77,7 @@ $(VENV)/vllm: $(SOURCES)
 	$@/bin/python -m pip install --no-compile --no-build-isolation --no-deps -e .
 
 test-vllm: $(VENV)/vllm
-	OMP_NUM_THREADS=1 $(VENV)/vllm/bin/python -m pytest -W default tests/vllm/suite.py
+	OMP_NUM_THREADS=1 $(VENV)/vllm/bin/python -m pytest -W default tests/with_vllm/suite.py
 
 # Everything again on lower instruction sets, where other roundings appear: twice make test's time.
 test-levels: install

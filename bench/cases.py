@@ -118,6 +118,52 @@ def policy_and_value() -> Op:
     )
 
 
+def head_and_preference(loss: str) -> Op:
+    """A preference loss of B pairs from their hidden states, and the reference's where it has one:
+    what DPO's and SimPO's trainers compute beside the models' bodies."""
+    head, preference = REGISTRY["linear_token_logprobs"], REGISTRY["preference_loss"]
+    referenced = loss == "dpo"
+
+    def total(logprobs: Callable[..., Any], of_pairs: Callable[..., Any]) -> Callable[..., Any]:
+        def losses(hidden, weight, labels, mask, ref_hidden, ref_weight):
+            """The loss of the pairs with its statistics."""
+            logp, ref_logp = logprobs(hidden, weight, labels).view(mask.shape), None
+            if referenced:
+                with torch.no_grad():
+                    ref_logp = logprobs(ref_hidden, ref_weight, labels).view(mask.shape)
+            return of_pairs(logp, mask, ref_logp, loss=loss)
+
+        return losses
+
+    def workload(shape: Shape, *where: Any) -> Sample:
+        rows = {**shape, "N": 2 * shape["B"] * shape["T"]}
+        drawn, ref = (head.workload(rows, *where).arguments for _ in range(2))
+        mask = preference.workload(shape, *where).arguments["mask"]
+        labels = drawn["labels"].where(mask.flatten(), -100)
+        arguments = {"hidden": drawn["hidden"], "weight": drawn["weight"], "labels": labels}
+        arguments |= {"mask": mask, "ref_hidden": ref["hidden"], "ref_weight": ref["weight"]}
+        return Sample("bench", arguments, ("hidden", "weight"))
+
+    def counted(count: Callable[[Shape, int], tuple[int, int]]) -> Callable[..., tuple[int, int]]:
+        def of_pairs(shape: Shape, element_size: int) -> tuple[int, int]:
+            there, back = count(shape | {"N": 2 * shape["B"] * shape["T"]}, element_size)
+            return there * (1 + referenced), back
+
+        return of_pairs
+
+    return Op(
+        f"linear+preference_loss:{loss}",
+        total(head.function, preference.function),
+        total(head.reference, preference.reference),
+        (*head.kernels, *preference.kernels),
+        preference.samples,
+        workload,
+        ({"B": 2, "T": 128, "H": 576, "V": 49152},),
+        counted(head.bytes_moved),
+        counted(head.flops),
+    )
+
+
 _HEAD = ({"N": 512, "H": 576, "V": 49152},)
 _VARIANTS = (
     variant("token_logprobs", "no-entropy", lambda x, s: {"entropy": False}),
@@ -147,6 +193,7 @@ _VARIANTS = (
     ),
     variant("gae", "right-padded", _right_padded),
     policy_and_value(),
+    *(head_and_preference(loss) for loss in ("dpo", "simpo")),
 )
 OPS: dict[str, Op] = REGISTRY | {op.name: op for op in _VARIANTS}
 

@@ -138,6 +138,31 @@ def liger_policy_loss() -> Function:
     return loss
 
 
+def liger_preference_loss(loss: str) -> Function:
+    """A pair at a time, as its modules have it by default; without its torch.compile, as its other
+    loops here."""
+    from liger_kernel import chunked_loss
+
+    if loss == "dpo":
+        module = chunked_loss.LigerFusedLinearDPOLoss(beta=0.1, compiled=False)
+    else:
+        module = chunked_loss.LigerFusedLinearSimPOLoss(
+            beta=0.1, gamma=0.0, compute_nll_loss=False, compiled=False
+        )
+
+    def of_pairs(
+        hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, ref_hidden: Tensor,
+        ref_weight: Tensor,
+    ) -> Tensor:  # fmt: skip
+        shape = (*mask.shape, -1)
+        reference = {} if loss == "simpo" else {
+            "ref_input": ref_hidden.view(shape), "ref_weight": ref_weight
+        }  # fmt: skip
+        return module(weight, hidden.view(shape), labels.view(mask.shape), **reference)[0]
+
+    return of_pairs
+
+
 # --------------------------------------------------------- cut-cross-entropy, quack, flash-attn
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,7 +122,15 @@ PEERS = {
         Peer("torch.compile", _compiled, compiles=True),
         library("F.linear_cross_entropy", None, linear=lambda: _L.torch_linear, entropy=False),
         library("TRL", "trl", logits=_L.trl_logits, linear=_L.trl_linear),
-        library("Liger", "liger-kernel", linear=_L.liger_linear),
+        library(
+            "Liger",
+            "liger-kernel",
+            linear=_L.liger_linear,
+            others={
+                f"linear+preference_loss:{loss}": partial(_L.liger_preference_loss, loss)
+                for loss in ("dpo", "simpo")
+            },
+        ),
         library(
             "Liger-GRPO",
             "liger-kernel",

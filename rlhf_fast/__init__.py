@@ -18,7 +18,7 @@ from .ops.preference_loss import PreferenceStats, preference_loss
 from .ops.rollout_correction import RolloutStats, rollout_correction
 from .ops.token_kl import token_kl
 from .ops.token_logprobs import token_logprobs
-from .ops.token_masks import off_policy_mask, top_entropy_mask
+from .ops.token_masks import covariance_mask, off_policy_mask, top_entropy_mask
 from .ops.value_loss import ValueStats, value_loss
 from .version import __version__
 
@@ -32,6 +32,7 @@ __all__ = [
     "ValueStats",
     "__version__",
     "chunk_budget",
+    "covariance_mask",
     "debug",
     "gae",
     "gae_packed",

@@ -7,19 +7,22 @@ What is replaced, in every module of TRL that uses it:
 
 - ``selective_log_softmax``, ``entropy_from_logits``, ``selective_log_softmax_and_entropy``: one
   read of the logits instead of several [..., V] temporaries;
-- the fused head of GRPO, RLOO and AsyncGRPO (TRL 1.16; in 1.12 of AsyncGRPO alone) by
-  ``linear_token_logprobs``, which leaves prompt and padding tokens out of the head's products, on a
-  CPU too. SFT, DPO and KTO ask the head for more (``is_top1``, ``mean_logits``) and keep TRL's own
-  for that, as does a head that DeepSpeed ZeRO-3 has sharded;
+- the fused head of GRPO, RLOO, SFT, DPO, KTO and AsyncGRPO (TRL 1.16; in 1.12 of AsyncGRPO alone)
+  by ``linear_token_logprobs``, which leaves prompt and padding tokens out of the head's products,
+  on a CPU too. TRL's own stays where the head is one that DeepSpeed ZeRO-3 has sharded, for DPO's
+  ``use_weighting``, and for DPO and KTO of a model with softcapped logits;
 - the loss of RewardTrainer;
 - ``masked_mean`` and ``masked_whiten`` of PPOTrainer (TRL 1.12).
 
-What stays TRL's own: the [B, T] arithmetic of GRPO's and RLOO's loss and PPOTrainer's GAE and
+What stays TRL's own: the [B, T] arithmetic of GRPO's, RLOO's, DPO's and KTO's losses, of CPO's
+(SimPO) and ORPO's, whose log-probs come from ``selective_log_softmax``, and PPOTrainer's GAE and
 losses. They are written into ``_compute_loss`` and ``train()``, between metrics and data handling,
 and cost nothing beside the head. For PPO with fused losses use ``rlhf-fast ppo``.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -31,6 +34,7 @@ from ..ops.check import IGNORE_INDEX
 from .patching import Patch, Replacement, found
 
 VERSIONS = "1.12.0 and 1.16.0"
+LOGITS = 2**24  # at most so many are held where a metric needs them
 _selective_log_softmax, _ChunkedLogProbFunction, _reward_compute_loss = found(
     "TRL",
     "trl",
@@ -101,15 +105,26 @@ class FusedHead:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = ("log_probs", "entropy"),
     ) -> tuple[Tensor | None, ...]:
-        if set(outputs) - {"log_probs", "entropy"} or _sharded(weight):
+        known = {"log_probs", "entropy", "mean_logits", "is_top1"}
+        # The mean of softcapped logits is that of every one of them; DPO's weighting wants squares.
+        capped_mean = final_logit_softcapping is not None and "mean_logits" in outputs
+        if set(outputs) - known or capped_mean or _sharded(weight):
             return _ChunkedLogProbFunction.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping,
                 logit_scale, outputs,
             )  # fmt: skip
         options = (hidden, weight, bias, targets, temperature, final_logit_softcapping, logit_scale)
-        if "entropy" not in outputs:
-            return _head(*options, entropy=False), None, None, None, None
-        return *_head(*options, entropy=True), None, None, None
+        if not {"entropy", "is_top1"} & set(outputs):
+            logp, entropy = _head(*options, entropy=False), None
+        else:
+            logp, entropy = _head(*options, entropy=True)
+        mean_logits = is_top1 = None
+        with torch.no_grad():  # metrics
+            if "mean_logits" in outputs:
+                mean_logits = _mean_logits(hidden, weight, bias) * (logit_scale / temperature)
+            if "is_top1" in outputs:
+                is_top1 = _is_top1(hidden, weight, bias, targets, logp, entropy)
+        return logp, entropy if "entropy" in outputs else None, None, mean_logits, is_top1
 
 
 class FusedHeadOfAsyncGRPO:
@@ -163,6 +178,37 @@ def _head(
         softcap=softcap,
         entropy=entropy,
     )
+
+
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with the head's mean row, in place of one with all of them. [N] float32."""
+    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return mean if bias is None else mean + bias.mean(dtype=torch.float32)
+
+
+def _is_top1(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logp: Tensor,
+    entropy: Tensor,
+) -> Tensor:
+    """Whether each target is its row's likeliest token, [N] bool.
+
+    It is where p > ½. It is not where log p < −H, for the likeliest p is at least e^(−H). The
+    logits of the other rows are computed once more, 2HV FLOPs each.
+    """
+    slack = 1e-3  # far above the rounding of both
+    top = logp > math.log(0.5) + slack
+    open_ = (~top & (logp >= -entropy - slack)).nonzero().flatten()
+    dtype = hidden.dtype
+    for rows in open_.split(max(1, LOGITS // len(weight))):
+        logits = hidden[rows] @ weight.to(dtype).t()
+        if bias is not None:
+            logits += bias.to(dtype)
+        top[rows] = logits.argmax(-1) == targets[rows]
+    return top
 
 
 def _sharded(weight: Tensor) -> bool:

@@ -500,6 +500,13 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         help="only this share of the batch's tokens, those of the highest entropy, has a policy "
         "gradient (0.2 is usual; TRL's flag of this name); KL, entropy and critic keep all",
     )
+    off_policy_mask_threshold: float | None = option(
+        "objective",
+        None,
+        help="an answer's tokens of negative advantage have no policy gradient once log π_rollout "
+        "− log π is above this on average, in nats a token (DeepSeek-V3.2; TRL's flag of this "
+        "name). Costs a further product with the head, forward",
+    )
 
     # Advantages
     estimator: str = option(
@@ -662,6 +669,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
         above_zero(self, "value_clip", "score_clip", "target_kl", "tis_cap")
         above_zero(self, "rollout_ratio_min", "rollout_reject_above", "rollout_veto")
         above_zero(self, "top_entropy_quantile")  # or none is left
+        at_least(self, 0, "off_policy_mask_threshold")
         at_most(self, 1, "rollout_veto", "top_entropy_quantile")
         above_zero(self, "reward_timeout", "stop_at_kl")
         at_least(self, 1, "reward_concurrency", "max_turns")

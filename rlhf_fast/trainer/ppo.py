@@ -19,6 +19,7 @@ from transformers import set_seed
 
 from rlhf_fast import (
     linear_policy_loss,
+    off_policy_mask,
     value_loss,
 )
 from rlhf_fast.ops.policy_loss import PolicyStats
@@ -37,6 +38,7 @@ from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.greedy import greedy_scores
 from rlhf_fast.trainer.measure import (
     gather,
+    logprobs,
     measure,
     predict_values,
     read_answers,
@@ -370,6 +372,11 @@ def policy_term(
     rollout, old, advantages = batch.rollout, batch.old, batch.advantages
     weights = batch.corrections.weights
     corrections = None if weights is None else weights[rows]
+    if (threshold := config.off_policy_mask_threshold) is not None:
+        with torch.no_grad():  # the policy as it is now: by each update it moves away
+            logp, _ = logprobs(policy, hidden, policy.head, rollout, rows, config)
+        kept = off_policy_mask(logp, rollout.logp[rows], advantages[rows], mask, threshold)
+        corrections = kept.float() if corrections is None else corrections * kept
     return linear_policy_loss(
         hidden, policy.head.weight, rollout.labels[rows], old.logp[rows], advantages[rows], mask,
         normalizer=normalizer, importance_weights=corrections, ref_logp=old.ref_logp[rows],

@@ -87,6 +87,7 @@ def test_every_flag_that_is_named_exists() -> None:
     there |= {"--no-deps", "--no-build-isolation", "--target"}  # pip's
     there |= {"--multi_gpu", "--num_processes", "--cpu", "--config_file"}  # accelerate's
     there |= {"--slip"}  # examples/cat_gridworld.py's
+    there |= {"--answers"}  # examples/arithmetic/compare.py's
     for page, text in TEXTS.items():
         named = set(re.findall(r"(?<![-\w])--[a-z][\w-]*", text))
         assert named - there == set(), page

@@ -190,25 +190,39 @@ HEAD_OPTIONS = [(1.0, 8, None, 1.0), (0.7, 8, None, 1.0), (1.3, 64, 5.0, 1.0), (
 
 @only_1_16
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("outputs", [("log_probs",), ("log_probs", "entropy")])
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ("log_probs",),
+        ("log_probs", "entropy"),
+        ("log_probs", "is_top1"),  # SFT asks for entropy, too
+        ("log_probs", "entropy", "mean_logits"),  # KTO
+        ("log_probs", "entropy", "mean_logits", "is_top1"),  # DPO
+    ],
+)
 @pytest.mark.parametrize("options", HEAD_OPTIONS)
-def test_fused_head(options, outputs, with_bias):
+def test_fused_head(options, outputs, with_bias, monkeypatch):
     hidden, weight, bias, targets = head_inputs()
     bias = bias if with_bias else None
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    targets[:4] = logits.argmax(-1)[:4]
+    targets[4:7] = logits.topk(2).indices[4:7, 1]
+    monkeypatch.setattr(fast, "LOGITS", 3 * V)  # three rows at a time
     arguments = (hidden, weight, bias, targets, *options, outputs)
     theirs, their_grads = run_head(trl_utils._ChunkedLogProbFunction, *arguments)
     ours, our_grads = run_head(fast.FusedHead, *arguments)
     for a, b in zip(ours, theirs, strict=True):
         assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert ours[4] is None or (ours[4][:4].all() and not ours[4][4:7].any())
     assert_close(our_grads, their_grads, rtol=1e-4, atol=1e-5)
 
 
 @only_1_16
 def test_fused_head_leaves_other_outputs_to_trl():
-    arguments = (*head_inputs(), 1.0, 8, None, 1.0, ("log_probs", "entropy", "is_top1"))
+    arguments = (*head_inputs(), 1.0, 8, None, 1.0, ("log_probs", "entropy", "log_sum_sq_probs"))
     theirs, _ = run_head(trl_utils._ChunkedLogProbFunction, *arguments)
     ours, _ = run_head(fast.FusedHead, *arguments)
-    assert ours[4].dtype == torch.bool
+    assert ours[2] is not None
     assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -594,6 +608,46 @@ def test_reward_trainer(tiny_reward_folder, tiny_tokenizer, tmp_path, calls):
         )
 
     both(train, calls, "pairwise_loss")
+
+
+PREFERENCES = {"dpo": {"beta": 0.3}, "ipo": {"loss_type": "ipo"}, "kto": {"beta": 0.3},
+               "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 0.5},
+               "orpo": {}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_preference_trainers(name, tiny_policy_folder, tiny_tokenizer, tmp_path, calls):
+    """Losses, norms of the gradients and all metrics of three updates."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    kind = name if name in ("kto", "orpo") else {"simpo": "cpo"}.get(name, "dpo")
+    if kind == "dpo":
+        config, trainer = DPOConfig, DPOTrainer
+    else:
+        module = importlib.import_module("trl" if kind == "kto" else f"trl.experimental.{kind}")
+        config, trainer = (getattr(module, kind.upper() + x) for x in ("Config", "Trainer"))
+    good = [" was good", " is very good and the actor", " not bad", " good"] * 3
+    bad = [" was bad", " bad", " is not good the film was bad", " very bad"] * 3
+    ask = ["the film", "a plot", "the actor", "the very film"] * 3
+    data = {"prompt": ask, "chosen": good, "rejected": bad}
+    if kind == "kto":
+        data = {"prompt": ask * 2, "completion": good + bad, "label": [True] * 12 + [False] * 12}
+
+    def train():
+        set_seed(0)
+        return losses(
+            trainer(
+                AutoModelForCausalLM.from_pretrained(tiny_policy_folder),
+                args=config(**options(tmp_path), max_length=32, **PREFERENCES[name]),
+                train_dataset=Dataset.from_dict(data),
+                processing_class=tiny_tokenizer,
+            )
+        )
+
+    fused = not OLD and kind in ("dpo", "kto")
+    both(train, calls, "linear_token_logprobs" if fused else "token_logprobs")
 
 
 @only_1_12

@@ -147,6 +147,38 @@ def test_sapo(info, mask, monkeypatch):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+@pytest.mark.parametrize("mask", ["padding", "holes", "all"])
+def test_clip_cov(mask):
+    """From the same draws the same tokens."""
+    policy_loss = types.SimpleNamespace(clip_cov_ratio=0.2, clip_cov_lb=0.1, clip_cov_ub=2.0)
+    config = actor_config(policy_loss=policy_loss)
+    inputs = batch(0.2, mask)
+    torch.manual_seed(3)
+    (theirs, _), grad = run(core.compute_policy_loss_clip_cov, "log_prob", inputs, config=config)
+    torch.manual_seed(3)
+    given = [inputs[x] for x in ("log_prob", "old_log_prob", "advantages", "response_mask")]
+    kept = rlhf_fast.covariance_mask(*given, share=0.2, low=0.1, high=2.0)
+    left_out = (given[3] & ~kept).sum()
+    assert left_out == int(0.2 * given[3].sum()) > 1
+    logp = given[0].clone().requires_grad_()
+    ours, _ = rlhf_fast.policy_loss(logp, *given[1:], importance_weights=kept.float())
+    ours.backward(torch.tensor(-1.0))  # what run() gives to a single number
+    assert_close(ours, theirs)
+    assert_close(logp.grad, grad)
+
+
+def test_gpg_is_reinforce_of_centred_scores():
+    inputs = batch()
+    config = actor_config()
+    (theirs, _), grad = run(core.compute_policy_loss_gpg, "log_prob", inputs, config=config)
+    logp = inputs["log_prob"].clone().requires_grad_()
+    more = (inputs[x] for x in ("old_log_prob", "advantages", "response_mask"))
+    ours, _ = rlhf_fast.policy_loss(logp, *more, loss="reinforce")
+    ours.backward(torch.tensor(-1.0))
+    assert_close(ours, theirs)
+    assert_close(logp.grad, grad)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["dppo_tv", "dppo_kl"])
 def test_dppo(name, mode):

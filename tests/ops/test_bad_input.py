@@ -163,6 +163,8 @@ CASES = [
     ),
     ("off_policy_mask", (x, x[:1], x, mask, 0.1), {}, ValueError, "old_logp must have the shape"),
     ("off_policy_mask", (x, x, x, mask, -0.1), {}, ValueError, "threshold must be at least 0"),
+    ("covariance_mask", (x, x, x, mask), {"share": 0.0}, ValueError, "share must be above 0"),
+    ("covariance_mask", (x, x, x, mask), {"high": 1.0}, ValueError, "high must be above 1"),
     ("gae_packed", (x, x, cu), {}, ValueError, r"rewards must be \[N\]"),
     ("gae_packed", (x[0], x[0], cu.float()), {}, TypeError, "cu_seqlens must be int32 or int64"),
     ("gae_packed", (x[0], x[0], cu[:0]), {}, ValueError, r"cu_seqlens must be \[B\+1\]"),

@@ -40,6 +40,7 @@ def test_nothing_counts() -> None:
     x, mask = torch.full((2, 3), NAN), torch.zeros(2, 3, dtype=torch.bool)
     assert not rf.top_entropy_mask(x, mask, 0.5).any()
     assert not rf.off_policy_mask(x, x, x, mask, 0.5).any()
+    assert not rf.covariance_mask(x, x, x, mask).any()
 
 
 def test_off_policy_by_hand() -> None:
@@ -51,3 +52,19 @@ def test_off_policy_by_hand() -> None:
     kept = rf.off_policy_mask(logp, old, A, mask, 0.2)
     assert kept.tolist() == [[False, True, False], [True, True, False]]
     assert rf.off_policy_mask(old, logp, A, mask, 0.2).equal(mask)  # nearer now than then
+
+
+def test_covariance_by_hand() -> None:
+    """Means of 0: the products are 4, 0, 1.5, 0.25 and what is masked; what is clipped stays."""
+    logp = torch.tensor([[2.0, 0.0, -1.5, -0.5, NAN]]) - 3
+    A = torch.tensor([[2.0, -0.5, -1.0, -0.5, NAN]])
+    mask = torch.tensor([[True, True, True, True, False]])
+    kept = rf.covariance_mask(logp, logp, A, mask, low=1.0, high=5.0, share=1.0)
+    assert kept.tolist() == [[False, True, False, True, False]]
+    kept = rf.covariance_mask(logp, logp, A, mask, low=1.0, high=4.0, share=1.0)
+    assert kept.tolist() == [[True, True, False, True, False]]
+    one = rf.covariance_mask(logp, logp, A, mask)  # at least one is drawn
+    assert one.sum() == 3 and one[0, 1] and one[0, 3]
+    old = logp - torch.tensor([[0.5, 0.0, 0.0, 0.0, 0.0]])  # its ratio is 1.6, and A > 0
+    kept = rf.covariance_mask(logp, old, A, mask, share=1.0)
+    assert kept.tolist() == [[True, True, False, True, False]]

@@ -34,7 +34,7 @@ def test_what_the_user_says_wins_and_the_rest_is_printed(tmp_path, capsys):
     assert line == (
         "recipe dapo: estimator=grpo samples_per_prompt=16 aggregation=token-mean "
         "dynamic_sampling_rounds=10 overlong_cache=12 missing_eos_penalty=0.0 epochs=1 "
-        "learning_rate=1e-6"
+        "minibatches=16 learning_rate=1e-6"
     )
     assert parsed().estimator == "gae" and capsys.readouterr().out == ""
 
@@ -51,9 +51,12 @@ def test_a_recipe_runs_and_goes_on_to_the_same_numbers(name, configured, tmp_pat
     flags = [x for key in own for x in (f"--{key}", str(getattr(base, key)))]
     flags += ["--reward", *base.reward, "--device", "cpu", "--learning_rate", "1e-3"]
     flags += ["--save_every", "1"]
-    flags += {"dapo": ["--overlong_cache", "2"], "vapo": ["--critic_warmup_steps", "1"]}.get(
-        name, []
-    )
+    # Two answers an update, where a recipe makes 16 updates of a batch; what fits short answers.
+    flags += {
+        "cispo": ["--overlong_cache", "2", "--minibatches", "8"],
+        "dapo": ["--overlong_cache", "2", "--minibatches", "8"],
+        "vapo": ["--critic_warmup_steps", "1", "--minibatches", "8"],
+    }.get(name, [])
     whole = parse(PPOConfig, [*flags, "--recipe", name], prog="x")
     ppo.train(whole)
     broken = replace(whole, output_dir=str(tmp_path / "broken"))

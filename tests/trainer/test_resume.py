@@ -42,7 +42,8 @@ STEERS = {
     "rollout_reject": "sum_k1", "rollout_reject_above": 0.1,
     "lam_critic": 0.5, "lam_length_alpha": 0.5, "critic_warmup_steps": 2,
     "positive_nll_coef": 0.5, "overlong_cache": 4, "dynamic_sampling_rounds": 2,
-    "top_entropy_quantile": 0.5, "delta": 1.001, "unbiased_kl": True,
+    "top_entropy_quantile": 0.5, "off_policy_mask_threshold": 1e-4, "delta": 1.001,
+    "unbiased_kl": True,
     "sapo_tau_pos": 3.0, "sapo_tau_neg": 3.0, "vespo_k_pos": 0.5, "vespo_lambda_pos": 1.0,
     "vespo_k_neg": 0.5, "vespo_lambda_neg": 1.0,
 }  # fmt: skip

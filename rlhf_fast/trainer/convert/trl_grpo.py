@@ -56,7 +56,7 @@ KEYS = TRANSFORMERS | {
     "entropy_coef": same("entropy_coef"),
     "mask_truncated_completions": none("missing_eos_penalty or missing_eos_score judge them"),
     "multi_objective_aggregation": none("scores are added up, then compared within the group: sum_then_normalize"),
-    "off_policy_mask_threshold": none("rlhf_fast.off_policy_mask is for a loop of your own"),
+    "off_policy_mask_threshold": same("off_policy_mask_threshold"),
     "vllm_importance_sampling_correction": CORRECTION, "vllm_importance_sampling_mode": CORRECTION,
     "vllm_importance_sampling_clip_max": CORRECTION, "vllm_importance_sampling_clip_min": CORRECTION,
     "vllm_importance_sampling_cap": CORRECTION,
