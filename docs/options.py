@@ -13,7 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_fast import info
-from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
+from rlhf_fast.trainer.config import (
+    ConvertConfig,
+    GenerateConfig,
+    PlotConfig,
+    PPOConfig,
+    ReportConfig,
+    RewardConfig,
+    WatchConfig,
+)
 from rlhf_fast.trainer.flags import flag_parser
 
 PAGE = Path(__file__).with_name("options.md")
@@ -27,7 +35,8 @@ Every flag of every command, as `rlhf-fast COMMAND --help` shows them. A flag ma
 
 def parsers() -> list[argparse.ArgumentParser]:
     configs = {
-        "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig, "plot": PlotConfig,
+        "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig,
+        "watch": WatchConfig, "plot": PlotConfig, "report": ReportConfig, "convert": ConvertConfig,
     }  # fmt: skip
     trainer = [flag_parser(config, prog=f"rlhf-fast {name}") for name, config in configs.items()]
     return [*trainer, info.flag_parser()]

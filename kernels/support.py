@@ -64,8 +64,8 @@ def support_tokens_kernel(
     grad, hidden, tokens, order, rows, d_weight, d_bias, H, n, BLOCK: tl.constexpr
 ):
     """grad [N, K], hidden [N, H]; tokens, order, rows [n]: the entries of ids, sorted, where in
-    [N, K] each stood, and in which row. Written: of d_weight [V, H] and d_bias [V], either of which may be None, the
-    rows of tokens that are there.
+    [N, K] each stood, and in which row. Written: of d_weight [V, H] and d_bias [V],
+    either of which may be None, the rows of tokens that are there.
 
     A program has an entry and BLOCK columns, and something to do if its token has none before."""
     first = tl.program_id(0).to(tl.int64)

@@ -296,7 +296,39 @@ def train_each(sharded_by: str, file: str) -> None:
                 if "eval_pairs" in config:
                     reward.train(RewardConfig(**config))
                 else:
-                    ppo.train(PPOConfig(**config))
+                    noted = options.get("noted")
+                    ppo.train(PPOConfig(**config), given=noting(noted) if noted else None)
+
+
+def noting(file: str):
+    """Callbacks that write down every event, a file for each process, and differ in what they
+    want: the main process's ends the run after step 2, the other's evaluates and saves at once."""
+    from transformers import TrainerCallback
+
+    from rlhf_fast.trainer.given import Given
+
+    rank = int(os.environ["RANK"])
+
+    class Notes(TrainerCallback):
+        pass
+
+    def on(event: str):
+        def note(self, args, state, control, **kwargs):
+            with open(f"{file}.{rank}", "a") as notes:
+                notes.write(f"{event} {state.global_step}\n")
+            if event == "step_end" and rank == 1:
+                control.should_evaluate = control.should_save = True
+            if event == "step_end" and rank == 0 and state.global_step == 2:
+                control.should_training_stop = True
+
+        return note
+
+    events = ("train_begin", "step_begin", "step_end", "log", "evaluate", "save", "train_end")
+    for event in events:
+        setattr(Notes, f"on_{event}", on(event))
+    given = Given()
+    given.call(Notes)
+    return given
 
 
 def look_at_shards() -> None:

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_fast.trainer.config import PPOConfig, RewardConfig
     from rlhf_fast.trainer.errors import InputError
+    from rlhf_fast.trainer.live_plot import LivePlot
     from rlhf_fast.trainer.rollout.protocol import Completions, RolloutEngine, Sampling
     from rlhf_fast.trainer.trainers import PPOTrainer, RewardTrainer
 
 __all__ = [
     "Completions",
     "InputError",
+    "LivePlot",
     "PPOConfig",
     "PPOTrainer",
     "RewardConfig",
@@ -30,9 +32,10 @@ __all__ = [
 
 # Loaded when they are asked for: the command line says in one line which package is missing.
 WHERE = {
-    "Completions": "rollout.protocol", "InputError": "errors", "PPOConfig": "config",
-    "PPOTrainer": "trainers", "RewardConfig": "config", "RewardTrainer": "trainers",
-    "RolloutEngine": "rollout.protocol", "Sampling": "rollout.protocol",
+    "Completions": "rollout.protocol", "InputError": "errors", "LivePlot": "live_plot",
+    "PPOConfig": "config", "PPOTrainer": "trainers", "RewardConfig": "config",
+    "RewardTrainer": "trainers", "RolloutEngine": "rollout.protocol",
+    "Sampling": "rollout.protocol",
 }  # fmt: skip
 
 

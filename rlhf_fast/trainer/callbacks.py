@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
@@ -135,6 +135,8 @@ class Callbacks:
         numbers = {name: x for name, x in answers.items() if name not in texts}
         metrics = {f"eval_{name}": mean_of(x) for name, x in numbers.items()}
         self.run.log_evaluation({"step": step, **metrics, "samples": answers if texts else {}})
+        if texts:
+            self.answered(answers)
         if self.workers.is_main:
             self.workers.log({"step": step, **metrics})
             said = "  ".join(f"{name[5:]} {value:.3g}" for name, value in metrics.items())
@@ -148,6 +150,15 @@ class Callbacks:
             if self.config.load_best_model_at_end:
                 self.run.best, self.control.should_save = step, True
 
+    def answered(self, answers: dict[str, list], of: int | None = None) -> dict[str, list]:
+        """Keeps and shows the answers of an evaluation; of: the step whose weights gave them, if
+        it is not the last one."""
+        step = self.state.global_step
+        self.run.save_completions(step if of is None else of, answers)
+        if self.workers.is_main:
+            self.workers.log_answers(step, answers)
+        return answers
+
     def better(self, value: float) -> bool:
         best = self.state.best_metric
         if best is None:
@@ -158,8 +169,12 @@ class Callbacks:
         """A run that is ended keeps what it was ended with."""
         return self.wanted("should_save") or self.stopped()
 
-    def saved(self) -> None:
+    def saved(self, save: Callable[[], None]) -> None:
+        """save: writes the checkpoint; once more if it is now that a callback ends the run."""
+        ended = self.stopped()
         self.event("on_save")
+        if self.stopped() and not ended:
+            save()
 
     def best_step(self) -> int | None:
         """The step whose weights are to be the trained model's, if it is not the last one."""

@@ -1,4 +1,4 @@
-"""`rlhf-fast reward|ppo|generate|plot|info`; commands import the heavy modules they need."""
+"""`rlhf-fast reward|ppo|…`: the commands; each imports the heavy modules it needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,20 @@ def generate(argv: Sequence[str]) -> None:
         print(answer)
 
 
+def watch(argv: Sequence[str]) -> None:
+    """follow a run in the terminal"""
+    config = parsed("WatchConfig", positional(argv, "--run"), prog="rlhf-fast watch")
+    watching = load("rlhf_fast.trainer.run.watch")
+    from rlhf_fast.trainer.run.console import console
+
+    folder = Path(config.run).expanduser()
+    watching.watch(folder, console, once=config.once, every=config.every)
+
+
 def plot(argv: Sequence[str]) -> None:
-    """draw the plot of a PPO run from its metrics"""
-    if argv and not argv[0].startswith("-"):  # `rlhf-fast plot run/`
-        argv = ["--run", *argv]
-    config = parsed("PlotConfig", argv, prog="rlhf-fast plot")
+    """draw the curves of a run from its metrics"""
+    config = parsed("PlotConfig", positional(argv, "--run"), prog="rlhf-fast plot")
     plots = load("rlhf_fast.trainer.run.plot")
-    from rlhf_fast.trainer.run.files import replacing
     from rlhf_fast.trainer.run.metrics import read_metrics
 
     folder = Path(config.run).expanduser()
@@ -52,16 +60,53 @@ def plot(argv: Sequence[str]) -> None:
     metrics = read_metrics(folder / "metrics.jsonl")
     if not metrics:
         raise InputError(f"run={folder} has no metrics.jsonl with a finished step")
+    write(target, plots.is_plot, partial(plots.plot, metrics))
+
+
+def report(argv: Sequence[str]) -> None:
+    """write a page about a run: curves, answers, warnings, options"""
+    config = parsed("ReportConfig", positional(argv, "--run"), prog="rlhf-fast report")
+    pages = load("rlhf_fast.trainer.run.page")
+    from rlhf_fast.trainer.run.record import read
+
+    folder = Path(config.run).expanduser()
+    target = Path(config.output).expanduser() if config.output else folder / "report.html"
+    text = pages.page(read(folder))
+    write(target, pages.is_page, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def convert(argv: Sequence[str]) -> None:
+    """write a configuration of TRL or verl as ours"""
+    config = parsed("ConvertConfig", positional(argv, "--file"), prog="rlhf-fast convert")
+    converting = load("rlhf_fast.trainer.convert")
+    path = Path(config.file).expanduser()
+    text = converting.convert(path, config.framework, config.processes)
+    if config.output is None:
+        print(text, end="")
+        return
+    target = Path(config.output).expanduser()
+    write(target, converting.is_converted, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def positional(argv: Sequence[str], flag: str) -> Sequence[str]:
+    """`rlhf-fast plot run/` is `rlhf-fast plot --run run/`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else argv
+
+
+def write(target: Path, ours: Callable[[Path], bool], writer: Callable[[Path], Any]) -> None:
+    """A file, in the place of none or of an earlier one of this command."""
+    from rlhf_fast.trainer.run.files import replacing
+
     if target.is_dir():
         raise InputError(f"output={target} is a folder: expected a file to write")
-    if os.path.lexists(target) and not plots.is_plot(target):
+    if os.path.lexists(target) and not ours(target):
         raise InputError(
-            f"output={target} is there already and was not drawn by this command: it is not "
+            f"output={target} is there already and was not written by this command: it is not "
             "written over; give another --output"
         )
     try:
-        with replacing(target, target.with_name(f".{target.name}.{os.getpid()}")) as partial:
-            plots.plot(metrics, partial)
+        with replacing(target, target.with_name(f".{target.name}.{os.getpid()}")) as unready:
+            writer(unready)
     except OSError as error:
         raise InputError(f"output={target} cannot be written: {error.strerror}") from None
     print(target)
@@ -75,7 +120,8 @@ def info(argv: Sequence[str]) -> None:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
-    command.__name__: command for command in (reward, ppo, generate, plot, info)
+    command.__name__: command
+    for command in (reward, ppo, generate, watch, plot, report, convert, info)
 }
 
 

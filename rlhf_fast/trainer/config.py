@@ -954,8 +954,53 @@ class GenerateConfig:
 
 
 @dataclass(kw_only=True)
+class WatchConfig:
+    """Follow a run in the terminal: progress, last figures, curves, warnings. Ends when it does."""
+
+    run: str = option("run", help="output_dir of the run")
+    once: bool = option("run", False, help="show what there is now and leave")
+    every: float = option("run", 2.0, help="seconds from one look into the folder to the next")
+
+    def __post_init__(self) -> None:
+        above_zero(self, "every")
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """Write a page about a run, one HTML file that needs no other: curves, answers before and
+    after, warnings, options."""
+
+    run: str = option("run", help="output_dir of the run")
+    output: str | None = option(
+        "run", None, help="HTML file to write [unset: report.html in the run's folder]"
+    )
+
+
+@dataclass(kw_only=True)
+class ConvertConfig:
+    """Write a configuration of TRL's or verl's trainer as ours; what has no equal stands in
+    comments, with the reason."""
+
+    file: str = option("run", help="YAML file of theirs")
+    framework: str | None = option(
+        "run",
+        None,
+        choices=("trl-ppo", "trl-grpo", "verl"),
+        help="whose it is [unset: found out by its keys]",
+    )
+    output: str | None = option("run", None, help="YAML file to write [unset: printed]")
+    processes: int = option(
+        "devices", 1, help="processes of theirs: TRL's batch sizes are those of one"
+    )
+
+    def __post_init__(self) -> None:
+        one_of(self)
+        at_least(self, 1, "processes")
+
+
+@dataclass(kw_only=True)
 class PlotConfig:
-    """Draw reward, KL, judge, clip fraction and value loss over the steps of a PPO run."""
+    """Draw a run's curves: reward, KL, judge, clip fraction and value loss over the steps."""
 
     run: str = option("run", help="output_dir of the run")
     output: str | None = option(

@@ -36,9 +36,9 @@ def evaluate(
     config: PPOConfig,
     workers: Workers,
 ) -> dict[str, list]:
-    """Answers to held-out prompts with score, judge's score, KL and length in tokens; the same
-    draws each time, and our own decoding, so that they can be compared whatever the rollout engine
-    is.
+    """Answers to held-out prompts with score, judge's score, KL, length in tokens and why they end
+    (stop: by a stop token; length: at max_new_tokens); the same draws each time, and our own
+    decoding, so that they can be compared whatever the rollout engine is.
 
     Every process does the same, since the model may be sharded over all; the main one's scores
     count.
@@ -60,6 +60,7 @@ def evaluate(
         kl = token_kl(measured.logp, measured.ref_logp, "k1")
         result["kl"] += masked_sum(kl, rollout.mask).tolist()
         result["length"] += rollout.mask.sum(-1).tolist()
+        result["stop_reason"] += ["stop" if ended else "length" for ended in rollout.ended.tolist()]
     return dict(result)
 
 

@@ -133,12 +133,15 @@ def train(
     before = run.load("before.json", columns) if run.exists else None
     if before is None:
         before = evaluate(policy, held_out, reward, judge, config, workers)
+        run.save_completions(0, before)
         run.save("before.json", before)
     first = workers.agreed(
         run.restore(weights, stepper.optimizer, **steering), "step to go on from"
     )
     history = read_metrics(run.metrics)
     workers.start_trackers(run.folder.name, asdict(config))
+    if workers.is_main and not first:
+        workers.log_answers(0, before)
     if workers.is_main and workers.size > 1:
         shared = f"each batch of {config.batch_size} answers{workers.sharing}"
         console.print(f"{workers.size} processes share {shared}")
@@ -246,13 +249,15 @@ def train(
                     console.print(
                         samples_table(shown, list(map(str, texts)), raw_scores[mine].tolist())
                     )
-            callbacks.step_ended(row, per_epoch=len(prompts) / groups)
-            if callbacks.evaluates():
-                callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
+            save = partial(run.save_checkpoint, step + 1, weights, stepper.optimizer, **steering)
+            with interrupts.saving_at_an_error(save):
+                callbacks.step_ended(row, per_epoch=len(prompts) / groups)
+                if callbacks.evaluates():
+                    callbacks.evaluated(evaluate(policy, held_out, reward, judge, config, workers))
             ending = workers.largest(interrupts.asked())
             if ending or callbacks.saves():
-                run.save_checkpoint(step + 1, weights, stepper.optimizer, **steering)
-                callbacks.saved()
+                save()
+                callbacks.saved(save)
             if ending:
                 interrupts.stop(ending)
 
@@ -264,7 +269,9 @@ def train(
 
     # The trained policy, the table, the plot; the summary last: it marks the run as finished.
     whole = gathered(policy.state(), keep=workers.is_main)
-    after = callbacks.answers or evaluate(policy, held_out, reward, judge, config, workers)
+    after = callbacks.answers or callbacks.answered(
+        evaluate(policy, held_out, reward, judge, config, workers), best
+    )
     run.save("after.json", after)
     summary = summarise(before, after) | {
         **callbacks.summary(),

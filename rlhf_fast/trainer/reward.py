@@ -172,13 +172,15 @@ def train(config: RewardConfig, *, given: Given | None = None) -> dict:
             if workers.is_main:
                 workers.log(row)
                 bar.show(f"loss {row['loss']:.3f}  accuracy {row['accuracy']:.2f}")
-            callbacks.step_ended(row, per_epoch=steps / config.epochs)
-            if callbacks.evaluates():
-                callbacks.evaluated(workers.main_only(partial(evaluate, model, held_out)))
+            checkpoint = partial(run.save_checkpoint, step + 1, weights, optimizer, **steering)
+            with interrupts.saving_at_an_error(checkpoint):
+                callbacks.step_ended(row, per_epoch=steps / config.epochs)
+                if callbacks.evaluates():
+                    callbacks.evaluated(workers.main_only(partial(evaluate, model, held_out)))
             ending = workers.largest(interrupts.asked())
             if ending or callbacks.saves():
-                run.save_checkpoint(step + 1, weights, optimizer, **steering)
-                callbacks.saved()
+                checkpoint()
+                callbacks.saved(checkpoint)
             if ending:
                 interrupts.stop(ending)
 

@@ -14,7 +14,15 @@ import pytest
 import rlhf_fast
 from rlhf_fast import info
 from rlhf_fast.trainer.cli import COMMANDS
-from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
+from rlhf_fast.trainer.config import (
+    ConvertConfig,
+    GenerateConfig,
+    PlotConfig,
+    PPOConfig,
+    ReportConfig,
+    RewardConfig,
+    WatchConfig,
+)
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
@@ -22,7 +30,9 @@ if str(ROOT) not in sys.path:
 
 from bench import report, run  # noqa: E402
 
-CONFIGS = (RewardConfig, PPOConfig, GenerateConfig, PlotConfig)
+CONFIGS = (
+    RewardConfig, PPOConfig, GenerateConfig, WatchConfig, PlotConfig, ReportConfig, ConvertConfig,
+)  # fmt: skip
 README = ROOT / "README.md"
 # The walkthrough has tests of its own; the changelog speaks of what was.
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_fast.ops import check
 from rlhf_fast.ops.linear import gradients, products
 
 LAYOUTS = ("rows", "columns", "rows with gaps", "columns with gaps")
@@ -57,3 +58,20 @@ def test_rows_are_added_where_labels_repeat() -> None:
     gradients.add_in_order(total, places, rows)
     assert torch.equal(total[2], rows[0] + rows[2] + rows[3]) and torch.equal(total[0], rows[1])
     assert not total[1].any() and not total[3].any()
+
+
+def test_only_labels_of_this_part_are_taken_out() -> None:
+    logits = torch.arange(1.0, 13.0).view(3, 4)
+    dlogits = logits.bfloat16()
+    labels = torch.tensor([[2, check.ELSEWHERE, check.IGNORE_INDEX]])
+
+    def write(columns, of: Tensor, out: Tensor) -> None:
+        assert columns(logits).flatten().tolist() == [3.0, 5.0, 9.0]  # some token, where none is
+        assert of.tolist() == [[0, check.ELSEWHERE, check.IGNORE_INDEX]]  # of one column
+        out.fill_(7.0)
+
+    taken = gradients.taken_out(dlogits, labels, write)
+    assert taken.entries.tolist() == [7.0, 0.0, 0.0] and taken.entries.dtype == torch.float32
+    left = logits.clone()
+    left[0, 2] = 0.0
+    assert torch.equal(dlogits.float(), left)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import STARTS
+from datasets import load_dataset
 from safetensors.torch import load_file
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -83,6 +84,11 @@ def evaluations(config: RunConfig) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
+def completions(config: RunConfig) -> list[dict]:
+    files = str(Path(config.output_dir) / "completions" / "*.parquet")
+    return load_dataset("parquet", data_files=files, split="train").to_list()
+
+
 def kept(config: RunConfig) -> list[str]:
     return sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
 
@@ -118,14 +124,38 @@ def test_the_run_ends_from_within(config, event):
     assert kept(config)[-1] == "step_1.pt" and (Path(config.output_dir) / "model").is_dir()
 
 
-def test_a_run_that_was_ended_and_is_continued(config):
+@pytest.mark.parametrize("event", ["step_end", "save"])
+def test_a_run_that_was_ended_and_is_continued(config, event):
     """It has ended, until it is given another number of steps."""
-    summary = train(config, At("step_end", 1, "should_training_stop"))
+    config = replace(config, save_every=1)
+    summary = train(config, At(event, 1, "should_training_stop"))
     assert train(replace(config, resume=True)) == summary and kept(config) == ["step_1.pt"]
     (Path(config.output_dir) / "summary.json").unlink()  # as if killed before it
     assert train(replace(config, resume=True))["ended_after_step"] == 1
     train(replace(config, resume=True, steps=2))
     assert len(metrics(config)) == 2
+
+
+@pytest.mark.parametrize("who", ["reward", "callback"])
+def test_an_evaluation_that_fails_costs_no_step(config, reward, who):
+    """What was learnt until then is saved, and the run goes on from it to the same numbers."""
+
+    class Fails(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            raise RuntimeError("no more")
+
+    whole = replace(config, steps=3, output_dir=config.output_dir + "_whole")
+    train(whole)
+    config = replace(config, steps=3, eval_every=2)
+    if who == "reward":  # before, step 1, step 2: the fourth call is the evaluation's
+        config.reward = [reward("fails_later")]
+        file = Path(config.reward[0].split(":")[0])
+        file.write_text(file.read_text().replace("calls == 6", "calls == 4"))
+    with pytest.raises(InputError if who == "reward" else RuntimeError):
+        train(config, *([Fails()] if who == "callback" else []))
+    assert kept(config) == ["step_2.pt"]
+    train(replace(config, resume=True, eval_every=None))
+    assert [row["loss"] for row in metrics(config)] == [row["loss"] for row in metrics(whole)]
 
 
 def test_saves_and_evaluates_from_within(config):
@@ -245,8 +275,10 @@ def test_evaluations_after_the_checkpoint_are_dropped(config, monkeypatch):
         (folder / name).unlink()
     train(replace(config, resume=True))
     assert evaluations(config) == whole and [row["step"] for row in whole] == [1, 2]
+    assert [row["step"] for row in completions(config)] == [0] * 4 + [1] * 4 + [2] * 4
     Run(replace(config, resume=False, overwrite=True)).begin()
     assert not (folder / "metrics" / "eval.jsonl").exists()
+    assert not list((folder / "completions").iterdir())
 
 
 def test_evaluating_changes_no_number(config):

@@ -107,6 +107,6 @@ def test_plot(tmp_path, capsys):
     target = tmp_path / "other.png"
     assert main(["plot", "--run", str(tmp_path), "--output", str(target)]) == 0
     assert target.stat().st_size > 1000
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "other": 2}\n')
     assert main(["plot", "--run", str(tmp_path)]) == 2
-    assert "no metrics of a PPO run" in capsys.readouterr().err
+    assert "no metrics to plot" in capsys.readouterr().err

@@ -14,7 +14,7 @@ from rlhf_fast.trainer import cli
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.run import files, lock
-from rlhf_fast.trainer.run.folder import RESULTS, Run
+from rlhf_fast.trainer.run.folder import OF_STEPS, RESULTS, Run
 from rlhf_fast.trainer.run.plot import plot
 
 
@@ -47,14 +47,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+STEPS = ("checkpoints/step_3.pt", "completions/step_000003.parquet")
+
+
 @pytest.mark.parametrize("option", ["resume", "overwrite", None])
-@pytest.mark.parametrize("name", [*RESULTS, "config.yaml", "checkpoints/step_3.pt", ".model.old"])
+@pytest.mark.parametrize("name", [*RESULTS, "config.yaml", *STEPS, ".model.old"])
 def test_a_folder_without_a_run_of_ours(make, tmp_path, name, option):
     theirs = tmp_path / "run" / name
     if "." in name[1:]:
         theirs.parent.mkdir(parents=True)
         theirs.write_text("theirs")
-    elif name != "checkpoints":
+    elif name not in OF_STEPS:
         theirs.mkdir(parents=True)
         (theirs / "theirs.txt").write_text("theirs")
     else:
@@ -208,7 +211,7 @@ def test_a_plot_is_drawn_over_a_plot_only(drawn, tmp_path, capsys):
         output.unlink(missing_ok=True)
         output.write_bytes(b"\x89PNG somebody else's")
         assert drawn("--output", str(output)) == 2
-        assert "is there already and was not drawn by this" in capsys.readouterr().err
+        assert "is there already and was not written by this" in capsys.readouterr().err
         assert output.read_bytes() == b"\x89PNG somebody else's"
     assert drawn() == 2
     link = tmp_path / "link.png"

@@ -421,7 +421,12 @@ def test_trackers(configured):
     events.Reload()
     assert [e.step for e in events.Scalars("objective/kl")] == [1, 2]
     assert {*metrics(config)[0]} == {*events.Tags()["scalars"]}  # numbers all of them, none as text
-    assert not events.Tags()["tensors"]
+    assert events.Tags()["tensors"] == ["completions/text_summary"]
+    shown = events.Tensors("completions/text_summary")
+    assert [e.step for e in shown] == [0, 2]
+    text = shown[-1].tensor_proto.string_val[0].decode()
+    assert text.startswith("| step | prompt | completion | score |")
+    assert text.count("\n| 2 | ") == config.eval_prompts
     (file,) = folder.glob("*/hparams.yml")
     hyperparameters = yaml.safe_load(file.read_text())
     assert (hyperparameters["batch_size"], hyperparameters["ratio"]) == (16, "token")
@@ -446,6 +451,8 @@ def test_weights_and_biases(configured, reward, monkeypatch, tmp_path):
     monkeypatch.setattr(wandb.Run, "log", record)
     config = configured(steps=2, report_to="wandb", reward=[reward("share"), reward("three")])
     ppo.train(config)
+    assert [step for step, row in logged if "completions" in row] == [0, 2]
+    logged = [(step, row) for step, row in logged if "completions" not in row]
     assert [step for step, _ in logged] == [1, 2]
     for (_, sent), row in zip(logged, metrics(config), strict=True):
         assert sent == row and sent["objective/scores/three"] == 3

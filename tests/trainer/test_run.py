@@ -7,6 +7,8 @@ import itertools
 import os
 import resource
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ import torch
 
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.run import files
+from rlhf_fast.trainer.run import files, lock
 from rlhf_fast.trainer.run import folder as run_module
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
@@ -184,6 +186,48 @@ def test_full_disk(make, monkeypatch, how):
     assert not list((again.folder / "checkpoints").glob(".*"))  # room is given back
     assert again.restore(weights, optimizer, counter=counter) == 1
     assert (weights["w"] == 1).all()
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(command).returncode:
+        pytest.skip("no tmpfs may be mounted here: only the pretended full disks are tried")
+    yield disk
+    lock.release()
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full(make, small_disk):
+    """Whatever is written, what was there stays, and the run goes on once there is room."""
+    answers = {"prompt": ["a"], "answer": ["b"], "score": [1.0], "stop_reason": ["stop"]}
+    config = make("disk/run")
+    run, weights, optimizer, counter = start(config)
+    run.begin()
+    weights["w"] += 1
+    run.log({"step": 1, "w": 1.0})
+    run.save_checkpoint(1, weights, optimizer, counter=counter)
+    with pytest.raises(OSError, match="No space left"):
+        (small_disk / "theirs").write_bytes(b"x" * 2**20)
+    row = {"step": 2, "w": 3.0, "text": "x" * 2**16}
+    for write, name in (
+        (lambda: run.save_checkpoint(2, weights, optimizer, counter=counter), "step_2.pt"),
+        (lambda: run.save_completions(2, answers), "step_000002.parquet"),
+        (lambda: run.log_evaluation(row), "eval.jsonl"),
+    ):
+        with pytest.raises(InputError, match=f"{name} cannot be written: .*of step 1 is intact"):
+            write()
+    (small_disk / "theirs").unlink()
+    lock.release()
+    again, weights, optimizer, counter = start(config)
+    again.begin()
+    assert again.restore(weights, optimizer, counter=counter) == 1 and (weights["w"] == 1).all()
+    again.save_completions(2, answers)
+    again.save_checkpoint(2, weights, optimizer, counter=counter)
+    assert list(again.checkpoints()) == [1, 2]
 
 
 def test_full_disk_while_a_model_is_saved(make, tiny_config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 from types import SimpleNamespace
@@ -61,7 +62,7 @@ def test_two_processes_give_the_numbers_of_one(
     configured, tiny_policy_folder, write_jsonl, tmp_path
 ):
     """Run after run in one launch, since starting it takes as long as any of them: shares of
-    nothing, a reward model, and a reward that fails in one process, which ends both."""
+    nothing, a reward model, callbacks, and a reward that fails in one process, which ends both."""
     # 1 row a minibatch: one process has nothing to learn from
     options = OPTIONS | {"minibatches": 12, "trainable_layers": 2}
     options |= {"estimator": "rloo", "samples_per_prompt": 2, "dynamic_sampling_rounds": 2}
@@ -83,11 +84,22 @@ def test_two_processes_give_the_numbers_of_one(
     summary = reward.train(one)
     (tmp_path / "fails.py").write_text(FAILS)
     fails = configured("fails", reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
-    file = runs_file(tmp_path, [(config, {}) for config in (empties, two, fails)])
+    ended = configured("ended", steps=4, batch_size=12, save_every=9, eval_every=2, epochs=1)
+    noted = tmp_path / "noted"
+    runs = [(empties, {}), (two, {}), (ended, {"noted": str(noted)}), (fails, {})]
+    file = runs_file(tmp_path, runs)
     done = launch_ddp([RANKS, "ddp", file])
     assert done.returncode != 0
     assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
     assert not (Path(fails.output_dir) / "summary.json").exists()
+
+    # Every event in both; what a callback of the other process wants counts for nothing.
+    step = ["step_begin {0}", "step_end {1}", "log {1}"]
+    events = ["train_begin 0", *(x.format(0, 1) for x in step), *(x.format(1, 2) for x in step)]
+    events += ["log 2", "evaluate 2", "save 2", "train_end 2"]
+    for rank in range(2):
+        assert Path(f"{noted}.{rank}").read_text().splitlines() == events, rank
+    assert Run(replace(ended, resume=True)).summary["ended_after_step"] == 2
 
     assert_same_metrics(empty, empties)
     assert done.stdout.count("held-out pair accuracy") == 1

@@ -45,8 +45,9 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
     not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
     GPU. Logits are float32; of 16-bit inputs their gradient, where it is of 16 bits too (a GPU, a
-    CPU with AMX), has memory of its own: half as much again. A chunk's memory is kept: on CPU for the next call, on a GPU from
-    a forward to its backward, which uses the logits in it again. ``release_memory`` gives it back.
+    CPU with AMX), has memory of its own: half as much again. A chunk's memory is kept: on CPU for
+    the next call, on a GPU from a forward to its backward, which uses the logits in it again.
+    ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))

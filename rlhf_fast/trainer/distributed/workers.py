@@ -43,6 +43,7 @@ from rlhf_fast.trainer.distributed.fsdp import Sharder, check
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.loading import pick_device
 from rlhf_fast.trainer.models.policy import Policy
+from rlhf_fast.trainer.run.completions import log_table
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.update import Stepper
 
@@ -241,6 +242,10 @@ class Workers:
 
     def log(self, row: dict[str, float]) -> None:
         self.track(lambda: self.accelerator.log(row, step=row["step"]))
+
+    def log_answers(self, step: int, answers: dict[str, list]) -> None:
+        for tracker in self.accelerator.trackers:
+            self.track(lambda tracker=tracker: log_table(tracker, step, answers))
 
     def track(self, action: Callable[[], Any]) -> None:
         """A tracker that fails, its server gone perhaps, must not cost the run: metrics.jsonl has

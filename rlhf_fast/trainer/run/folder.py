@@ -27,7 +27,7 @@ from torch import Tensor
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.distributed.fsdp import gathered, placed_like
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.run import checkpoints, interrupts, lock
+from rlhf_fast.trainer.run import checkpoints, completions, interrupts, lock
 from rlhf_fast.trainer.run.console import console
 from rlhf_fast.trainer.run.files import flush, remove, replacing, save_tensors, tidy
 from rlhf_fast.trainer.run.metrics import finite, has_step, plain, read_metrics, read_rows
@@ -37,8 +37,11 @@ from rlhf_fast.trainer.run.plot import is_plot
 # In the order of deletion: what says how far the run has come goes first. Left by a kill, the rest
 # belongs to no run and is deleted when the next one begins.
 RESULTS = ("metrics.jsonl", EVALUATIONS, "summary.json", "checkpoints", "contents.json",
-           "before.json", "after.json", "bad_batch.pt", "model", "adapter", "value_model",
-           "plot.png")  # fmt: skip
+           "before.json", "after.json", completions.FOLDER, "bad_batch.pt", "model", "adapter",
+           "value_model", "plot.png")  # fmt: skip
+TEXTS = ("prompt", "answer", "stop_reason")  # columns of evaluations
+# Of these folders a run owns single files; the user may have others there.
+OF_STEPS = ("checkpoints", completions.FOLDER)
 
 
 class Stateful(Protocol):
@@ -153,8 +156,8 @@ class Run:
     def strangers(self, name: str) -> list[str]:
         """What this program did not write of what a run would delete or write over there."""
         path = self.folder / name
-        if name == "checkpoints" and path.is_dir():  # of a run that exists others are left alone
-            names = [] if self.exists else [f"{name}/{p.name}" for p in self.checkpoints().values()]
+        if name in OF_STEPS and path.is_dir():  # of a run that exists others are left alone
+            names = [] if self.exists else self.files_of(name)
             return [part for name in names for part in self.owned.strangers(name)]
         if name == "plot.png" and is_plot(path):  # drawn by `rlhf-fast plot`
             return []
@@ -212,18 +215,15 @@ class Run:
         step may not be saved again."""
         for name in (*RESULTS, "config.yaml"):
             tidy(self.folder / name)
-        for path in list((self.folder / "checkpoints").glob(".step_*.pt.partial")):
-            remove(path)
+        for name in OF_STEPS:
+            for path in list((self.folder / name).glob(".step_*.partial")):
+                remove(path)
 
     def delete(self, name: str) -> None:
         """Delete what has been checked to be ours."""
-        if name != "checkpoints":
-            remove(self.folder / name)
-            self.owned.forget(name)
-            return
-        for path in self.checkpoints().values():
-            remove(path)
-            self.owned.forget(f"checkpoints/{path.name}")
+        for part in self.files_of(name) if name in OF_STEPS else [name]:
+            remove(self.folder / part)
+            self.owned.forget(part)
 
     def write(self, name: str, writer: Callable[[Path], object]) -> None:
         if not self.writes:
@@ -278,6 +278,23 @@ class Run:
             with open(self.evaluations, "a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(row), ensure_ascii=False) + "\n")
 
+    def save_completions(self, step: int, answers: dict[str, list]) -> None:
+        """The answers after `step` steps, as Parquet."""
+        self.write(completions.name_of(step), lambda p: completions.save(step, answers, p))
+
+    def drop_completions(self, step: int) -> None:
+        """Those of evaluations that a resumed run makes anew."""
+        for made, path in completions.files(self.folder).items():
+            name = completions.name_of(made)
+            if made > step and not self.owned.strangers(name):
+                remove(path)
+                self.owned.forget(name)
+
+    def files_of(self, name: str) -> list[str]:
+        """Those of a folder in OF_STEPS, by their names in the run's."""
+        of = completions.files(self.folder) if name == completions.FOLDER else self.checkpoints()
+        return [f"{name}/{path.name}" for path in of.values()]
+
     # ------------------------------------------------------------------------- checkpoints
 
     def checkpoints(self) -> dict[int, Path]:
@@ -309,9 +326,10 @@ class Run:
             return
         state = {"step": step, "moments": len(tensors["optimizer"]["state"]), **tensors}
         state |= {name: part.state_dict() for name, part in parts.items()}
-        if self.metrics.is_file():  # no checkpoint may be on the disk before its metrics are
-            with self.disk_errors_explained("metrics.jsonl"):
-                flush(self.metrics)
+        for path in (self.metrics, self.evaluations):  # on the disk before their checkpoint is
+            if path.is_file():
+                with self.disk_errors_explained(path.name):
+                    flush(path)
         self.check_room(step, checkpoints.size_of(tensors))
         self.write(f"checkpoints/step_{step}.pt", lambda path: save_tensors(state, path))
         self.prune()
@@ -367,6 +385,7 @@ class Run:
             optimizer.load_state_dict(state["optimizer"] | {"param_groups": options})
         if self.writes:
             self.prune()  # a kill may have come between a checkpoint and this
+            self.drop_completions(step)
         kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
         self.write("metrics.jsonl", lambda path: path.write_text("".join(kept)))
         if evaluations:
@@ -470,10 +489,10 @@ def put(kept: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
 
 
 def is_table(value: dict[str, Any], columns: Sequence[str]) -> bool:
-    """Lists of one length, of numbers in all columns but those of texts."""
+    """Lists of one length, of numbers in all columns but TEXTS."""
     if not set(columns) <= value.keys() or not all(isinstance(x, list) for x in value.values()):
         return False
-    of_numbers = [x for name, x in value.items() if name not in ("prompt", "answer")]
+    of_numbers = [x for name, x in value.items() if name not in TEXTS]
     return len({len(x) for x in value.values()}) == 1 and all(
         isinstance(x, Real) for column in of_numbers for x in column
     )

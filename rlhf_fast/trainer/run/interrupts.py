@@ -70,6 +70,16 @@ def keep_what_was_learnt() -> None:
         keep()
 
 
+@contextmanager
+def saving_at_an_error(save: Callable[[], Any]) -> Iterator[None]:
+    """After an update: a reward or a callback that fails must not cost what was learnt."""
+    try:
+        yield
+    except Exception:
+        save()
+        raise
+
+
 def kept(text: str) -> None:
     """What can be gone on from, in words."""
     training.kept = text

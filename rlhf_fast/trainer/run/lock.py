@@ -98,3 +98,16 @@ def lives_here(holder: dict) -> bool:
     except PermissionError:
         pass
     return pid != os.getpid()
+
+
+def holder(folder: Path) -> dict:
+    """Who writes there, by the file's text and without touching the lock; {} if nobody does.
+
+    Of a process on another machine it is not known whether it lives."""
+    try:
+        found = json.loads((folder / NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(found, dict) or found.get("host") != socket.gethostname():
+        return found if isinstance(found, dict) else {}
+    return found if found.get("pid") == os.getpid() or lives_here(found) else {}
