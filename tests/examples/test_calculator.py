@@ -16,15 +16,15 @@ CALCULATOR = Path(__file__).parents[2] / "examples" / "calculator"
 def example(monkeypatch):
     monkeypatch.syspath_prepend(str(CALCULATOR))
     import calculator
-    import run
+    import train_calculator
 
-    return calculator, run
+    return calculator, train_calculator
 
 
 def test_the_policy_learns_to_ask(example, tmp_path, undrawn):
-    _, run = example
+    _, train_calculator = example
     options = {"steps": 8, "eval_prompts": 9, "batch_size": 64, "epochs": 4}
-    run.run(tmp_path, imitated=150, largest=2, **options)
+    train_calculator.run(tmp_path, imitated=150, largest=2, **options)
     rows = read_metrics(tmp_path / "ppo" / "metrics.jsonl")
     scores, tokens = ([row[name] for row in rows] for name in ("objective/scores", TOKENS))
     assert sum(scores[-3:]) > sum(scores[:3]) + 0.3

@@ -1,6 +1,6 @@
 """From nothing to a policy that uses its tool: imitation, then PPO. A minute on two cores.
 
-python examples/calculator/run.py [folder]
+python examples/calculator/train_calculator.py [folder]
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from prepare import LARGEST, imitate, write_prompts
+from imitation import LARGEST, imitate, write_prompts
 
 from rlhf_fast.trainer import PPOConfig
 from rlhf_fast.trainer.flags import parse
@@ -24,7 +24,7 @@ def run(folder: Path, imitated: int = 800, largest: int = LARGEST, **options) ->
     write_prompts(folder / "prompts.jsonl", largest)
     argv = ["--config", str(HERE / "ppo.yaml"), "--model", str(folder / "start")]
     argv += ["--data", str(folder / "prompts.jsonl"), "--output_dir", str(folder / "ppo")]
-    config = parse(PPOConfig, [*argv, "--overwrite", "true"], prog="run.py")
+    config = parse(PPOConfig, [*argv, "--overwrite", "true"], prog="train_calculator.py")
     tool = {"environment": f"{HERE / 'calculator.py'}:Calculator"}
     return train(replace(config, **tool | options))
 
