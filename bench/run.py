@@ -37,7 +37,7 @@ from bench.peers import PEERS, Peer, versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}  # fmt: skip
-QUICK_SECONDS = 150  # by then --quick is to be through with compiling
+QUICK_SECONDS = 45  # by then --quick is to be through with compiling
 OUT = machine.ROOT / "bench" / "out"
 # Elsewhere all of them. Who compiles would do so at every point of a curve and in every dtype.
 # On a CPU Liger's linear loop is verl's, and the GPU's peers say in the suite "ops" that they are.
@@ -123,7 +123,7 @@ def run(
                     device,
                     dtype,
                     cache if name != "accuracy" else 0,
-                    seconds=1.0 if quick else 2.0,
+                    seconds=0.6 if quick else 2.0,
                     rounds=3,
                     patience=patience,
                     ends=started + QUICK_SECONDS if quick else float("inf"),

@@ -139,8 +139,8 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
 }
 
 // out (the policy's logits themselves, or a tensor that lies the same way) <- their gradient.
-template <bool kReverse, class T, class S = typename Lane<T>::Scalar>
-RLHF_INLINE void grad_pairs(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin,
+template <bool kReverse, class T, class Out, class S = typename Lane<T>::Scalar>
+RLHF_INLINE void grad_pairs(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin,
                             int64_t end, int64_t n, const ColumnKlGradient<S>& gradients) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;
@@ -165,24 +165,24 @@ void sum_two(Columns<const T> a, Columns<const T> b, int64_t begin, int64_t end,
              const ColumnScale<S>* scale, PairSums<S>* sums) {
   RLHF_ON_THIS_CPU(sum_pairs(a, b, begin, end, n, *scale, *sums));
 }
-template <class T, class S>
-void grad_reverse(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin, int64_t end,
+template <class T, class Out, class S>
+void grad_reverse(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin, int64_t end,
                   int64_t n, const ColumnKlGradient<S>* gradient) {
   RLHF_ON_THIS_CPU(grad_pairs<true>(x, ref, out, begin, end, n, *gradient));
 }
-template <class T, class S>
-void grad_forward(Columns<const T> x, Columns<const T> ref, T* out, int64_t begin, int64_t end,
+template <class T, class Out, class S>
+void grad_forward(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin, int64_t end,
                   int64_t n, const ColumnKlGradient<S>* gradient) {
   RLHF_ON_THIS_CPU(grad_pairs<false>(x, ref, out, begin, end, n, *gradient));
 }
-template <class T, class S>
-RLHF_INLINE void grad_one(T* out, S x, S y, bool reverse, const KlGradient<S, S>& row) {
-  using V = typename Lane<T>::Vector;
+template <class Out, class S>
+RLHF_INLINE void grad_one(Out* out, S x, S y, bool reverse, const KlGradient<S, S>& row) {
+  using V = typename Lane<Out>::Vector;
   const V z = V{} + x, r = V{} + y, hit = V{} + 1;
   store_some(out, reverse ? row.template at<true>(z, r, hit) : row.template at<false>(z, r, hit), 1);
 }
-template <class T, class S>
-void grad_label(T* out, S x, S y, bool reverse, const KlGradient<S, S>* row) {
+template <class Out, class S>
+void grad_label(Out* out, S x, S y, bool reverse, const KlGradient<S, S>* row) {
   RLHF_ON_THIS_CPU(grad_one(out, x, y, reverse, *row));
 }
 
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> logits_kl(
 
 // grad_logp, grad_kl, kl, per_token [1, n]; logits, ref_logits [1, n, V]; labels [1, n] int64;
 // norm, ref_norm [2, 1, n]. The gradient goes to out [1, n, V], which lies in memory as logits does
-// and may be logits itself.
+// and may be logits itself, or, of float32 logits, be 16 bits wide.
 void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Tensor& logits,
                         const Tensor& ref_logits, const Tensor& labels, const Tensor& norm,
                         const Tensor& ref_norm, const Tensor& kl, double temperature,
@@ -280,14 +280,15 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
   STD_TORCH_CHECK(out.stride(1) == logits.stride(1) && out.stride(2) == logits.stride(2),
                   "out must lie in memory as logits does");
 
-  dispatch_floating(logits, "logits_kl_backward", [&](auto element) {
+  dispatch_gradient(logits, out, "logits_kl_backward", [&](auto element, auto gradient_) {
     using T = decltype(element);
+    using Out = decltype(gradient_);
     using S = typename Lane<T>::Scalar;
     const S *g_logp = data<S>(grad_logp), *g_kl = data<S>(grad_kl), *kl_ = data<S>(kl);
     const S *norm_ = data<S>(norm), *ref_norm_ = data<S>(ref_norm);
     runs(logits, ref_logits, [&](int64_t first, int64_t n) {
       const Columns<const T> x = columns<T>(logits, first), ref = columns<T>(ref_logits, first);
-      T* to = mutable_data<T>(out) + first * out.stride(1);
+      Out* to = mutable_data<Out>(out) + first * out.stride(1);
       const S* divisors = per_token ? data<S>(per_token) + first : nullptr;
       auto some = [&](const S* from) { return per_row(n, S(0), from + first); };
       ColumnKlGradient<S> gradient{column_scale(n, temperature, divisors, softcap),
@@ -316,7 +317,7 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
         }
         for (int64_t k = 0; k < n; ++k) {
           if (!dead[k]) continue;
-          for (int64_t v = begin; v < end; ++v) to[v * x.stride + k] = T{};
+          for (int64_t v = begin; v < end; ++v) to[v * x.stride + k] = Out{};
         }
       });
       for (int64_t k = 0; k < n; ++k) {

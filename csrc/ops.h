@@ -99,6 +99,18 @@ auto dispatch_floating(const Tensor& t, const char* op, F f) {
   }
 }
 
+// f(T{}, Out{}) for logits of type T and their gradient in the same type, or, of float32, in 16 bits.
+template <class F>
+auto dispatch_gradient(const Tensor& logits, const Tensor& out, const char* op, F f) {
+  if (out.scalar_type() == logits.scalar_type()) {
+    return dispatch_floating(logits, op, [&](auto element) { return f(element, element); });
+  }
+  check_type<float>(logits);
+  if (out.scalar_type() == ScalarType::BFloat16) return f(float{}, bf16{});
+  check_type<fp16>(out);
+  return f(float{}, fp16{});
+}
+
 inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

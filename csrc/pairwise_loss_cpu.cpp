@@ -1,8 +1,11 @@
-// pairwise_loss on CPU. A batch of pairs is small: plain scalar code, in double.
+// pairwise_loss on CPU. A batch of pairs is small: plain scalar code, in double. One logarithm for
+// many pairs, of a product: 512 pairs took 17 us of which log1p was half.
 #include "aggregate.h"
 
 namespace rlhf_fast {
 namespace {
+
+constexpr int64_t kProduct = 512;  // factors between 1 and 2: double holds 1023 of them
 
 // chosen, rejected, margin [B] -> (loss 0-dim, stats [4], dloss/dchosen [B], dloss/drejected [B]).
 std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_loss(
@@ -19,17 +22,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pairwise_loss(
     std::vector<std::array<double, 5>> unit_sums(units.count());
     units.parallel([&](int64_t unit, int64_t, int64_t begin, int64_t end) {
       std::array<double, 5> sums{};
+      double wide = 0;  // of the product of (1 + e^-|x|) over kProduct pairs, what it is above 1
       for (int64_t i = begin; i < end; ++i) {
         const double high = w[i], low = l[i], gap = high - low, both = high + low;
         const double x = gap - (m ? m[i] : S(0));
         // -log sigmoid(x) = max(-x, 0) + log(1 + e^-|x|)
-        const double loss = std::max(-x, 0.0) + std::log1p(std::exp(-std::abs(x)));
-        const double wrong = 1 / (1 + std::exp(x));
+        const double e = std::exp(-std::abs(x));
+        wide += e * (1 + wide);
+        if ((i - begin) % kProduct == kProduct - 1 || i == end - 1) {
+          sums[0] += std::log1p(wide);
+          wide = 0;
+        }
+        const double wrong = (x < 0 ? 1 : e) / (1 + e);
         const double centring = center_coef == 0 ? 0 : center_coef * both;  // 0 * inf is 0 here
         dw[i] = static_cast<S>((2 * centring - wrong) / n);
         dl[i] = static_cast<S>((2 * centring + wrong) / n);
-        const double terms[] = {loss + (centring == 0 ? 0 : centring * both), gap > 0 ? 1.0 : 0.0, gap, high,
-                                low};
+        const double loss = std::max(-x, 0.0) + (centring == 0 ? 0 : centring * both);
+        const double terms[] = {loss, gap > 0 ? 1.0 : 0.0, gap, high, low};
         for (int k = 0; k < 5; ++k) sums[k] += terms[k];
       }
       unit_sums[unit] = sums;

@@ -158,8 +158,8 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
 }
 
 // out (x itself, or a tensor that lies the same way) <- the gradient of tokens [begin, end).
-template <class T, class S = typename Lane<T>::Scalar>
-RLHF_INLINE void grad_columns(const T* x, T* out, int64_t stride, int64_t begin, int64_t end,
+template <class T, class Out, class S = typename Lane<T>::Scalar>
+RLHF_INLINE void grad_columns(const T* x, Out* out, int64_t stride, int64_t begin, int64_t end,
                               int64_t n, const ColumnGradient<S>& gradients) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;

@@ -59,8 +59,8 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
 }
 
 // out may be x.
-template <class T, class S = typename Lane<T>::Scalar>
-RLHF_INLINE void grad_row(const T* x, T* out, int64_t vocab, int64_t label, Gradient<S, S> row) {
+template <class T, class Out, class S = typename Lane<T>::Scalar>
+RLHF_INLINE void grad_row(const T* x, Out* out, int64_t vocab, int64_t label, Gradient<S, S> row) {
   using V = typename Lane<T>::Vector;
   constexpr int width = Lane<T>::width;
   const V at_label = V{} + static_cast<S>(label == kElsewhere ? 0.0 : widen(x[label]));
@@ -76,13 +76,13 @@ template <class T, class S>
 void sum_one(const T* x, int64_t vocab, Scale<S, S> scale, RowSums<S>* row) {
   RLHF_ON_THIS_CPU(*row = sum_row(x, vocab, scale));
 }
-template <class T, class S>
-void grad_one(const T* x, T* out, int64_t vocab, int64_t label, const Gradient<S, S>* row) {
+template <class T, class Out, class S>
+void grad_one(const T* x, Out* out, int64_t vocab, int64_t label, const Gradient<S, S>* row) {
   RLHF_ON_THIS_CPU(grad_row(x, out, vocab, label, *row));
 }
-template <class T, class S>
-void grad_label(T* out, S x, const Gradient<S, S>* row) {
-  using V = typename Lane<T>::Vector;
+template <class Out, class S>
+void grad_label(Out* out, S x, const Gradient<S, S>* row) {
+  using V = typename Lane<Out>::Vector;
   RLHF_ON_THIS_CPU(store_some(out, row->at(V{} + x, V{} + 1), 1));
 }
 template <class T, class S>
@@ -90,8 +90,8 @@ void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end, in
                       const ColumnScale<S>* scale, ColumnSums<S>* sums) {
   RLHF_ON_THIS_CPU(sum_columns(x, stride, begin, end, n, *scale, *sums));
 }
-template <class T, class S>
-void grad_side_by_side(const T* x, T* out, int64_t stride, int64_t begin, int64_t end, int64_t n,
+template <class T, class Out, class S>
+void grad_side_by_side(const T* x, Out* out, int64_t stride, int64_t begin, int64_t end, int64_t n,
                        const ColumnGradient<S>* gradient) {
   RLHF_ON_THIS_CPU(grad_columns(x, out, stride, begin, end, n, *gradient));
 }
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
 
 // grad_logp, grad_entropy, entropy, per_token [B, T]; logits [B, T, V]; labels [B, T] int64;
 // norm [2, B, T]. The gradient goes to out [B, T, V], which lies in memory as logits does and may
-// be logits itself.
+// be logits itself, or, of float32 logits, be 16 bits wide.
 void token_logprobs_backward(
     const Tensor& grad_logp, const MaybeTensor& grad_entropy, const Tensor& logits,
     const Tensor& labels, const Tensor& norm, const MaybeTensor& entropy, double temperature,
@@ -211,11 +211,12 @@ void token_logprobs_backward(
   }
   const Rows rows(logits), out_rows(out);
 
-  dispatch_floating(logits, "token_logprobs_backward", [&](auto element) {
+  dispatch_gradient(logits, out, "token_logprobs_backward", [&](auto element, auto gradient_) {
     using T = decltype(element);
+    using Out = decltype(gradient_);
     using S = typename Lane<T>::Scalar;
     const T* x = data<T>(logits);
-    T* out_ = mutable_data<T>(out);
+    Out* out_ = mutable_data<Out>(out);
     const S *divisors = data<S>(per_token), *norm_ = data<S>(norm);
     const S *g_logp = data<S>(grad_logp), *g_entropy = data<S>(grad_entropy);
     const S* entropy_ = g_entropy ? data<S>(entropy) : nullptr;
@@ -242,7 +243,7 @@ void token_logprobs_backward(
         grad_side_by_side(x, out_, stride, begin, end, n, &gradient);
         for (int64_t i = 0; i < n; ++i) {
           if (!dead(i)) continue;
-          for (int64_t v = begin; v < end; ++v) out_[v * stride + i] = T{};
+          for (int64_t v = begin; v < end; ++v) out_[v * stride + i] = Out{};
         }
       });
       for (int64_t i = 0; i < n; ++i) {
@@ -254,9 +255,9 @@ void token_logprobs_backward(
     }
     parallel_rows(n, vocab, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        T* to = out_ + out_rows.offset(i);
+        Out* to = out_ + out_rows.offset(i);
         if (dead(i)) {
-          std::memset(to, 0, vocab * sizeof(T));
+          std::memset(to, 0, vocab * sizeof(Out));
           continue;
         }
         const S divisor = divisors ? divisors[i] : S(temperature);

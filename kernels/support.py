@@ -61,10 +61,10 @@ def support_hidden_kernel(
 
 @triton.jit
 def support_tokens_kernel(
-    grad, hidden, tokens, order, d_weight, d_bias, K, H, n, BLOCK: tl.constexpr
+    grad, hidden, tokens, order, rows, d_weight, d_bias, H, n, BLOCK: tl.constexpr
 ):
-    """grad [N, K], hidden [N, H]; tokens, order [n]: the entries of ids, sorted, and where in
-    [N, K] each stood. Written: of d_weight [V, H] and d_bias [V], either of which may be None, the
+    """grad [N, K], hidden [N, H]; tokens, order, rows [n]: the entries of ids, sorted, where in
+    [N, K] each stood, and in which row. Written: of d_weight [V, H] and d_bias [V], either of which may be None, the
     rows of tokens that are there.
 
     A program has an entry and BLOCK columns, and something to do if its token has none before."""
@@ -78,10 +78,9 @@ def support_tokens_kernel(
         entry = first
         same = token
         while same == token:
-            at = tl.load(order + entry)
-            g = tl.load(grad + at)
+            g = tl.load(grad + tl.load(order + entry))
             if g != 0:
-                x = tl.load(hidden + at // K * H + h, mask=h < H, other=0.0)
+                x = tl.load(hidden + tl.load(rows + entry) * H + h, mask=h < H, other=0.0)
                 total += g * x.to(total.dtype)
                 of_bias += g
             entry += 1
@@ -133,6 +132,6 @@ def support_logits_backward(
             tokens, order = ids.reshape(-1).sort(stable=True)
             columns = triton.cdiv(width, COLUMNS) if d_weight is not None else 1
             support_tokens_kernel[(ids.numel(), columns)](
-                grad, hidden, tokens, order, d_weight, d_bias, most, width, ids.numel(),
+                grad, hidden, tokens, order, order // most, d_weight, d_bias, width, ids.numel(),
                 BLOCK=COLUMNS,
             )  # fmt: skip

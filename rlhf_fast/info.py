@@ -13,6 +13,7 @@ from typing import NoReturn
 import torch
 
 from .ops import registry
+from .ops.linear import products
 from .version import __version__
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "peft", "datasets", "numpy")
@@ -45,6 +46,7 @@ def facts() -> dict[str, str]:
         else:
             rows[f"{language} kernels"] = "built"
             rows |= {f"  {name}": str(value) for name, value in extension.build_info().items()}
+    rows["16-bit products on CPU"] = products.sixteen_bit()
     rows["Triton kernels"] = "there" if registry.HAS_TRITON else "none: triton is not installed"
     return rows
 

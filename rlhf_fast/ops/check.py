@@ -134,8 +134,11 @@ def labels(x: Tensor, logits_name: str, leading: Tensor, vocab: int | None) -> N
 
 
 def label_range(x: Tensor, vocab: int) -> None:
-    wrong = ((x < 0) & (x != IGNORE_INDEX)) | (x >= vocab)
-    if x.numel() and bool(wrong.any()):
+    if x.numel() == 0:
+        return
+    low, high = x.masked_fill(x == IGNORE_INDEX, 0).aminmax()
+    if int(low) < 0 or int(high) >= vocab:
+        wrong = ((x < 0) & (x != IGNORE_INDEX)) | (x >= vocab)
         where = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"labels{where} is {int(x[tuple(where)])}, outside [0, {vocab}) and not {IGNORE_INDEX}"
@@ -244,5 +247,22 @@ def flat(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None
     if dtype is not None and x.dtype != dtype:
         x = x.to(dtype)
-    rows = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
-    return rows.contiguous()
+    if x.dim() != 2:  # what would change nothing is left out: each of these costs some 2 us a call
+        x = x.reshape(-1, x.shape[-1]) if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
+    return x.contiguous()
+
+
+def constant(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same of a tensor whose gradient is nobody's business."""
+    return flat(x.detach() if x.requires_grad else x, dtype)
+
+
+def line(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[...] -> contiguous [N] in dtype."""
+    if dtype is not None and x.dtype != dtype:
+        x = x.to(dtype)
+    return (x if x.dim() == 1 else x.reshape(-1)).contiguous()
+
+
+def reshaped(x: Tensor, shape: torch.Size) -> Tensor:
+    return x if x.shape == shape else x.reshape(shape)

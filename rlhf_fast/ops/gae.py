@@ -66,17 +66,17 @@ def gae(
     dtype = check.accumulator(rewards, values, bootstrap)
     check_options(gamma, lam, holes, dtype)
 
-    advantages, returns = torch.ops.rlhf_fast.gae(
-        check.flat(rewards.detach(), dtype),
-        check.flat(values.detach(), dtype),
+    advantages, returns = KERNEL(
+        check.constant(rewards, dtype),
+        check.constant(values, dtype),
         check.flat(mask),
         check.flat(dones),
-        None if bootstrap is None else bootstrap.detach().to(dtype).reshape(-1).contiguous(),
+        None if bootstrap is None else check.line(bootstrap.detach(), dtype),
         float(gamma),
         float(lam),
         holes == "skip",
     )
-    return advantages.reshape(rewards.shape), returns.reshape(rewards.shape)
+    return check.reshaped(advantages, rewards.shape), check.reshaped(returns, rewards.shape)
 
 
 def check_options(gamma: float, lam: float, holes: str, dtype: torch.dtype) -> None:

@@ -52,10 +52,10 @@ def kl_penalized_rewards(
     check.choice("estimator", estimator, token_kl.ESTIMATORS)
     dtype = check.accumulator(scores, logp, ref_logp)
     check.number("beta", beta, low=0.0, dtype=dtype)
-    rewards: Tensor = torch.ops.rlhf_fast.kl_penalized_rewards(
-        scores.detach().to(dtype).contiguous(),
-        check.flat(logp.detach(), dtype),
-        check.flat(ref_logp.detach(), dtype),
+    rewards: Tensor = KERNEL(
+        check.line(scores.detach(), dtype),
+        check.constant(logp, dtype),
+        check.constant(ref_logp, dtype),
         mask.contiguous(),
         float(beta),
         estimator,

@@ -35,9 +35,7 @@ def masked_mean(values: Tensor, mask: Tensor, *, group: dist.ProcessGroup | None
     if group is not None:
         check.process_group("group", group)
     dtype = check.accumulator(values)
-    local: Tensor = torch.ops.rlhf_fast.masked_mean(
-        values.to(dtype).reshape(-1).contiguous(), mask.reshape(-1).contiguous()
-    )
+    local: Tensor = MEAN(check.line(values, dtype), check.line(mask))
     if group is None:
         return local
     count = mask.sum().to(dtype)
@@ -84,15 +82,12 @@ def masked_whiten(
     if group is not None:
         check.process_group("group", group)
     dtype = check.accumulator(values)
-    flat_values = values.detach().to(dtype).reshape(-1).contiguous()
-    flat_mask = mask.reshape(-1).contiguous()
-    moments = torch.ops.rlhf_fast.masked_moments(flat_values, flat_mask)
+    flat_values, flat_mask = check.line(values.detach(), dtype), check.line(mask)
+    moments = MOMENTS(flat_values, flat_mask)
     if group is not None:
         moments = _all_reduced(moments, group)
-    whitened: Tensor = torch.ops.rlhf_fast.masked_normalize(
-        flat_values, flat_mask, moments, shift_mean
-    )
-    return whitened.reshape(values.shape)
+    whitened: Tensor = NORMALIZE(flat_values, flat_mask, moments, shift_mean)
+    return check.reshaped(whitened, values.shape)
 
 
 def masked_whiten_reference(

@@ -7,6 +7,7 @@ the tests of pairs. CONTRIBUTING.md says what a new one takes beside its field.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable
@@ -157,6 +158,18 @@ class PolicyOptions:
         )
 
     @classmethod
+    def checked(
+        cls, dtype: torch.dtype, options: dict[str, Any]
+    ) -> tuple[PolicyOptions, tuple[Any, ...]]:
+        """(the checked options, their values()) of a call's keyword arguments. The last calls' are
+        kept: to make and check them again would take a small call 25 us."""
+        check_once: Any = _checked
+        if torch.compiler.is_compiling() or not all(map(hashable, options.values())):
+            check_once = _checked.__wrapped__
+        found: tuple[PolicyOptions, tuple[Any, ...]] = check_once(dtype, **options)
+        return found
+
+    @classmethod
     def schema(cls) -> str:
         """The kernels' arguments for values()."""
         return ", ".join(f"{SCHEMA[f.type]} {f.name}" for f in fields(cls))
@@ -176,6 +189,17 @@ class PolicyOptions:
             lines = "\n".join(f"{f.name}: {meaning(f)}" for f in fields(cls))
             function.__doc__ = function.__doc__.replace(HERE, indented(lines, 8).lstrip())
         return function
+
+
+@functools.lru_cache(maxsize=64, typed=True)  # typed: True, which is no number, equals 1
+def _checked(dtype: torch.dtype, **options: Any) -> tuple[PolicyOptions, tuple[Any, ...]]:
+    chosen = PolicyOptions(**options)
+    chosen.check(dtype)
+    return chosen, chosen.values()
+
+
+def hashable(x: Any) -> bool:
+    return type(x).__hash__ is not None
 
 
 def meaning(f: Any) -> str:

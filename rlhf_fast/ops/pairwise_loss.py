@@ -55,10 +55,10 @@ def pairwise_loss(
         check.like("margin", margin, "chosen", chosen)
     dtype = check.accumulator(chosen, rejected, margin)
     check.number("center_coef", center_coef, low=0.0, dtype=dtype)
-    loss, stats, _, _ = torch.ops.rlhf_fast.pairwise_loss(
-        chosen.to(dtype).reshape(-1).contiguous(),
-        rejected.to(dtype).reshape(-1).contiguous(),
-        None if margin is None else margin.detach().to(dtype).reshape(-1).contiguous(),
+    loss, stats, _, _ = KERNEL(
+        check.line(chosen, dtype),
+        check.line(rejected, dtype),
+        None if margin is None else check.line(margin.detach(), dtype),
         float(center_coef),
     )
     return loss, PairwiseStats(*stats.unbind())

@@ -163,21 +163,20 @@ def policy_loss(
         check.like(name, x, "logp", logp)
     check.boolean_mask(mask, "logp", logp)
     dtype = check.accumulator(logp, *tensors.values())
-    chosen = PolicyOptions(**options)
-    check_options(chosen, dtype, ref_logp)
+    chosen, values = checked_options(dtype, options, ref_logp)
     if chosen.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef {chosen.entropy_coef} needs entropy, which is None")
 
-    total, stats, _, _ = torch.ops.rlhf_fast.policy_loss(
+    total, stats, _, _ = KERNEL(
         check.flat(logp, dtype),
-        check.flat(old_logp.detach(), dtype),
-        check.flat(advantages.detach(), dtype),
+        check.constant(old_logp, dtype),
+        check.constant(advantages, dtype),
         check.flat(mask),
-        None if importance_weights is None else check.flat(importance_weights.detach(), dtype),
+        None if importance_weights is None else check.constant(importance_weights, dtype),
         check.flat(entropy, dtype),
-        None if ref_logp is None else check.flat(ref_logp.detach(), dtype),
+        None if ref_logp is None else check.constant(ref_logp, dtype),
         aggregate.checked(chosen.aggregation, normalizer, mask, dtype),
-        *chosen.values(),
+        *values,
     )
     return total, PolicyStats(*stats.unbind())
 
@@ -191,11 +190,14 @@ def under_old_name(importance_weights: Tensor | None, options: dict[str, Any]) -
     return old
 
 
-def check_options(options: PolicyOptions, dtype: torch.dtype, ref_logp: Tensor | None) -> None:
-    """The checks that policy_loss and linear_policy_loss share."""
-    options.check(dtype)
-    if options.kl_coef and ref_logp is None:
-        raise ValueError(f"kl_coef {options.kl_coef} needs ref_logp, which is None")
+def checked_options(
+    dtype: torch.dtype, options: dict[str, Any], ref_logp: Tensor | None
+) -> tuple[PolicyOptions, tuple[Any, ...]]:
+    """PolicyOptions.checked, as policy_loss and linear_policy_loss need them."""
+    chosen, values = PolicyOptions.checked(dtype, options)
+    if chosen.kl_coef and ref_logp is None:
+        raise ValueError(f"kl_coef {chosen.kl_coef} needs ref_logp, which is None")
+    return chosen, values
 
 
 def reference(

@@ -73,6 +73,15 @@ class Kernel:
     fallback: Callable[..., Any]
     triton: str | None
     engine: bool = False
+    direct: Callable[..., Any] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """``torch.ops.rlhf_fast.<name>(*args)``, without the dispatcher's way from Python to our
+        own autograd in Python where nobody stands in between: 6 us less a call (AMD EPYC)."""
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if self.direct is None or traced:
+            return getattr(torch.ops.rlhf_fast, self.name)(*args)
+        return self.direct(*args)
 
     @property
     def launcher(self) -> Callable[..., Any]:
@@ -151,15 +160,18 @@ def define_kernel(
     ``Library.define`` costs about 5 us a call where the ``custom_op`` decorator costs 15-21.
     """
     name = schema[: schema.index("(")]
-    kernel = Kernel(name, schema, fallback, triton, engine)
-    LIBRARY.define(schema)
+    # an engine lists the rows to compute, for which the host waits (compact=False does without)
+    LIBRARY.define(schema, tags=(torch.Tag.cudagraph_unsafe,) if engine else ())
     LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    direct = None
+    if backward is not None and setup_context is not None:
+        direct = differentiable(name, setup_context, backward, linear)
+        LIBRARY.impl(name, direct, "Autograd")
+    kernel = Kernel(name, schema, fallback, triton, engine, direct)
     if triton is not None and HAS_TRITON:
         LIBRARY.impl(name, _on_first_call(kernel), "CUDA")
         LIBRARY.impl(name, _on_first_call(kernel), "XPU")
     torch.library.register_fake(f"rlhf_fast::{name}", fake, lib=LIBRARY)
-    if backward is not None and setup_context is not None:
-        LIBRARY.impl(name, differentiable(name, setup_context, backward, linear), "Autograd")
     KERNELS[name] = kernel
     return kernel
 
@@ -185,11 +197,18 @@ def differentiable(
 
     def forward(ctx: Any, *args: Any) -> Any:  # a setup_context of its own costs 20 us a call
         output = below(*args)
+        ctx.set_materialize_grads(False)  # or zeros are filled for gradients and statistics, too
         setup_context(ctx, args, output)
         return output
 
-    backward = backward if linear else first_derivative_only(name)(backward)
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    differentiate = backward if linear else first_derivative_only(name)(backward)
+
+    def where_any(ctx: Any, *grads: Tensor | None) -> Any:
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        return differentiate(ctx, *grads)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(where_any)}
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
@@ -243,6 +262,14 @@ def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(
         *(x.clone() if x is not None and x.is_inference() else x for x in tensors)
     )
+
+
+def zeros_unless_given(grad: Tensor | None, other: Tensor | None) -> Tensor:
+    """An output's gradient, where one of two outputs has one."""
+    if grad is not None:
+        return grad
+    assert other is not None
+    return torch.zeros_like(other)
 
 
 def graph_is_kept() -> bool:

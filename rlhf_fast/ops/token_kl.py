@@ -44,9 +44,7 @@ def token_kl(logp: Tensor, ref_logp: Tensor, estimator: str = "k1") -> Tensor:
     check.like("ref_logp", ref_logp, "logp", logp)
     check.choice("estimator", estimator, ESTIMATORS)
     dtype = check.accumulator(logp, ref_logp)
-    kl: Tensor = torch.ops.rlhf_fast.token_kl(
-        logp.to(dtype).contiguous(), ref_logp.to(dtype).contiguous(), estimator
-    )
+    kl: Tensor = FORWARD(logp.to(dtype).contiguous(), ref_logp.to(dtype).contiguous(), estimator)
     return kl
 
 

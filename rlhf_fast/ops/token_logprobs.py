@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import check
 from . import support as sets
-from .registry import Op, Sample, define_kernel, graph_is_kept, register, save_for_backward
+from .registry import (
+    Op,
+    Sample,
+    define_kernel,
+    graph_is_kept,
+    register,
+    save_for_backward,
+    zeros_unless_given,
+)
 
 
 @overload
@@ -106,15 +114,14 @@ def token_logprobs(
 
     ids = sets.checked(support, labels)
     rows = _rows(logits)
-    labels_ = labels.reshape(rows.shape[:-1]).contiguous()
-    per_token = None if per_token is None else per_token.reshape(rows.shape[:-1]).contiguous()
+    labels_ = check.reshaped(labels, rows.shape[:-1]).contiguous()
+    if per_token is not None:
+        per_token = per_token.reshape(rows.shape[:-1]).contiguous()
 
     def over(
         logits: Tensor, labels: Tensor, softcap: float | None, inplace: bool
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy_, _ = torch.ops.rlhf_fast.token_logprobs(
-            logits, labels, divisor, per_token, softcap, entropy, inplace
-        )
+        logp, entropy_, _ = FORWARD(logits, labels, divisor, per_token, softcap, entropy, inplace)
         return logp, entropy_
 
     if ids is None:
@@ -127,8 +134,8 @@ def token_logprobs(
         if not check.values_can_be_read(labels) or bool((whole != check.IGNORE_INDEX).any()):
             others = over(rows, whole, softcap, False)
             logp, entropy_ = logp + others[0], entropy_ + others[1]
-    logp = logp.reshape(labels.shape)
-    return (logp, entropy_.reshape(labels.shape)) if entropy else logp
+    logp = check.reshaped(logp, labels.shape)
+    return (logp, check.reshaped(entropy_, labels.shape)) if entropy else logp
 
 
 @overload
@@ -286,7 +293,6 @@ def _forward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, labels, ctx.temperature, per_token, ctx.softcap, ctx.entropy, ctx.inplace = inputs
     _, entropy, norm = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
     labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
     save_for_backward(ctx, logits, labels, per_token, norm, entropy if ctx.entropy else None)
@@ -294,12 +300,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 6
-    some = grad_entropy if grad_logp is None else grad_logp
-    if some is None:
-        return None, *nothing
     logits, labels, per_token, norm, entropy = ctx.saved_tensors
-    if grad_logp is None:
-        grad_logp = torch.zeros_like(some)
+    grad_logp = zeros_unless_given(grad_logp, grad_entropy)
     inplace = ctx.inplace and not graph_is_kept()
     if inplace:
         out = logits.detach()

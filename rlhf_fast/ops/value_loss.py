@@ -83,10 +83,10 @@ def value_loss(
     dtype = check.accumulator(values, old_values, returns)
     if clip is not None:
         check.number("clip", clip, low=0.0, dtype=dtype)
-    loss, stats, _ = torch.ops.rlhf_fast.value_loss(
+    loss, stats, _ = KERNEL(
         check.flat(values, dtype),
-        None if clip is None or old_values is None else check.flat(old_values.detach(), dtype),
-        check.flat(returns.detach(), dtype),
+        None if clip is None or old_values is None else check.constant(old_values, dtype),
+        check.constant(returns, dtype),
         check.flat(mask),
         aggregate.checked(aggregation, normalizer, mask, dtype),
         0.0 if clip is None else float(clip),

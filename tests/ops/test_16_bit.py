@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
+from rlhf_fast.ops.linear import gradients
 
 N, H, V = 48, 96, 3000
 Numbers = tuple[list[Tensor], list[Tensor]]  # outputs, gradients of hidden and weight
@@ -49,13 +50,16 @@ def error(got: Tensor, exact: Tensor) -> float:
     return float((got - exact).norm() / exact.norm())
 
 
+@pytest.mark.parametrize("narrow", [False, True], ids=["float32 dlogits", "16-bit dlogits"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss"])
-def test_the_result_is_rounded_once(op: str, dtype: torch.dtype, given) -> None:
-    outputs, gradients = run(op, given, dtype, dtype)
+def test_the_result_is_rounded_once(op: str, dtype: torch.dtype, narrow, given, monkeypatch):
+    if narrow:  # as on a GPU, and on a CPU that has 16-bit products
+        monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    outputs, grads = run(op, given, dtype, dtype)
     exact_outputs, exact_gradients = run(op, given, dtype, torch.float64)
     float32 = H * 2**-23  # a logit is a sum of H products, in any order; in 16 bits it is 2**-8 off
     for got, exact in zip(outputs, exact_outputs, strict=True):
         assert error(got, exact) < float32
-    for got, exact in zip(gradients, exact_gradients, strict=True):
+    for got, exact in zip(grads, exact_gradients, strict=True):
         assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rounding import RoundedAfterwards
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast as rf
 from rlhf_fast.ops import registry
 from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.linear import gradients, products
+from rlhf_fast.ops.linear.head import Head
 from rlhf_fast.ops.registry import KERNELS
 
 N, H, V = 96, 16, 1000
@@ -32,6 +36,7 @@ class Largest(TorchDispatchMode):
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name] += 1
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, torch.Tensor):
@@ -198,7 +203,7 @@ def test_autocast_is_a_cast_of_every_part_of_the_head(op: str) -> None:
 
 def test_two_loops_side_by_side_leave_autocast_on() -> None:
     hidden, weight, _ = inputs()
-    head = linear.Head(hidden.detach(), weight.detach(), None)
+    head = Head(hidden.detach(), weight.detach(), None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         own, other = (linear.chunks(head, torch.ones(N, dtype=torch.bool)) for _ in range(2))
         for _ in zip(own, other, strict=True):
@@ -272,7 +277,7 @@ def test_chunks_are_of_like_size_and_within_the_budget(total: int) -> None:
 def test_the_chunks_memory_is_used_again_and_never_by_two_at_once() -> None:
     linear._memory.clear()
     hidden, weight, _ = inputs(requires_grad=False)
-    head, keep = linear.Head(hidden, weight, None), torch.ones(N, dtype=torch.bool)
+    head, keep = Head(hidden, weight, None), torch.ones(N, dtype=torch.bool)
     (chunk,) = linear.chunks(head, keep)
     ((memory, *_),) = linear._memory.values()
     again = linear.chunks(head, keep)
@@ -312,10 +317,10 @@ def test_logits_of_16_bit_operands_are_float32() -> None:
     """Their gradient too on a CPU; on a GPU it is what the products take."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         on_a_gpu = SimpleNamespace(is_cuda=True, dtype=dtype)
-        assert linear.logits_dtype(on_a_gpu) == torch.float32
-        assert linear.dlogits_dtype(on_a_gpu) == dtype
-        assert linear.dlogits_dtype(torch.zeros(1, dtype=dtype)) == torch.float32
-    assert linear.dlogits_dtype(torch.zeros(1).double()) == torch.float64
+        assert products.logits_dtype(on_a_gpu) == torch.float32
+        assert products.dlogits_dtype(on_a_gpu) == dtype
+        assert products.dlogits_dtype(torch.zeros(1, dtype=dtype)) == torch.float32
+    assert products.dlogits_dtype(torch.zeros(1).double()) == torch.float64
 
 
 class AsOnAGPU(TorchDispatchMode):
@@ -325,12 +330,14 @@ class AsOnAGPU(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.passes: list[tuple[str, torch.dtype]] = []
+        self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "rlhf_fast":
             kernel = KERNELS[func._schema.name.split("::")[1]]
             with self if kernel.engine else contextlib.nullcontext():
                 return kernel.fallback(*args)
+        self.calls[func._schema.name] += 1
         result = func(*args, **(kwargs or {}))
         for x in result if isinstance(result, tuple | list) else [result]:
             if isinstance(x, torch.Tensor) and x.shape == (N, V) and not func.is_view:
@@ -358,36 +365,42 @@ def gradients_of_float32_logits(op: str, **options) -> tuple[list[torch.Tensor],
     return [leaf.grad for leaf in leaves if leaf.requires_grad], mode
 
 
-LINEAR_OPS = {"linear_token_logprobs": 1, "linear_policy_loss": 1, "linear_token_kl": 2}  # logits
+LINEAR_OPS = ["linear_token_logprobs", "linear_policy_loss", "linear_token_kl"]
 
 
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_a_gradient_in_16_bits_takes_no_pass_of_its_own(op: str, monkeypatch) -> None:
-    """All that goes over a chunk of float32 logits are the row kernels and the products."""
-    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
-    _, mode = gradients_of_float32_logits(op, trained=False)  # the product of dW widens on CPU
-    assert mode.passes == [("mm", torch.float32)] * LINEAR_OPS[op]
+    """All that goes over a chunk of float32 logits are the row kernels, the products, and what puts
+    a 0 at each row's label."""
+    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    _, mode = gradients_of_float32_logits(op, trained=False)
+    assert mode.passes == [("scatter_", torch.bfloat16)]
 
 
-class RoundedAfterwards(linear.Gradients):
-    """The gradient in float32 over the logits, rounded by a pass of its own."""
+@pytest.mark.parametrize("op", LINEAR_OPS)
+def test_rows_are_listed_once_a_pass(op: str) -> None:
+    """Also those of two heads: the host waits for a GPU to list them."""
+    passes = 1 if op == "linear_policy_loss" else 2
+    _, mode = gradients_of_float32_logits(op, trained=True)
+    assert mode.calls["aten::nonzero"] == passes
+    _, mode = gradients_of_float32_logits(op, trained=True, compact=False)
+    assert mode.calls["aten::nonzero"] == 0
 
-    def dlogits(self, chunk: linear.Chunk) -> torch.Tensor:
-        return chunk.logits
 
-    def add(self, chunk: linear.Chunk) -> None:
-        narrow = chunk.padded.bfloat16()
-        super().add(chunk._replace(logits=narrow[: len(chunk.logits)], padded=narrow))
+def test_engines_say_that_a_cuda_graph_cannot_hold_them() -> None:
+    for kernel in KERNELS.values():
+        tags = getattr(torch.ops.rlhf_fast, kernel.name).default.tags
+        assert (torch.Tag.cudagraph_unsafe in tags) == kernel.engine, kernel.name
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, monkeypatch) -> None:
-    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
     options = {"deterministic": deterministic, "trained": True}
     with rf.chunk_budget(20 * V * 4):  # the last chunk is smaller than the others
         ours, _ = gradients_of_float32_logits(op, **options)
-        monkeypatch.setattr(linear, "Gradients", RoundedAfterwards)
+        monkeypatch.setattr(gradients, "Gradients", RoundedAfterwards)
         rounded, _ = gradients_of_float32_logits(op, **options)
     for got, want in zip(ours, rounded, strict=True):
         assert torch.equal(got, want) and got.any()
@@ -395,7 +408,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, mon
 
 def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) -> None:
     """The numbers of the same operands in float32."""
-    monkeypatch.setattr(linear, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
     generator = torch.Generator().manual_seed(2)
     hidden, weight, labels = inputs(requires_grad=False)
     shapes = (V,), (3, H), (V, 3)
@@ -404,7 +417,7 @@ def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) ->
     low = x.float() @ down.float().t()  # on a GPU it is rounded before the last product
     with AsOnAGPU():
         narrow = rf.linear_token_logprobs(x, w, labels, bias=bias)
-        (chunk,) = linear.chunks(linear.Head(x, w, bias, down, up), labels >= 0)
+        (chunk,) = linear.chunks(Head(x, w, bias, down, up), labels >= 0)
         made = chunk.logits.clone()
     x, w, bias, low, up = (y.float() for y in (x, w, bias, low, up))
     wide = rf.linear_token_logprobs(x, w, labels, bias=bias)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rlhf_fast as rf
 from rlhf_fast.ops import aggregate
 from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.linear.head import Head
 
 N, H, R, V = 96, 16, 3, 500
 GEMM, LOW = 2 * N * H * V, 2 * N * R * V
@@ -184,7 +185,7 @@ def test_the_other_linear_ops_are_deterministic_too(op: str) -> None:
 
 def test_a_deterministic_chunk_always_has_the_same_rows() -> None:
     hidden, weight, labels = draw()
-    head = linear.Head(hidden, weight, None)
+    head = Head(hidden, weight, None)
     keep = torch.arange(N) < 5
     (chunk,) = linear.chunks(head, keep, deterministic=True)
     assert chunk.logits.shape == (5, V) and chunk.padded.shape == (linear.DETERMINISTIC_ROWS, V)

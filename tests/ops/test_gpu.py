@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 from drawing import few_for_all_options
+from rounding import RoundedAfterwards
 from torch import Tensor
 
 from rlhf_fast import chunk_budget, token_logprobs
-from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.linear import gradients
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 PRETENDED = os.environ.get("RLHF_FAST_TESTS_GPU") == "pretended"
@@ -201,16 +202,6 @@ def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> Non
     [pytest.param(torch.bfloat16, marks=pytest.mark.real_gpu(CUT_OFF)), torch.float16],
 )
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypatch) -> None:
-    class RoundedAfterwards(linear.Gradients):
-        def dlogits(self, chunk: linear.Chunk) -> Tensor:
-            return chunk.logits
-
-        def add(self, chunk: linear.Chunk) -> None:
-            rows, vocab = chunk.padded.shape
-            _, narrow = linear.chunk_buffer(None, rows, vocab, dtype, chunk.padded.device)
-            narrow.copy_(chunk.padded)
-            super().add(chunk._replace(logits=narrow[: len(chunk.logits)], padded=narrow))
-
     rows, vocab = (21, 203) if PRETENDED else (70, 5003)
     generator = torch.Generator().manual_seed(0)
     sample = OPS[name].workload({"N": rows, "V": vocab, "H": 64}, generator, "cpu", dtype)
@@ -218,7 +209,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
         arguments = on_cuda(sample, dtype)
         with chunk_budget(budget), monkeypatch.context() as patch:
             ours = results(OPS[name].function, arguments, sample.grads)
-            patch.setattr(linear, "Gradients", RoundedAfterwards)
+            patch.setattr(gradients, "Gradients", RoundedAfterwards)
             rounded = results(OPS[name].function, arguments, sample.grads)
         for x, y in zip(ours, rounded, strict=True):
             assert torch.equal(x, y)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rlhf_fast as rf
 from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.linear.head import Head
 
 N, H, V = 96, 16, 1000
 GEMM = 2 * N * H * V
@@ -154,7 +155,7 @@ def test_a_gpus_memory_stays_only_where_a_backward_follows(monkeypatch) -> None:
     """Shapes alone, on the meta device: what is no CPU is handled as a GPU is."""
     monkeypatch.setattr(linear, "_memory", {})
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # knows no meta
-    head = linear.Head(*(torch.empty(size, device="meta") for size in ((N, H), (V, H))), None)
+    head = Head(*(torch.empty(size, device="meta") for size in ((N, H), (V, H))), None)
     keep = torch.empty(N, dtype=torch.bool, device="meta")
 
     def run(norm: Tensor | None) -> list[linear.Memory]:

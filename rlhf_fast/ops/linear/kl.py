@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch.distributed import ProcessGroup
 from .. import check
 from .. import support as sets
 from .. import token_logprobs as from_logits
-from ..linear import chunks as linear
-from ..linear import support as few
-from ..linear import vocab_parallel
-from ..registry import Op, Sample, define_kernel, register, save_for_backward
+from ..registry import Op, Sample, define_kernel, register, save_for_backward, zeros_unless_given
+from . import chunks as linear
+from . import gradients, vocab_parallel
+from . import support as few
+from .head import HEAD, Head, Lora, check_head, needs_gradient, plain, product_dtype
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -33,8 +35,8 @@ def linear_token_kl(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     support: Tensor | None = None,
-    lora: linear.Lora | None = None,
-    ref_lora: linear.Lora | None = None,
+    lora: Lora | None = None,
+    ref_lora: Lora | None = None,
     group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
@@ -101,7 +103,7 @@ def linear_token_kl(
             under ``rlhf_fast.debug()``).
     """
     check.choice("direction", direction, DIRECTIONS)
-    head = linear.check_head(hidden, weight, bias, lora)
+    head = check_head(hidden, weight, bias, lora)
     ref = _check_reference(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_lora)
     check.labels(labels, "hidden", hidden, weight.shape[0] if group is None else None)
     dtype = check.accumulator(hidden)
@@ -120,7 +122,7 @@ def linear_token_kl(
     def whole_heads(labels: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = torch.ops.rlhf_fast.linear_token_kl(
             *head, *own, labels, divisor, per_token, softcap, ids, reverse, compact, deterministic,
-            ranks, linear.needs_gradient(head),
+            ranks, needs_gradient(head),
         )[:3]  # fmt: skip
         return found
 
@@ -155,8 +157,8 @@ def _check_reference(
     ref_hidden: Tensor,
     ref_weight: Tensor | None,
     ref_bias: Tensor | None,
-    ref_lora: linear.Lora | None,
-) -> linear.Head:
+    ref_lora: Lora | None,
+) -> Head:
     check.floating("ref_hidden", ref_hidden)
     check.at_least_1d("ref_hidden", ref_hidden)
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
@@ -165,13 +167,13 @@ def _check_reference(
             f"{list(hidden.shape[:-1])}; got {check.describe(ref_hidden)}"
         )
     check.same_device("ref_hidden", ref_hidden, "hidden", hidden)
-    if linear.product_dtype(ref_hidden) != linear.product_dtype(hidden):
+    if product_dtype(ref_hidden) != product_dtype(hidden):
         raise TypeError(
             f"ref_hidden must have the dtype of hidden, {hidden.dtype}; "
             f"got {check.describe(ref_hidden)}"
         )
     if ref_weight is not None:
-        ref = linear.check_head(ref_hidden, ref_weight, ref_bias, ref_lora, "ref_")
+        ref = check_head(ref_hidden, ref_weight, ref_bias, ref_lora, "ref_")
         if ref_weight.shape[0] != weight.shape[0]:
             raise ValueError(
                 f"ref_weight must be of weight's vocabulary, {weight.shape[0]}; "
@@ -185,7 +187,7 @@ def _check_reference(
             f"ref_hidden must be [..., {weight.shape[1]}] as weight is where ref_weight is None, "
             f"got {check.describe(ref_hidden)}"
         )
-    return linear.check_head(ref_hidden, weight, bias, ref_lora, "ref_")
+    return check_head(ref_hidden, weight, bias, ref_lora, "ref_")
 
 
 def reference(
@@ -201,17 +203,17 @@ def reference(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     support: Tensor | None = None,
-    lora: linear.Lora | None = None,
-    ref_lora: linear.Lora | None = None,
+    lora: Lora | None = None,
+    ref_lora: Lora | None = None,
     **how: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formula in plain PyTorch; holds all the logits of both."""
     kept = labels != check.IGNORE_INDEX
 
     def log_softmax(
-        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: linear.Lora | None
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, lora: Lora | None
     ) -> Tensor:
-        logits, divisor = linear.plain(hidden, weight, bias, lora, temperature, kept)
+        logits, divisor = plain(hidden, weight, bias, lora, temperature, kept)
         x = logits.to(check.accumulator(logits))
         z = x if softcap is None else softcap * torch.tanh(x / softcap)
         divisor = divisor.unsqueeze(-1) if isinstance(divisor, Tensor) else divisor
@@ -310,7 +312,6 @@ def _rows_fake(
 def _rows_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ref_logits, labels, ctx.temperature, per_token, ctx.softcap, ctx.reverse = inputs
     _, ref_logp, kl, norm, ref_norm = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
     save_for_backward(ctx, logits, ref_logits, labels, per_token, norm, ref_norm, kl)
 
@@ -320,10 +321,8 @@ def _rows_autograd(
 ) -> tuple[Tensor | None, ...]:
     """For the rows with a small set; the engine calls both kernels itself."""
     nothing = (None,) * 6
-    some = grad_kl if grad_logp is None else grad_logp
-    if some is None:
-        return None, *nothing
-    grads = (torch.zeros_like(some) if g is None else g.contiguous() for g in (grad_logp, grad_kl))
+    given = grad_logp, grad_kl
+    grads = (zeros_unless_given(*pair).contiguous() for pair in (given, given[::-1]))
     logits, ref_logits, labels, per_token, norm, ref_norm, kl = ctx.saved_tensors
     out = torch.empty_like(logits)
     torch.ops.rlhf_fast.logits_kl_backward(
@@ -337,7 +336,7 @@ def _rows_autograd(
 
 
 def _chunks(
-    heads: tuple[linear.Head, linear.Head],
+    heads: tuple[Head, Head],
     keep: Tensor,
     how: dict[str, Any],
     leave_for: Tensor | None = None,
@@ -346,19 +345,21 @@ def _chunks(
     """(the policy's chunk, the reference's logits [n, V]) of the same rows."""
     if None in memories:  # or one would begin with the rows that it still has, the other not
         memories = (None, None)
+    plan = linear.planned(keep, how["compact"], memories[0])
     loops = (
         linear.chunks(
-            head, keep, **how, buffers=2, slot=slot, leave_for=leave_for, memory=memories[slot]
+            head, keep, **how, buffers=2, slot=slot, leave_for=leave_for, memory=memories[slot],
+            plan=plan,
         )
         for slot, head in enumerate(heads)
-    )
+    )  # fmt: skip
     for chunk, ref_chunk in zip(*loops, strict=True):
         yield chunk, ref_chunk.logits
 
 
-def _heads(tensors: Sequence[Any]) -> tuple[linear.Head, linear.Head]:
+def _heads(tensors: Sequence[Any]) -> tuple[Head, Head]:
     """The policy's head and the reference's; a reference without a weight has the policy's."""
-    head, ref = linear.Head(*tensors[:5]), linear.Head(*tensors[5:])
+    head, ref = Head(*tensors[:5]), Head(*tensors[5:])
     return head, ref._replace(weight=head.weight, bias=head.bias) if ref.weight is None else ref
 
 
@@ -444,7 +445,7 @@ def _backward(
     )
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
-    grads = linear.Gradients(heads[0], linear.Needs(*needs), vocabulary)
+    grads = gradients.Gradients(heads[0], gradients.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
     how["support"] = few.of_part(support, vocabulary)
     memories = linear.left_by(norm, hidden, 0), linear.left_by(norm, hidden, 1)
@@ -459,23 +460,36 @@ def _backward(
             part(grad_kl),
             temperature=temperature if divisors is None else divisors,
         )
-        torch.ops.rlhf_fast.logits_kl_backward(
-            g_logp,
-            g_kl,
-            chunk.logits[None],
-            ref_logits[None],
-            part(labels),
-            norm[:, chunk.rows][:, None].contiguous(),
-            ref_norm[:, chunk.rows][:, None].contiguous(),
-            part(kl),
-            temperature,
-            divisors,
-            softcap,
-            reverse,
-            grads.dlogits(chunk)[None],
+        p, q = (x[:, chunk.rows][:, None].contiguous() for x in (norm, ref_norm))
+        of_rows = g_logp, g_kl, p, q, linear.take(kl, chunk.rows)[None], divisors
+        grads.add(
+            chunk,
+            linear.take(labels, chunk.rows)[None],
+            partial(_write, chunk.logits, ref_logits, *of_rows, temperature, softcap, reverse),
         )
-        grads.add(chunk)
     return grads.result()
+
+
+def _write(
+    logits: Tensor,
+    ref_logits: Tensor,
+    g_logp: Tensor | None,
+    g_kl: Tensor | None,
+    norm: Tensor,
+    ref_norm: Tensor,
+    kl: Tensor,
+    divisors: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    reverse: bool,
+    columns: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    out: Tensor,
+) -> None:
+    torch.ops.rlhf_fast.logits_kl_backward(
+        g_logp, g_kl, columns(logits), columns(ref_logits), labels, norm, ref_norm, kl,
+        temperature, divisors, softcap, reverse, out,
+    )  # fmt: skip
 
 
 def _forward_fake(hidden: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -493,7 +507,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *rest, ctx.reverse, ctx.compact, ctx.same, ctx.group, _ = inputs
     *heads, labels, ctx.temperature, per_token, ctx.softcap, support = rest
     _, ref_logp, kl, norm, ref_norm = output
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(ref_logp, norm, ref_norm)
     ctx.budget = linear.budget()
     labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
@@ -504,8 +517,6 @@ def _autograd(
     ctx: Any, grad_logp: Tensor | None, _: None, grad_kl: Tensor | None, *__: None
 ) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 15
-    if grad_logp is None and grad_kl is None:
-        return (None,) * 5 + nothing
     *heads, labels, per_token, support, norm, ref_norm, kl = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     scale = ctx.temperature, per_token, ctx.softcap, support
@@ -516,7 +527,7 @@ def _autograd(
                 grad_logp, None, *heads[:5], labels, norm, None, *scale, *how, needs
             )
         else:
-            grad_logp = torch.zeros_like(grad_kl) if grad_logp is None else grad_logp
+            grad_logp = zeros_unless_given(grad_logp, grad_kl)
             grads = torch.ops.rlhf_fast.linear_token_kl_backward(
                 grad_logp, grad_kl, *heads, labels, norm, ref_norm, kl, *scale, ctx.reverse, *how,
                 needs,
@@ -558,7 +569,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     yield sample("not compact", 21, 16, 65, bias=draw(65), compact=False)
     yield sample("deterministic", 21, 16, 65, bias=draw(65), deterministic=True)
 
-    def adapter(h: int, v: int, rank: int = 3) -> linear.Lora:
+    def adapter(h: int, v: int, rank: int = 3) -> Lora:
         return draw(rank, h) / h**0.5, draw(v, rank) / rank**0.5, 0.5
 
     yield sample("adapter, tied", 21, 8, 33, lora=adapter(8, 33), bias=draw(33))
@@ -640,7 +651,7 @@ ROWS_BACKWARD = define_kernel(
     triton="logits_kl:logits_kl_backward",
 )
 HEADS = (
-    f"{linear.HEAD}, Tensor ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_down, "
+    f"{HEAD}, Tensor ref_hidden, Tensor? ref_weight, Tensor? ref_bias, Tensor? ref_down, "
     "Tensor? ref_up, Tensor labels, "
 )
 FORWARD = define_kernel(

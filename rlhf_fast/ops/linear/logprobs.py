@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch.distributed import ProcessGroup
 from .. import check
 from .. import support as sets
 from .. import token_logprobs as from_logits
-from ..linear import chunks as linear
-from ..linear import support as few
-from ..linear import vocab_parallel
-from ..registry import Op, Sample, define_kernel, register, save_for_backward
+from ..registry import Op, Sample, define_kernel, register, save_for_backward, zeros_unless_given
+from . import chunks as linear
+from . import gradients, vocab_parallel
+from . import support as few
+from .head import HEAD, Head, Lora, check_head, needs_gradient, plain
 
 
 def linear_token_logprobs(
@@ -28,7 +30,7 @@ def linear_token_logprobs(
     softcap: float | None = None,
     entropy: bool = False,
     support: Tensor | None = None,
-    lora: linear.Lora | None = None,
+    lora: Lora | None = None,
     group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
@@ -81,7 +83,7 @@ def linear_token_logprobs(
             [0, V), or a set that does not hold it (on CUDA checked only under
             ``rlhf_fast.debug()``).
     """
-    head = linear.check_head(hidden, weight, bias, lora)
+    head = check_head(hidden, weight, bias, lora)
     accumulator = check.accumulator(hidden)
     divisor, per_token = from_logits._temperature(temperature, labels, accumulator)
     from_logits._softcap(softcap, accumulator)
@@ -99,7 +101,7 @@ def linear_token_logprobs(
 
 
 def over_support(
-    head: linear.Head,
+    head: Head,
     labels: Tensor,
     ids: Tensor | None,
     temperature: float,
@@ -116,7 +118,7 @@ def over_support(
     def whole_head(labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
             *head, labels, temperature, per_token, softcap, ids, entropy, compact, deterministic,
-            group, linear.needs_gradient(head),
+            group, needs_gradient(head),
         )  # fmt: skip
         return logp, entropy_
 
@@ -145,12 +147,12 @@ def reference(
     softcap: float | None = None,
     entropy: bool = False,
     support: Tensor | None = None,
-    lora: linear.Lora | None = None,
+    lora: Lora | None = None,
     **how: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The formula in plain PyTorch; holds all the logits."""
     kept = labels != check.IGNORE_INDEX
-    logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, kept)
+    logits, temperature = plain(hidden, weight, bias, lora, temperature, kept)
     return from_logits.reference(
         logits, labels, temperature=temperature, softcap=softcap, entropy=entropy, support=support
     )
@@ -178,7 +180,7 @@ def _forward(
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
-    head, keep = linear.Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
+    head, keep = Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
     how["support"] = few.of_part(support, part)
     for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
@@ -225,8 +227,8 @@ def _backward(
         matters |= grad_entropy != 0
     matters &= labels != check.IGNORE_INDEX
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    head = linear.Head(hidden, weight, bias, down, up)
-    grads = linear.Gradients(head, linear.Needs(*needs), vocabulary)
+    head = Head(hidden, weight, bias, down, up)
+    grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
     how["support"] = few.of_part(support, vocabulary)
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
@@ -240,20 +242,35 @@ def _backward(
             part(grad_entropy),
             temperature=temperature if divisors is None else divisors,
         )
-        torch.ops.rlhf_fast.token_logprobs_backward(
-            g_logp,
-            g_entropy,
-            chunk.logits[None],
-            part(labels),
-            norm[:, chunk.rows][:, None].contiguous(),
-            None if grad_entropy is None else part(entropy),
-            temperature,
-            divisors,
-            softcap,
-            grads.dlogits(chunk)[None],
+        norm_ = norm[:, chunk.rows][:, None].contiguous()
+        entropy_ = None if grad_entropy is None else part(entropy)
+        of_rows = g_logp, g_entropy, norm_, entropy_, temperature, divisors, softcap
+        grads.add(
+            chunk,
+            linear.take(labels, chunk.rows)[None],
+            partial(write, chunk.logits, *of_rows),
         )
-        grads.add(chunk)
     return grads.result()
+
+
+def write(
+    logits: Tensor,
+    g_logp: Tensor | None,
+    g_entropy: Tensor | None,
+    norm: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    columns: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    out: Tensor,
+) -> None:
+    """The gradient of some columns of a chunk's logits [n, V] (``gradients.Write``)."""
+    torch.ops.rlhf_fast.token_logprobs_backward(
+        g_logp, g_entropy, columns(logits), labels, norm, entropy, temperature, per_token, softcap,
+        out,
+    )  # fmt: skip
 
 
 def _forward_fake(
@@ -286,7 +303,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     *head, labels, ctx.temperature, per_token, ctx.softcap, support = rest
     _, entropy, norm = output
     kept = entropy if ctx.entropy else None
-    ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*((norm,) if ctx.entropy else (entropy, norm)))
     ctx.budget = linear.budget()
     labels = labels.clone()  # theirs may change, and autograd does not see numpy do it
@@ -295,12 +311,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None) -> Any:
     nothing = (None,) * 10
-    some = grad_entropy if grad_logp is None else grad_logp
-    if some is None:
-        return (None,) * 5 + nothing
     *tensors, per_token, support, norm, entropy = ctx.saved_tensors
-    if grad_logp is None:
-        grad_logp = torch.zeros_like(some)
+    grad_logp = zeros_unless_given(grad_logp, grad_entropy)
     needs = list(ctx.needs_input_grad[:5])
     with linear.within(ctx.budget):
         grads = torch.ops.rlhf_fast.linear_token_logprobs_backward(
@@ -381,7 +393,7 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 
 FORWARD = define_kernel(
-    f"linear_token_logprobs({linear.HEAD}, Tensor labels, float temperature, Tensor? per_token, "
+    f"linear_token_logprobs({HEAD}, Tensor labels, float temperature, Tensor? per_token, "
     "float? softcap, Tensor? support, bool entropy, bool compact, bool deterministic, "
     "str? group, bool backward_follows) "
     "-> (Tensor, Tensor, Tensor)",
@@ -392,7 +404,7 @@ FORWARD = define_kernel(
     setup_context=_setup_context,
 )
 BACKWARD = define_kernel(
-    f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {linear.HEAD}, "
+    f"linear_token_logprobs_backward(Tensor grad_logp, Tensor? grad_entropy, {HEAD}, "
     "Tensor labels, Tensor norm, Tensor? entropy, float temperature, Tensor? per_token, "
     "float? softcap, Tensor? support, bool compact, bool deterministic, str? group, "
     "bool[] needs) "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch.distributed import ProcessGroup
 from .. import aggregate, check, policy_loss, token_kl
 from .. import support as sets
 from .. import token_logprobs as from_logits
-from ..linear import chunks as linear
-from ..linear import vocab_parallel
-from ..linear.logprobs import over_support
 from ..options import LOSSES, RATIOS, PolicyOptions
 from ..policy_loss import PolicyStats
 from ..registry import Op, Sample, define_kernel, graph_is_kept, register
+from . import chunks as linear
+from . import gradients, logprobs, vocab_parallel
+from .head import HEAD, Head, Lora, check_head, plain
+from .logprobs import over_support
 
 
 @PolicyOptions.documented
@@ -38,7 +40,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     support: Tensor | None = None,
     bias: Tensor | None = None,
-    lora: linear.Lora | None = None,
+    lora: Lora | None = None,
     group: ProcessGroup | None = None,
     compact: bool = True,
     deterministic: bool = False,
@@ -90,7 +92,7 @@ def linear_policy_loss(
         TypeError, ValueError: an argument of wrong type, shape, dtype, device or value, by name.
     """
     importance_weights = policy_loss.under_old_name(importance_weights, options)
-    head = linear.check_head(hidden, weight, bias, lora)
+    head = check_head(hidden, weight, bias, lora)
     if hidden.dim() < 2:
         raise ValueError(f"hidden must be [..., T, H], got {check.describe(hidden)}")
     check.labels(labels, "hidden", hidden, head.weight.shape[0] if group is None else None)
@@ -101,8 +103,7 @@ def linear_policy_loss(
         check.like(name, x, "labels", labels)
     check.boolean_mask(mask, "labels", labels)
     dtype = check.accumulator(hidden)  # a float64 constant does not make the products float64
-    chosen = PolicyOptions(**options)
-    policy_loss.check_options(chosen, dtype, ref_logp)
+    chosen, values = policy_loss.checked_options(dtype, options, ref_logp)
     counting = labels.masked_fill(~mask, check.IGNORE_INDEX)
     divisor, per_token = from_logits._temperature(temperature, counting, dtype)
     from_logits._softcap(softcap, dtype)
@@ -111,7 +112,7 @@ def linear_policy_loss(
     how = compact, deterministic, vocab_parallel.name(group)
 
     def constant(x: Tensor | None) -> Tensor | None:
-        return None if x is None else check.flat(x.detach(), dtype)
+        return None if x is None else check.constant(x, dtype)
 
     counts = check.flat(mask & (labels != check.IGNORE_INDEX))
     constants = constant(old_logp), constant(advantages), counts, constant(importance_weights)
@@ -123,7 +124,7 @@ def linear_policy_loss(
         needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
             *head, labels, *constants, constant(ref_logp), normalizer, divisor, per_token, softcap,
-            *how, needs, *chosen.values(),
+            *how, needs, *values,
         )  # fmt: skip
     else:
         logp, entropy = over_support(
@@ -133,7 +134,7 @@ def linear_policy_loss(
         entropy = entropy if chosen.entropy_coef else entropy.detach()  # no gradient of zeros
         total, stats, *_ = torch.ops.rlhf_fast.policy_loss(
             logp.view_as(counts), *constants, entropy.view_as(counts), constant(ref_logp),
-            normalizer, *chosen.values(),
+            normalizer, *values,
         )  # fmt: skip
     return total, PolicyStats(*stats.unbind())
 
@@ -153,7 +154,7 @@ def reference(
     softcap: float | None = None,
     support: Tensor | None = None,
     bias: Tensor | None = None,
-    lora: linear.Lora | None = None,
+    lora: Lora | None = None,
     group: None = None,
     compact: bool = True,
     deterministic: bool = False,
@@ -162,7 +163,7 @@ def reference(
     """The formula in plain PyTorch; holds all the logits."""
     o = PolicyOptions(**options)
     mask = mask & (labels != check.IGNORE_INDEX)
-    logits, temperature = linear.plain(hidden, weight, bias, lora, temperature, mask)
+    logits, temperature = plain(hidden, weight, bias, lora, temperature, mask)
     logp, entropy = from_logits.reference(
         logits,
         labels.masked_fill(~mask, check.IGNORE_INDEX),
@@ -223,8 +224,8 @@ def _forward(
     coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
-    head = linear.Head(hidden, weight, bias, down, up)
-    grads = linear.Gradients(head, linear.Needs(*needs), vocabulary, _saved_dtype(hidden))
+    head = Head(hidden, weight, bias, down, up)
+    grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, _saved_dtype(hidden))
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
@@ -254,12 +255,9 @@ def _forward(
             d_entropy * scale if o.entropy_coef else None,
             temperature=temperature if divisors is None else divisors,
         )
-        torch.ops.rlhf_fast.token_logprobs_backward(
-            d_logp, d_entropy, logits, targets, norm,
-            entropy_ if o.entropy_coef else None, temperature, divisors, softcap,
-            grads.dlogits(chunk)[None],
-        )  # fmt: skip
-        grads.add(chunk)
+        own_entropy = entropy_ if o.entropy_coef else None
+        of_rows = d_logp, d_entropy, norm, own_entropy, temperature, divisors, softcap
+        grads.add(chunk, targets, partial(logprobs.write, chunk.logits, *of_rows))
 
     def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
         loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
@@ -296,15 +294,12 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, stats, *grads = output
-    ctx.set_materialize_grads(False)  # or autograd fills zeros [V, H] for the gradient of dW
     ctx.mark_non_differentiable(stats, *grads)
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*grads)
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    if grad is None:
-        return (None,) * len(ctx.needs_input_grad)
     # loss.backward() comes with exactly 1: then dW needs no second copy, unless the next backward
     # needs this one. Looking costs a host sync on a GPU, and cannot be traced or batched.
     looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
@@ -345,7 +340,7 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
             "kl_coef": 0.1,
         }
 
-    def adapter(h: int, v: int) -> linear.Lora:
+    def adapter(h: int, v: int) -> Lora:
         down, up = (torch.randn(*size, generator=generator) for size in ((3, h), (v, 3)))
         return down / h**0.5, up / 3**0.5, 0.5
 
@@ -439,7 +434,7 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 
 
 KERNEL = define_kernel(
-    f"linear_policy_loss({linear.HEAD}, Tensor labels, "
+    f"linear_policy_loss({HEAD}, Tensor labels, "
     "Tensor old_logp, Tensor advantages, Tensor mask, Tensor? importance_weights, "
     "Tensor? ref_logp, Tensor? normalizer, float temperature, Tensor? per_token, float? softcap, "
     f"bool compact, bool deterministic, str? group, bool[] needs, {PolicyOptions.schema()}) "

@@ -14,8 +14,9 @@ from torch import Tensor
 from .. import check
 from ..registry import define_kernel, save_for_backward
 from ..support import capped, positions
-from . import chunks as linear
 from . import pages, vocab_parallel
+from .head import Head
+from .products import as_they_are
 
 # A set is small if the vocabulary is this many times as large. In times of the dense op (AMD EPYC,
 # AVX2, N=512 H=576 V=49152, forward and backward), token by token and in a chunk: K=1000 .50 and
@@ -32,14 +33,12 @@ class Rows(NamedTuple):
     part: vocab_parallel.Part | None
     softcap: float | None
 
-    def logits(self, head: linear.Head) -> Tensor:
+    def logits(self, head: Head) -> Tensor:
         """Of the small sets, [N, K], after the softcap."""
         return capped(logits(head, self.ids, self.part), self.ids, self.softcap)
 
 
-def rows(
-    head: linear.Head, labels: Tensor, ids: Tensor, softcap: float | None, group: str | None
-) -> Rows:
+def rows(head: Head, labels: Tensor, ids: Tensor, softcap: float | None, group: str | None) -> Rows:
     """labels [N], ids [N, K] as ``rlhf_fast.ops.support.checked`` gives them. With a softcap every
     set is small: it would make −softcap of −inf."""
     part, _ = vocab_parallel.part_of(head.weight, labels, group)
@@ -59,7 +58,7 @@ def of_part(ids: Tensor | None, part: vocab_parallel.Part | None) -> Tensor | No
     return ids if ids is None or part is None else part.tokens(ids)
 
 
-def logits(head: linear.Head, ids: Tensor, part: vocab_parallel.Part | None) -> Tensor:
+def logits(head: Head, ids: Tensor, part: vocab_parallel.Part | None) -> Tensor:
     """z[n, k] = logit of token ids[n, k] in row n, −inf where ids is below 0; [N, K] float32
     (float64 for float64 inputs), with gradients. Rows without a token may hold NaN.
 
@@ -80,7 +79,7 @@ def logits(head: linear.Head, ids: Tensor, part: vocab_parallel.Part | None) -> 
     )
     if down is not None and up is not None:
         hidden = hidden.masked_fill((ids < 0).all(-1, keepdim=True), 0.0)
-        with linear.as_they_are(z.device):
+        with as_they_are(z.device):
             low = hidden @ down.t()
         z = z + torch.ops.rlhf_fast.support_logits(low, up.contiguous(), None, own)
     if part is None:
@@ -126,13 +125,10 @@ def _fake(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> T
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
     save_for_backward(ctx, *inputs)
 
 
-def _autograd(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
+def _autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, ids = ctx.saved_tensors
     needs = ctx.needs_input_grad
     d_hidden = torch.empty_like(hidden) if needs[0] else None
