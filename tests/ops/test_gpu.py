@@ -1,15 +1,20 @@
-"""What only a GPU can show: every op on cuda against its reference in float64 on the same device.
+"""Every op on cuda against its reference in float64 on the same device.
 
-``pytest -m gpu``; without a CUDA GPU everything here skips and says so.
+``pytest -m gpu``; without a CUDA GPU everything here skips and says so. But what our own code does
+there is run on a device that is pretended, too (test_pretended_gpu.py), on fewer samples; what
+needs the real thing is marked ``real_gpu``, with the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from drawing import few_for_all_options
 from rounding import RoundedAfterwards
 from torch import Tensor
 
@@ -17,6 +22,10 @@ from rlhf_fast import chunk_budget, token_logprobs
 from rlhf_fast.ops.linear import gradients
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
+PRETENDED = os.environ.get("RLHF_FAST_TESTS_GPU") == "pretended"
+# There the references run on the CPU, and the interpreter cuts bfloat16 off instead of rounding.
+REFERENCE, SIXTEEN_BIT = ("cpu", 4e-2) if PRETENDED else ("cuda", 2e-2)
+ALL_FLOATS = (torch.float32,) if PRETENDED else (torch.float32, torch.float64)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -60,8 +69,8 @@ def results(function, arguments: dict, grads: tuple[str, ...]) -> list[Tensor]:
 
 
 def close(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
-    eps = {torch.float32: 2e-5, torch.float64: 1e-9}.get(dtype, 2e-2)
-    y = y.double()  # a mask, too
+    eps = {torch.float32: 2e-5, torch.float64: 1e-9}.get(dtype, SIXTEEN_BIT)
+    x, y = x.to(y.device), y.double()  # a mask, too
     scale = y.nan_to_num(0, 0, 0).abs().max().item() if y.numel() else 0.0
     scale = max(scale, 1.0) if y.dim() == 0 else scale  # a mean may cancel to anything
     torch.testing.assert_close(
@@ -73,38 +82,60 @@ def compare(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     arguments = on_cuda(sample, dtype)
 
     def widened(x: Tensor) -> Tensor:
-        return x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        there = x.detach().to(REFERENCE)
+        return there.double().requires_grad_(x.requires_grad) if x.is_floating_point() else there
 
     wide = {name: each_tensor(widened, x) for name, x in arguments.items()}
     exact = results(op.reference, wide, sample.grads)
-    for x, y in zip(results(op.function, arguments, sample.grads), exact, strict=True):
+    with watched(op):
+        ours = results(op.function, arguments, sample.grads)
+    for x, y in zip(ours, exact, strict=True):
+        assert x.is_cuda
         close(x, y, dtype)
+
+
+def watched(op: Op) -> contextlib.AbstractContextManager[None]:
+    """On the pretended device, which counts: only the engine's compaction waits for it."""
+    if not PRETENDED:
+        return contextlib.nullcontext()
+    from device import no_waits
+
+    compaction = {"aten::nonzero at chunks.py", "aten::item at chunks.py"}
+    return no_waits(but=compaction if op.name.startswith("linear_") else set())
+
+
+def samples(op: Op, few: bool = PRETENDED) -> list[Sample]:
+    return few_for_all_options(op) if few else list(op.samples(torch.Generator().manual_seed(0)))
 
 
 def sample_cases(dtypes: tuple[torch.dtype, ...], names: list[str]) -> list:
     return [
         pytest.param(op, sample, dtype, id=f"{op.name}-{sample.name}-{str(dtype)[6:]}")
         for op in map(OPS.get, names)
-        for sample in op.samples(torch.Generator().manual_seed(0))
+        for sample in samples(op)
         for dtype in dtypes
     ]
 
 
-@pytest.mark.parametrize(
-    "op, sample, dtype", sample_cases((torch.float32, torch.float64), list(OPS))
-)
+@pytest.mark.parametrize("op, sample, dtype", sample_cases(ALL_FLOATS, list(OPS)))
 def test_samples(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     compare(op, sample, dtype)
 
 
-@pytest.mark.parametrize(
-    "op, sample, dtype",
-    sample_cases((torch.bfloat16, torch.float16), ["token_logprobs", "linear_token_logprobs"]),
-)
+CUT_OFF = "bfloat16, which the interpreter cuts off instead of rounding"
+HALVES = (torch.bfloat16, torch.float16)
+SIXTEEN_BITS = sample_cases(HALVES, ["token_logprobs", "linear_token_logprobs"])
+if PRETENDED:  # two samples of each engine
+    engines = [name for name in OPS if name.startswith("linear_")]
+    SIXTEEN_BITS = [x for name in engines for x in sample_cases(HALVES[:1], [name])[:2]]
+
+
+@pytest.mark.parametrize("op, sample, dtype", SIXTEEN_BITS)
 def test_16_bit_logits(op: Op, sample: Sample, dtype: torch.dtype) -> None:
     compare(op, sample, dtype)
 
 
+@pytest.mark.real_gpu("the interpreter would take hours")
 @pytest.mark.parametrize("name", OPS)
 def test_bench_shapes(name: str) -> None:
     op = OPS[name]
@@ -120,6 +151,7 @@ def test_every_kernel_is_triton_on_cuda() -> None:
         assert kernel.implementation("cuda") == expected, kernel.name
 
 
+@pytest.mark.real_gpu("nothing is captured; what waits is counted in pretended_gpu/suite.py")
 @pytest.mark.parametrize("name", OPS)
 def test_capture_in_a_cuda_graph(name: str) -> None:
     """Also shows that nothing waits for the device: that would end the capture."""
@@ -153,8 +185,8 @@ def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> Non
     from rlhf_fast.kernels import token_logprobs, tuning
 
     op = OPS[name]
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    sample = op.workload({"N": 9, "V": 5003, "H": 64}, generator, "cuda", torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    sample = op.workload({"N": 9, "V": 5003, "H": 64}, generator, "cpu", torch.bfloat16)
     arguments = on_cuda(sample, torch.bfloat16)
     found = []
     for config in token_logprobs.BACKWARD_CONFIGS:
@@ -165,11 +197,15 @@ def test_every_configuration_writes_the_same_bits(name: str, monkeypatch) -> Non
 
 
 @pytest.mark.parametrize("name", [name for name in OPS if name.startswith("linear_")])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.bfloat16, marks=pytest.mark.real_gpu(CUT_OFF)), torch.float16],
+)
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypatch) -> None:
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    sample = OPS[name].workload({"N": 70, "V": 5003, "H": 64}, generator, "cuda", dtype)
-    for budget in (2**30, 32 * 5003 * 4):
+    rows, vocab = (21, 203) if PRETENDED else (70, 5003)
+    generator = torch.Generator().manual_seed(0)
+    sample = OPS[name].workload({"N": rows, "V": vocab, "H": 64}, generator, "cpu", dtype)
+    for budget in (2**30, 32 * 5003 * 4) if not PRETENDED else (8 * vocab * 4,):
         arguments = on_cuda(sample, dtype)
         with chunk_budget(budget), monkeypatch.context() as patch:
             ours = results(OPS[name].function, arguments, sample.grads)
@@ -179,6 +215,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
             assert torch.equal(x, y)
 
 
+@pytest.mark.real_gpu("a CUDA source, which nothing interprets")
 @pytest.mark.parametrize("steps", [1, 37, 128, 1000, 1024, 5000, 5003])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("skip", [True, False])
@@ -201,6 +238,7 @@ def test_gae_cuda(steps: int, dtype: torch.dtype, skip: bool) -> None:
                 close(x.cpu(), y, dtype)
 
 
+@pytest.mark.real_gpu("6 GiB of logits")
 def test_more_than_2_to_31_logits() -> None:
     rows, vocab = 15_000, 151_936  # 4.2 GiB in bfloat16; the gradient overwrites it
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
@@ -220,6 +258,7 @@ def test_more_than_2_to_31_logits() -> None:
     close(logits.detach()[checked], small.grad, torch.bfloat16)
 
 
+@pytest.mark.real_gpu("a trainer on a GPU: models and their optimizers are not pretended")
 def test_a_run_is_that_of_a_cpu(configured) -> None:
     """Two steps of training; the draws are made on the CPU, so the first answers are the same."""
     pytest.importorskip("datasets", reason="NO DATASETS: no run is made on a GPU here")
@@ -237,6 +276,7 @@ def test_a_run_is_that_of_a_cpu(configured) -> None:
         assert cuda[0][name] == pytest.approx(cpu[0][name], rel=1e-3, abs=1e-4), name
 
 
+@pytest.mark.real_gpu("flash attention")
 @pytest.mark.parametrize("layers", [None, 2])
 def test_flash_attention(tiny_policy_folder: str, layers: int | None) -> None:
     """Sampled with it, and learnt from without padding, against SDPA on padded rows in float32."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,14 @@ class Memory:
 
 
 memory = Memory()
+
+
+@contextmanager
+def no_waits(but: Collection[str] = ()) -> Iterator[None]:
+    """Nothing of ours that runs inside waits for the device; but what is named."""
+    waits.clear()
+    yield
+    assert set(waits) <= set(but), waits
 
 
 class Pretended(Tensor):
