@@ -8,10 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from datasets import load_dataset
 
 from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.run import completions
+from rlhf_fast.trainer.config import RunConfig
+from rlhf_fast.trainer.run import completions, lock
 from rlhf_fast.trainer.run.folder import Run
 
 ANSWERS = {
@@ -65,6 +67,19 @@ def test_before_after_and_the_judge(configured, reward):
     config.overwrite = True
     Run(config).begin()
     assert [path.name for path in (folder / "completions").iterdir()] == ["theirs.parquet"]
+
+
+def test_what_is_after_the_checkpoint_is_made_anew(tmp_path):
+    """And so deleted, but for what was not written by the run."""
+    run = Run(RunConfig(model="m", data="d", output_dir=str(tmp_path / "run")))
+    run.begin()
+    for step in (0, 3, 4):
+        run.save_completions(step, ANSWERS)
+    theirs = run.folder / completions.name_of(5)
+    theirs.write_text("theirs")
+    run.restore({}, torch.optim.SGD([torch.zeros(1)]))
+    assert list(completions.files(run.folder)) == [0, 5]
+    lock.release()
 
 
 class Tracker:
