@@ -49,7 +49,7 @@ def test_nothing_waits_for_the_device(name: str) -> None:
 def test_memory_is_that_of_a_chunk_and_the_gradients(name: str, dtype: torch.dtype) -> None:
     """As chunk_budget says: beside the results float32 logits of a chunk and, of 16-bit inputs,
     their gradient in 16 bits; and the sum over chunks of the weight's gradient in float32."""
-    n, width, vocab, rows = 64, 16, 4096, 16
+    n, width, vocab, rows = 16, 16, 2048, 8
     op, size = OPS[name], dtype.itemsize
     generator = torch.Generator().manual_seed(0)
     sample = op.workload({"N": n, "H": width, "V": vocab}, generator, "cpu", dtype)
@@ -72,7 +72,7 @@ def test_memory_is_that_of_a_chunk_and_the_gradients(name: str, dtype: torch.dty
     sums = 4 * vocab * width if size < 4 else 0
     if name == "linear_policy_loss":  # made in the forward pass; the backward scales them
         results *= 2
-    assert chunk <= extra <= chunk + sums + results + 2**16
+    assert chunk <= extra <= chunk + sums + results + 2**15
 
 
 def test_what_a_gpu_refuses() -> None:
