@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
-.PHONY: install demo test test-vllm test-latest test-levels mutants wheel-test bench docs constraints lint clean
+.PHONY: install demo test test-long test-vllm test-latest test-levels mutants wheel-test bench docs constraints lint clean
 install: $(VENV)/test
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
@@ -64,7 +64,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not long"
+
+# What takes long: runs of several processes, other libraries' trainers, all of Triton's interpreter.
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m long
 
 # vLLM's CPU build (x86-64 Linux, 4 GB) pins packages that are not the others', so it has an
 # environment of its own, without what comes as CUDA builds and is not needed.
