@@ -68,7 +68,7 @@ test: install
 
 # What takes long: runs of several processes, other libraries' trainers, all of Triton's interpreter.
 test-long: install
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m long
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m long $$(grep -rl "mark.long" tests)
 
 # vLLM's CPU build (x86-64 Linux, 4 GB) pins packages that are not the others', so it has an
 # environment of its own, without what comes as CUDA builds and is not needed.

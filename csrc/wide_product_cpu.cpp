@@ -43,29 +43,32 @@ struct Matrix {
   }
 };
 
-void wide_product(const Tensor& a_, const Tensor& b_, Tensor out_, bool first) {
-  Matrix a(a_), b(b_), out(out_);
-  STD_TORCH_CHECK(a.columns == b.rows && out.rows == a.rows && out.columns == b.columns,
+// a [m, k], b [k, n] of one 16-bit type, out [m, n] float32, each by rows or by columns; `first`
+// overwrites out, whatever is in it.
+void wide_product(const Tensor& a, const Tensor& b, Tensor out, bool first) {
+  Matrix left(a), right(b), to(out);
+  STD_TORCH_CHECK(left.columns == right.rows && to.rows == left.rows && to.columns == right.columns,
                   "wide_product: shapes do not fit");
-  if (!out.by_rows()) {  // out^T = b^T a^T
-    std::swap(a, b);
-    a = a.turned();
-    b = b.turned();
-    out = out.turned();
+  if (!to.by_rows()) {  // out^T = b^T a^T
+    std::swap(left, right);
+    left = left.turned();
+    right = right.turned();
+    to = to.turned();
   }
-  for (const Matrix* x : {&a, &b, &out}) {
+  for (const Matrix* x : {&left, &right, &to}) {
     STD_TORCH_CHECK(x->by_rows() || x->by_columns(), "wide_product: rows or columns with gaps");
     STD_TORCH_CHECK(std::max(x->rows, x->columns) <= std::numeric_limits<int>::max(),
                     "wide_product: a side longer than 2^31 - 1");
   }
-  STD_TORCH_CHECK(out.by_rows(), "wide_product: out has gaps");
-  STD_TORCH_CHECK(a_.scalar_type() == b_.scalar_type(), "wide_product: two types");
-  const bool bfloat16 = a_.scalar_type() == ScalarType::BFloat16;
-  if (!bfloat16) check_type<fp16>(a_);
+  STD_TORCH_CHECK(to.by_rows(), "wide_product: out has gaps");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "wide_product: two types");
+  const bool bfloat16 = a.scalar_type() == ScalarType::BFloat16;
+  if (!bfloat16) check_type<fp16>(a);
   (bfloat16 ? cblas_gemm_bf16bf16f32 : cblas_gemm_f16f16f32)(
-      kRowMajor, a.order(), b.order(), static_cast<int>(out.rows), static_cast<int>(out.columns),
-      static_cast<int>(a.columns), 1.0f, a.data, a.leading(), b.data, b.leading(),
-      first ? 0.0f : 1.0f, mutable_data<float>(out_), out.leading());
+      kRowMajor, left.order(), right.order(), static_cast<int>(to.rows),
+      static_cast<int>(to.columns), static_cast<int>(left.columns), 1.0f, left.data,
+      left.leading(), right.data, right.leading(), first ? 0.0f : 1.0f, mutable_data<float>(out),
+      to.leading());
 }
 
 }  // namespace

@@ -131,6 +131,7 @@ def test_every_old_path_is_known() -> None:
     assert shims == set(MOVED)
 
 
+@pytest.mark.long
 def test_old_paths_are_the_new_modules_and_say_so() -> None:
     found = json.loads(python(OLD_PATHS, json.dumps(MOVED)))
     assert found.keys() == MOVED.keys()

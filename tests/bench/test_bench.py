@@ -280,6 +280,7 @@ def test_every_suite_has_a_plan():
         assert names >= cases.REGISTRY.keys()
 
 
+@pytest.mark.long
 def test_a_ppo_step_of_a_tiny_model(tmp_path):
     record = step.run(["ours-critic"], CPU, quick=True)
     assert record["setting"]["rounds"] == 2
@@ -524,6 +525,7 @@ def test_memory_sees_temporaries_and_not_what_is_held():
     assert growth["extra"] == growth["peak"] - kept
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 def test_memory_in_a_fresh_process(monkeypatch):
     monkeypatch.undo()
@@ -605,6 +607,7 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     assert row["op"] == "gae" and "seconds" in row["cells"]["ours"]
 
 
+@pytest.mark.long
 def test_runs_as_a_script():
     script = [sys.executable, str(ROOT / "bench" / "run.py"), "--op", "nothing"]
     done = subprocess.run(script, capture_output=True, text=True, cwd="/")

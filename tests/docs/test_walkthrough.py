@@ -47,6 +47,7 @@ def test_every_error_of_the_slides_is_in_the_table_and_in_its_section() -> None:
         assert "**On the slide" in sections[n], f"section {n}"
 
 
+@pytest.mark.long
 def test_hacking_runs_both_policies_and_writes_its_chapter(
     tmp_path, write_jsonl, tiny_policy_folder, tiny_reward_folder, monkeypatch
 ) -> None:

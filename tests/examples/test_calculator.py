@@ -21,6 +21,7 @@ def example(monkeypatch):
     return calculator, train_calculator
 
 
+@pytest.mark.long
 def test_the_policy_learns_to_ask(example, tmp_path, undrawn):
     _, train_calculator = example
     options = {"steps": 8, "eval_prompts": 9, "batch_size": 64, "epochs": 4}

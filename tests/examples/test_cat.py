@@ -452,6 +452,7 @@ def test_estimate_by_hand() -> None:
     assert found.cosine == pytest.approx(2 / 5**0.5)
 
 
+@pytest.mark.long
 def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, EXAMPLES / "cat_gridworld.py", "--quick", "--out", tmp_path / "cat"]
     done = subprocess.run(command, capture_output=True, text=True)

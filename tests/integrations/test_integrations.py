@@ -51,6 +51,7 @@ def last_lines(cases: list[tuple[str, dict | None]]) -> list[str]:
     return child.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_an_absent_framework_is_one_clear_error():
     advice = {
         "trl": "needs TRL: pip install 'trl==1.12.0', or 1.16.0",
@@ -79,6 +80,7 @@ OTHERS = [
 ]
 
 
+@pytest.mark.long
 def test_another_version_is_one_clear_line():
     cases = []
     for framework, modules, _ in OTHERS:
@@ -106,6 +108,7 @@ def run_example(name: str, *modules: str) -> list[str]:
     return child.stdout.splitlines()
 
 
+@pytest.mark.long
 def test_sft_example():
     _, *rows = [line for line in run_example("sft_trainer.py") if not line.startswith("{")]
     assert len(rows) == 10
@@ -114,6 +117,7 @@ def test_sft_example():
         assert fused == pytest.approx(plain, rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name, start, steps", [("grpo", "loss", 5), ("ppo", "policy loss", 3)])
 def test_trl_examples(name, start, steps):
     lines = run_example(f"trl_{name}.py")
@@ -121,6 +125,7 @@ def test_trl_examples(name, start, steps):
     assert len([line for line in lines if line.startswith(start)]) == steps
 
 
+@pytest.mark.long
 def test_verl_example():
     lines = run_example(
         "verl_losses.py", "verl.trainer.ppo.core_algos", "verl.utils.kernel.linear_cross_entropy"
@@ -129,6 +134,7 @@ def test_verl_example():
     assert (vanilla[0], fast[0]) == ("vanilla", "rlhf_fast") and vanilla[1] == fast[1]
 
 
+@pytest.mark.long
 def test_openrlhf_example():
     lines = run_example("openrlhf_losses.py", "openrlhf.trainer.ppo_utils.experience_maker")
     theirs, ours = (line.split(maxsplit=1) for line in lines[-3:-1])

@@ -477,8 +477,11 @@ def test_patch_and_unpatch():
     assert repr(done) == "rlhf_fast in TRL: nothing replaced"
 
 
-def test_a_module_imported_while_patched_is_restored():
-    sys.modules.pop("trl.experimental.cpo.cpo_trainer", None)
+def test_a_module_imported_while_patched_is_restored(monkeypatch):
+    package = importlib.import_module("trl.experimental.cpo")
+    before = importlib.import_module("trl.experimental.cpo.cpo_trainer")  # others' class is of it
+    monkeypatch.setattr(package, "cpo_trainer", before)
+    monkeypatch.delitem(sys.modules, before.__name__)
     with fast.patch():
         cpo_trainer = importlib.import_module("trl.experimental.cpo.cpo_trainer")
         assert cpo_trainer.selective_log_softmax is fast.selective_log_softmax
@@ -561,6 +564,7 @@ def reward_even(completion_ids, **_) -> list[float]:
     return [float(sum(i % 2 == 0 for i in ids)) for ids in completion_ids]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["grpo", "rloo"])
 def test_online_trainers(name, tiny_policy_folder, tiny_tokenizer, tmp_path, calls):
     config, trainer = {
@@ -720,6 +724,7 @@ def test_rollout_weights(mode, level):
     assert torch.equal(kept, counts) and 0 < stats.clipfrac < 1
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not OLD, reason="this is that run")
 def test_trl_1_16():
     """This file once more, with TRL 1.16.0 before 1.12.0 on the path."""

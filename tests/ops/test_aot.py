@@ -192,6 +192,7 @@ def elements(constants: dict[str, int]) -> int:
     return constants.get("BLOCK", 0)
 
 
+@pytest.mark.long
 def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatch, tmp_path):
     specializations = Specializations()
     specializations.collect(monkeypatch)
@@ -250,6 +251,7 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on this machine: csrc/*.cu is not compiled")
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("source", sorted(p.name for p in (ROOT / "csrc").glob("*.cu")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.multiprocessing as mp
 from ranks import gaps, halves, masked_statistics
@@ -11,6 +12,7 @@ from ranks import gaps, halves, masked_statistics
 import rlhf_fast as rf
 
 
+@pytest.mark.long
 def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     mp.spawn(masked_statistics, args=(str(tmp_path),), nprocs=2)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

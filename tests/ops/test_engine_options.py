@@ -337,6 +337,7 @@ def test_a_scaled_loss_has_a_scaled_gradient() -> None:
     torch.testing.assert_close(third, one / 3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_more_than_2_to_the_31_logits() -> None:
     """Offsets are 64-bit: 16-bit logits of 4.3 GB, of which the last row is looked at."""

@@ -16,6 +16,7 @@ OPS = Path(__file__).parent
 FEW = "test_float32 and (everything or all or garbage or behind or block or far or compact)"
 
 
+@pytest.mark.long
 @pytest.mark.skipif(registry.extension is None, reason="the C++ extension is not built")
 def test_the_ops_on_the_lowest_level() -> None:
     found = levels.what_runs("default")

@@ -32,7 +32,10 @@ def setting(config) -> SimpleNamespace:
         config.model, device=torch.device("cpu"), trainable_layers=None, critic=False
     )
     generator = torch.Generator().manual_seed(3)
-    batch = [SimpleNamespace(ids=ids) for ids in PROMPTS * (config.batch_size // len(PROMPTS))]
+    batch = [
+        SimpleNamespace(ids=ids, environment=None)
+        for ids in PROMPTS * (config.batch_size // len(PROMPTS))
+    ]
     rollout = sample_answers(policy, batch, config, generator)
     old = measure(policy, rollout, config)
     noise = torch.randn(old.logp.shape, generator=generator)

@@ -16,6 +16,7 @@ FOLDER = Path(__file__).parents[1] / "pretended_gpu"
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler: nothing is pretended")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: -m gpu runs on it")
 def test_every_op_on_a_pretended_gpu(tmp_path: Path) -> None:

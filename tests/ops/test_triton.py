@@ -22,6 +22,7 @@ PARTS = (
 )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", PARTS)
 def test_in_the_interpreter(part: str) -> None:
     file = Path(__file__).with_name("triton_interpreter.py")

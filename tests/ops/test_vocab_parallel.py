@@ -14,6 +14,7 @@ from rlhf_fast.ops import check
 from rlhf_fast.ops.registry import KERNELS
 
 
+@pytest.mark.long
 def test_ranks_with_parts_give_the_numbers_of_the_whole(tmp_path: Path) -> None:
     """Of every linear op; a part of nothing but -inf logits among them, and NaN wherever a row is
     ignored. In two processes, since starting them takes longer than all the sums."""
@@ -75,6 +76,7 @@ def test_a_row_of_nothing_but_minus_infinity_says_so(
         assert log_sum[0, ::2].isfinite().all() and largest[0, ::2].isfinite().all()
 
 
+@pytest.mark.long
 def test_sharded_weights_get_the_averaged_gradient(tmp_path: Path) -> None:
     """FSDP2 averages gradients over the ranks, so this one is half of the two losses' sum."""
     mp.spawn(sharded_head, args=(str(tmp_path),), nprocs=2)

@@ -53,6 +53,7 @@ def assert_same_checkpoint(config: PPOConfig, other: PPOConfig) -> None:
     torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_two_processes_give_the_numbers_of_one(
     configured, tmp_path, untied_folder, tiny_reward_folder
 ):

@@ -30,6 +30,7 @@ def fsdp_launch(folder: Path, script: list[str], **fsdp_config) -> CompletedProc
 OPTIONS = SMOOTH_ADAM | {"steps": 3, "batch_size": 12, "save_every": 2, "epochs": 1}
 
 
+@pytest.mark.long
 def test_two_processes_give_the_numbers_of_one(
     configured, tmp_path, untied_folder, tiny_reward_folder
 ):

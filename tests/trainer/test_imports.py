@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import gc, importlib, json, locale, logging, os, pkgutil, random, signal, socket, sys, warnings
 warnings.simplefilter("ignore")
@@ -52,6 +54,7 @@ print(json.dumps([names, {k: [before[k], after[k]] for k in before if before[k] 
 """
 
 
+@pytest.mark.long
 def test_imports_change_nothing_of_the_process():
     """Every module in a fresh interpreter, after the libraries they import."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)

@@ -61,6 +61,7 @@ def outcome(config: PPOConfig) -> tuple:
     return rows, [(folder / name).read_bytes() for name in files], state
 
 
+@pytest.mark.long
 def test_killed_at_random_moments(config, monkeypatch):
     """In each sixth of the run's length one; with save_every=1 many fall into a checkpoint.
     test_run.py kills before every single operation on the disk."""

@@ -184,6 +184,7 @@ def test_nonfinite_update_is_skipped_and_counted(configured, monkeypatch):
 # ------------------------------------------------------------------------------- interruption
 
 
+@pytest.mark.long
 def test_killed_command_resumes_to_the_same_numbers(configured, reward, tmp_path, monkeypatch):
     """From the command line; test_kill.py kills at many moments."""
     unbroken = configured("unbroken", save_every=2, steps=5)

@@ -27,6 +27,7 @@ def launch_ddp(script: list[str]) -> CompletedProcess:
 OPTIONS = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2}
 
 
+@pytest.mark.long
 def test_the_command_in_two_processes_gives_the_numbers_of_one(configured):
     # 3 rows a minibatch: the two processes never have the same share of it
     options = OPTIONS | {
@@ -58,6 +59,7 @@ def second(prompts, completions, **columns):
 """
 
 
+@pytest.mark.long
 def test_two_processes_give_the_numbers_of_one(
     configured, tiny_policy_folder, write_jsonl, tmp_path
 ):
