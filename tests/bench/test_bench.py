@@ -63,6 +63,7 @@ def wrong(op_name: str, change):
     return Peer("wrong", function_for)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("op_name", OPS)
 def test_every_op_is_compared(op_name):
     op = OPS[op_name]
@@ -561,6 +562,7 @@ def test_unknown_names_are_refused_with_the_list(arguments, named, capsys):
     assert all(text in told for text in named), told
 
 
+@pytest.mark.long
 def test_main_writes_json_and_plot(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda *_: QUIET)
     monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest

@@ -68,6 +68,7 @@ def test_between_two_evaluations(compare):
     assert compare.at([0, 10, 20], [0.2, 0.4, 0.5], 30) == 0.5
 
 
+@pytest.mark.long
 def test_a_miniature(task, compare, tmp_path, monkeypatch, undrawn):
     new, start = task.new_model, task.supervised_start
     monkeypatch.setattr(task, "new_model", lambda: new(hidden=32, layers=1))

@@ -210,6 +210,7 @@ def many(logits: torch.Tensor, *, slip: float, batches: int = 500, steps: int = 
     return simulate.play(logits.expand(batches, -1, -1), noise, slip)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("slip", [0.0, 0.3])
 def test_the_learnt_critic_is_dynamic_programmings_value(slip: float) -> None:
     """value_loss on the Monte-Carlo returns of 1000 episodes of one policy."""
@@ -407,6 +408,7 @@ def test_each_rung_changes_little() -> None:
         assert changed == allowed if allowed else len(changed) == 1, rung.name
 
 
+@pytest.mark.long
 def test_ppo_reaches_dynamic_programmings_optimum() -> None:
     """Sober, most seeds' likeliest moves are optimal; the others step over the broom, for −1."""
     for slip, sampled in ((0.0, 0.98), (SLIP, 0.965)):
@@ -423,6 +425,7 @@ def test_ppo_reaches_dynamic_programmings_optimum() -> None:
             )
 
 
+@pytest.mark.long
 def test_each_rung_learns_and_a_seed_is_itself_in_any_company() -> None:
     for rung in LADDER:
         together = ladder.train(rung, seeds=[5, 6, 7], batches=12, slip=SLIP)

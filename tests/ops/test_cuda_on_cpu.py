@@ -91,6 +91,7 @@ def test_samples(library, name: str) -> None:
     compare(library, 1, next(s for s in everything if s.name == name).arguments)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("warps", [1, 4])
 @pytest.mark.parametrize("steps", [1300, 1301])  # several tiles; rows of 16-byte packs, and not
 @pytest.mark.parametrize("holes", ["skip", "zero"])

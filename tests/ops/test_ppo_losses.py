@@ -216,6 +216,7 @@ def test_a_run_has_the_numbers_of_the_two_ops(configured, monkeypatch, loss, rat
                 assert number == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
 
 
+@pytest.mark.long
 def test_gspo_learns(configured):
     config = configured(
         steps=20, batch_size=32, beta=0.01, estimator="grpo", samples_per_prompt=4,

@@ -40,16 +40,22 @@ waits: Counter[str] = Counter()  # "op at file:line" of ours
 
 
 class Memory:
-    """Bytes of the storages that are alive, and the most there have been."""
+    """Bytes of the storages made since ``begin`` that are alive, and the most there have been."""
 
     def __init__(self) -> None:
         self.now = self.most = 0
         self.known: set[int] = set()
+        self.earlier: set[int] = set()  # alive, and made before: when they go nothing is gained
+
+    def begin(self) -> None:
+        self.now = self.most = 0
+        self.earlier |= self.known
+        self.known = set()
 
     def made(self, x: Tensor) -> None:
         storage = x.untyped_storage()
         where, size = storage.data_ptr(), storage.nbytes()
-        if where in self.known or not size:
+        if where in self.known or where in self.earlier or not size:
             return
         self.known.add(where)
         self.now += size
@@ -57,8 +63,10 @@ class Memory:
         weakref.finalize(storage, self.gone, where, size)
 
     def gone(self, where: int, size: int) -> None:
-        self.known.discard(where)
-        self.now -= size
+        if where in self.known:
+            self.known.discard(where)
+            self.now -= size
+        self.earlier.discard(where)
 
 
 memory = Memory()

@@ -43,6 +43,7 @@ MAKERS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", MAKERS)
 def test_conformance(policy, name):
     check_engine(lambda: MAKERS[name](policy), policy.model, gap=1e-4)
@@ -72,6 +73,7 @@ def test_mistakes_that_conformance_finds(policy, spoil, message):
         check_engine(lambda: Wrong(policy, spoil), policy.model)
 
 
+@pytest.mark.long
 def test_stale_weights_and_what_is_left_running(policy):
     class Stale(EmbeddedEngine):
         def __init__(self, policy):

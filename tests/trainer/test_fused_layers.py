@@ -159,6 +159,7 @@ OWN = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "options"), FUSED)
 def test_what_is_fused_samples_what_the_modules_do(kind, options, monkeypatch):
     """Rows that end early leave, and 150 rows are too many until some have."""

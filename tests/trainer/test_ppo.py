@@ -28,6 +28,7 @@ def weights(config: PPOConfig) -> dict[str, torch.Tensor]:
     return load_file(Path(config.output_dir) / "model" / "model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("layers", [None, 2])
 def test_learns_a_reward(configured, reward, layers, monkeypatch):
     """Every sign matters: flip one of the loss, the advantages or the scores and this fails."""

@@ -231,6 +231,7 @@ def test_while_the_critic_warms_up_the_policy_stays(configured, tiny_policy_fold
 # ------------------------------------------------------------------------------------- models
 
 
+@pytest.mark.long
 def test_lora_learns_and_its_reference_stays(configured, tiny_policy_folder):
     config = configured(
         lora_r=4, lora_alpha=8, learning_rate=2e-2, steps=20, batch_size=32, beta=0.01, save_every=5

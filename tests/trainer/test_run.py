@@ -80,6 +80,7 @@ def check_finished(config: RunConfig) -> None:
     assert (weights["w"] == 10).all() and counter.count == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("overwritten", [False, True])
 def test_killed_before_every_single_operation_on_the_disk(make, monkeypatch, overwritten):
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # real ones take most of the time
