@@ -1,6 +1,7 @@
 """A reward's file is a module as others are."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -48,6 +49,16 @@ def test_it_can_import_the_file_beside_it(load, tmp_path):
     lazy = load(F.format("__import__('later').WORD"), "one/c.py")
     assert lazy([], []) == "one"
     assert sys.path[0] not in (str(tmp_path / "one"), str(tmp_path / "two"))
+
+
+def test_an_edit_of_the_same_second_and_length_is_seen(load, monkeypatch, tmp_path):
+    """Python's cache of compiled files would not see it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = tmp_path / "edited.py"
+    for score in (1, 2):
+        file.write_text(F.format(score))
+        os.utime(file, (1e9, 1e9))
+        assert load_function(f"{file}:f", "reward")([], []) == score
 
 
 def test_dataclasses_and_pickles(load):

@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from rich.markup import escape
@@ -71,20 +72,28 @@ def source_of(spec: str) -> Path | None:
     return path if path.is_file() else None
 
 
+class FromSource(SourceFileLoader):
+    """Compiles anew: Python's cache takes an edit of the same second and length for none."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def run_file(path: Path) -> ModuleType:
     """A file as a module like others: known to pickle and dataclasses, importing its neighbours.
 
     Run anew each time: its state is that of one run, and it may have been edited since the last.
     """
     name = module_name(path)
-    found = importlib.util.spec_from_file_location(name, path)
+    loader = FromSource(name, str(path))
+    found = importlib.util.spec_from_file_location(name, path, loader=loader)
     module = importlib.util.module_from_spec(found)
     forget_namesakes(path.parent)
     sys.modules[name] = module
     folder = str(path.parent)
     sys.path.insert(0, folder)  # as `python file.py` does
     try:
-        found.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
