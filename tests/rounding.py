@@ -19,6 +19,12 @@ class RoundedAfterwards(gradients.Gradients):
         tokens, here = labels[0].clamp(min=0), labels[0] >= 0
         entries = exact[torch.arange(n, device=labels.device), tokens].masked_fill(~here, 0.0)
         exact[torch.arange(n, device=labels.device)[here], tokens[here]] = 0.0
-        _, narrow = chunk_buffer(None, rows, vocab, self.head.hidden.dtype, labels.device)
-        narrow.copy_(exact)
-        self._add(chunk, narrow, gradients.AtLabels(tokens, entries))
+        padded = self._place(chunk)
+        padded.copy_(exact)
+        at_labels = gradients.AtLabels(tokens, entries)
+        assert chunk.hidden is not None
+        self.waiting.append(
+            gradients.Rows(chunk.rows, chunk.hidden, padded, at_labels, self.row_units)
+        )
+        if not self.groups:
+            self._add_group()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import chunks, gradients
 
 N, H, V = 48, 96, 3000
 Numbers = tuple[list[Tensor], list[Tensor]]  # outputs, gradients of hidden and weight
@@ -61,5 +61,32 @@ def test_the_result_is_rounded_once(op: str, dtype: torch.dtype, narrow, given, 
     float32 = H * 2**-23  # a logit is a sum of H products, in any order; in 16 bits it is 2**-8 off
     for got, exact in zip(outputs, exact_outputs, strict=True):
         assert error(got, exact) < float32
+    for got, exact in zip(grads, exact_gradients, strict=True):
+        assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)
+
+
+def row_by_row(_, rows: int, vocab: int, dtype: torch.dtype, device: torch.device):
+    """chunks.chunk_buffer as on a GPU; NaN where nothing is written."""
+    return None, torch.full((rows, vocab), torch.nan, dtype=dtype, device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss"])
+@pytest.mark.parametrize("large", [True, False], ids=["large weight", "small weight"])
+@pytest.mark.parametrize("most", [30, 100])
+def test_groups_are_rounded_once(op, dtype, large, most, given, monkeypatch):
+    """As on a GPU: one product for many chunks. dW of all rows comes from it in 16 bits where the
+    weight is large; then what belongs to a label is added, here to one label of several rows."""
+    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(gradients, "in_groups", lambda hidden: hidden.dtype == dtype)
+    monkeypatch.setattr(gradients, "LARGE", 1 if large else N * V)
+    monkeypatch.setattr(gradients.Gradients, "_most", lambda *_: most)
+    for module in (gradients, chunks):
+        monkeypatch.setattr(module, "chunk_buffer", row_by_row)
+    given["hidden"][0, 5:9] = given["hidden"][0, 4]
+    given["labels"][0, 5:9] = given["labels"][0, 4]
+    with rf.chunk_budget(4 * 7 * V):
+        _, grads = run(op, given, dtype, dtype)
+    _, exact_gradients = run(op, given, dtype, torch.float64)
     for got, exact in zip(grads, exact_gradients, strict=True):
         assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)

@@ -9,6 +9,7 @@ that are allocated. Needs TRITON_INTERPRET=1 and guard.cpp, preloaded.
 
 from __future__ import annotations
 
+import gc
 import traceback
 import weakref
 from collections import Counter
@@ -39,6 +40,9 @@ EMPTY = {
 waits: Counter[str] = Counter()  # "op at file:line" of ours
 
 
+LARGE = 2**14  # bytes
+
+
 class Memory:
     """Bytes of the storages made since ``begin`` that are alive, and the most there have been."""
 
@@ -59,6 +63,8 @@ class Memory:
             return
         self.known.add(where)
         self.now += size
+        if self.now > self.most and size >= LARGE:
+            gc.collect()  # pytree leaves cycles here, with tensors that a real device has freed
         self.most = max(self.most, self.now)
         weakref.finalize(storage, self.gone, where, size)
 

@@ -44,9 +44,12 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     It holds for this thread's calls of linear ops and for their backward. Small chunks save memory
     and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
     not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
-    GPU. Logits are float32; of 16-bit inputs their gradient, where it is of 16 bits too (a GPU, a
-    CPU with AMX), has memory of its own: half as much again. A chunk's memory is kept: on CPU for
-    the next call, on a GPU from a forward to its backward, which uses the logits in it again.
+    GPU. Logits are float32. Of 16-bit inputs their gradient has memory of its own where it is of 16
+    bits too: on a CPU with AMX half as much again; on a GPU as much as the logits that the forward
+    left, or, where it left none, four times the logits, which then are made in parts. (There the
+    gradients of all rows may take what a float32 gradient of ``weight`` would, which then is not
+    needed.) A chunk's memory is kept: on CPU for the next call, on a GPU from a forward to its
+    backward, which uses the logits in it again.
     ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
@@ -108,6 +111,7 @@ class Chunk(NamedTuple):
     logits: Tensor  # [n, V]
     hidden: Tensor | None  # [n, H]
     padded: Tensor  # [m, V]: logits and, in a deterministic chunk, filler rows up to m
+    together: int  # this chunk's rows and those after it, whose gradients may share a product
 
 
 class Memory(NamedTuple):
@@ -154,6 +158,11 @@ class Plan(NamedTuple):
     keep: Tensor  # [N]: the rows to keep; where that chunk was the last slice of rows, up to it
     listed: Tensor | None  # of those to keep beyond that chunk; None: all of keep
 
+    @property
+    def total(self) -> int:
+        """How many rows there are beyond that chunk."""
+        return self.keep.shape[0] if self.listed is None else self.listed.numel()
+
 
 def planned(keep: Tensor, compact: bool, memory: Memory | None) -> Plan:
     """The chunk in memory comes first, unless more than a third of its rows are not kept: the
@@ -184,6 +193,7 @@ def chunks(
     deterministic: bool = False,
     buffers: int = 1,
     slot: int = 0,
+    parts: int = 1,
     part: Part | None = None,
     support: Tensor | None = None,
     leave_for: Tensor | None = None,
@@ -197,6 +207,7 @@ def chunks(
     deterministic: every product has the same shape, so that a row's bits depend on no other row.
     buffers: how many loops like this one, over the same rows, share the memory budget; this one is
         number `slot` of them.
+    parts: in how many parts the logits that the budget allows are made (``Gradients.parts``).
     part: this rank's part of the vocabulary; all ranks of its group then have chunks of the same
         rows.
     support: ids [N, K] of ``rlhf_fast.ops.support``, of this part's tokens: the other columns of a
@@ -218,15 +229,17 @@ def chunks(
         last = memory.last
         used = last.padded.numel()
         if plan.again:
-            yield last._replace(hidden=rows_of(head.hidden, last.rows, keep[last.rows]))
+            hidden = rows_of(head.hidden, last.rows, keep[last.rows])
+            together = len(last.padded) + (0 if deterministic else plan.total)
+            yield last._replace(hidden=hidden, together=together)
         del last  # or its buffer would live as long as this loop
-    keep, index = plan.keep, plan.listed
-    total = keep.shape[0] if index is None else index.numel()
+    keep, index, total = plan.keep, plan.listed, plan.total
     most = vocab if part is None else max(part.sizes)
+    element_size = buffers * parts * dtype.itemsize
     if deterministic:
-        size = min(DETERMINISTIC_ROWS, most_rows(most, buffers * dtype.itemsize, device.type))
+        size = min(DETERMINISTIC_ROWS, most_rows(most, element_size, device.type))
     else:
-        size = chunk_rows(total, most, buffers * dtype.itemsize, device.type)
+        size = chunk_rows(total, most, element_size, device.type)
     whole = None if memory is None else memory.whole
     memory = latest = None
     if whole is not None and whole.numel() > 2 * max(size * vocab, used):
@@ -239,7 +252,8 @@ def chunks(
         operand = pad(hidden, (0, 0, 0, size - (stop - start))) if deterministic else hidden
         padded = buffer[: operand.shape[0]]
         make_logits(head, operand, padded)
-        latest = Chunk(rows, padded[: stop - start], hidden, padded)
+        together = len(padded) if deterministic else total - start
+        latest = Chunk(rows, padded[: stop - start], hidden, padded, together)
         if support is not None:
             latest.logits.masked_fill_(outside(take(support, rows), vocab), -torch.inf)
         yield latest

@@ -340,7 +340,7 @@ def _chunks(
     keep: Tensor,
     how: dict[str, Any],
     leave_for: Tensor | None = None,
-    memories: tuple[linear.Memory | None, linear.Memory | None] = (None, None),
+    memories: tuple[linear.Memory | None, ...] = (None, None),
 ) -> Iterator[tuple[linear.Chunk, Tensor]]:
     """(the policy's chunk, the reference's logits [n, V]) of the same rows."""
     if None in memories:  # or one would begin with the rows that it still has, the other not
@@ -447,9 +447,11 @@ def _backward(
     matters = ((grad_logp != 0) | (grad_kl != 0)) & (labels != check.IGNORE_INDEX)
     grads = gradients.Gradients(heads[0], gradients.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
-    how["support"] = few.of_part(support, vocabulary)
-    memories = linear.left_by(norm, hidden, 0), linear.left_by(norm, hidden, 1)
-    for chunk, ref_logits in _chunks(heads, matters, how, memories=memories):
+    how |= {"support": few.of_part(support, vocabulary), "parts": grads.parts}
+    both = _chunks(
+        heads, matters, how, memories=tuple(linear.left_by(norm, hidden, slot) for slot in (0, 1))
+    )
+    for chunk, ref_logits in both:
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
@@ -467,6 +469,7 @@ def _backward(
             linear.take(labels, chunk.rows)[None],
             partial(_write, chunk.logits, ref_logits, *of_rows, temperature, softcap, reverse),
         )
+        del chunk, ref_logits  # free when the products of a group of all rows are made
     return grads.result()
 
 

@@ -230,7 +230,7 @@ def _backward(
     head = Head(hidden, weight, bias, down, up)
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
-    how["support"] = few.of_part(support, vocabulary)
+    how |= {"support": few.of_part(support, vocabulary), "parts": grads.parts}
     for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
@@ -250,6 +250,7 @@ def _backward(
             linear.take(labels, chunk.rows)[None],
             partial(write, chunk.logits, *of_rows),
         )
+        del chunk  # free when the products of a group of all rows are made
     return grads.result()
 
 

@@ -229,7 +229,7 @@ def _forward(
     keep = matters.view(-1)
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
-    for chunk in linear.chunks(head, keep, **how):
+    for chunk in linear.chunks(head, keep, **how, parts=grads.parts):
         logits = chunk.logits[None]
 
         def part(full: Tensor, rows: Tensor | slice = chunk.rows) -> Tensor:
@@ -258,6 +258,7 @@ def _forward(
         own_entropy = entropy_ if o.entropy_coef else None
         of_rows = d_logp, d_entropy, norm, own_entropy, temperature, divisors, softcap
         grads.add(chunk, targets, partial(logprobs.write, chunk.logits, *of_rows))
+        del chunk, logits  # free when the products of a group of all rows are made
 
     def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
         loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
