@@ -31,6 +31,8 @@ from ptx.memory import Fault  # noqa: E402
 from ptx.parse import UnknownInstruction  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 # Of kernels/, from the registry: a new kernel is here by itself.
 MODULES = sorted({k.triton.split(":")[0] for k in KERNELS.values() if k.triton})
 INDIRECTLY = {"support": ("linear_token_logprobs",)}  # whose ops list other kernels
