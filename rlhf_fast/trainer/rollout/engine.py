@@ -35,6 +35,8 @@ ENGINES = {
     "vllm-server": ("vllm_server", "VLLMServerEngine", None),  # may have its own environment
 }
 
+METHODS = ("generate", "sync", "sleep", "wake", "close")
+
 Maker = Callable[[Policy], RolloutEngine]  # made of the policy, once that is loaded
 
 made_here: list[RolloutEngine] = []  # to be closed at the end of the training
@@ -59,10 +61,18 @@ def load_engine(
             )
         found = getattr(import_module(f"rlhf_fast.trainer.rollout.{file}"), kind)
     else:
-        found = given.get(name) or load_function(name, "rollout_engine")
+        found = given.get(name)
+        if found is None and ":" not in name:
+            raise InputError(
+                f"rollout_engine={name}: expected {', '.join(ENGINES)}, file.py:name or module:name"
+            )
+        found = found or load_function(name, "rollout_engine")
         if is_engine(found):  # the caller's, who closes it
             return lambda policy: found
     if isinstance(found, type):
+        for method in METHODS:
+            if not callable(getattr(found, method, None)):
+                raise InputError(f"rollout_engine={name} has no method {method} (docs/engines.md)")
         try:
             inspect.signature(found).bind("model", "tokenizer", **options)
         except TypeError as error:
@@ -108,11 +118,13 @@ def engines_closed() -> Iterator[None]:
 
 def engine_options(words: Sequence[str] | None) -> dict[str, Any]:
     """`name=value` -> {name: number, truth value or text}."""
-    options = {}
+    options: dict[str, Any] = {}
     for word in words or ():
         name, equals, text = word.partition("=")
         if not equals or not name.isidentifier():
             raise InputError(f"rollout_engine_options={word}: expected name=value")
+        if name in options:
+            raise InputError(f"rollout_engine_options={word}: {name} is given twice")
         try:
             options[name] = yaml.safe_load(text)
         except yaml.YAMLError:
