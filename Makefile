@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 SOURCES := pyproject.toml setup.py build_kernels.py $(wildcard csrc/*)
 
-.PHONY: install demo test test-long test-vllm test-latest test-levels mutants wheel-test bench docs constraints lint clean
+.PHONY: install demo test test-long test-vllm test-latest test-levels mutants wheel-test bench docs constraints lint format clean
 install: $(VENV)/test
 
 # torch first: rlhf_fast builds against it, and a plain "torch" would pull the CUDA build in.
@@ -61,9 +61,6 @@ demo: $(VENV)/demo
 	$(BIN)/python examples/demo/run.py
 
 test: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not long"
 
 # What takes long: runs of several processes, other libraries' trainers, all of Triton's interpreter.
@@ -118,6 +115,11 @@ constraints: $(VENV)/torch
 		-o constraints.txt pyproject.toml constraints.in
 
 lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

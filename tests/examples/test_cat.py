@@ -436,6 +436,7 @@ def test_each_rung_learns_and_a_seed_is_itself_in_any_company() -> None:
     torch.testing.assert_close(again.returns, together.returns, rtol=0, atol=0)
 
 
+@pytest.mark.long
 def test_variance_falls_where_it_should() -> None:
     run = ladder.train(ladder.GAE, seeds=[0], batches=40, slip=SLIP)
     at = variance.snapshot(run, 40)

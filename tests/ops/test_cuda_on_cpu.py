@@ -14,7 +14,10 @@ from rlhf_fast.ops import check
 from rlhf_fast.ops.gae import reference, samples
 
 CXX = shutil.which("g++") or shutil.which("c++")
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler: csrc/gae_cuda.cuh is not run")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(CXX is None, reason="no C++ compiler: csrc/gae_cuda.cuh is not run"),
+]
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -91,7 +94,6 @@ def test_samples(library, name: str) -> None:
     compare(library, 1, next(s for s in everything if s.name == name).arguments)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("warps", [1, 4])
 @pytest.mark.parametrize("steps", [1300, 1301])  # several tiles; rows of 16-byte packs, and not
 @pytest.mark.parametrize("holes", ["skip", "zero"])

@@ -248,6 +248,7 @@ def _grad_argument(op: Op, kernel, index: int) -> bool:
     return schema.arguments[index].name in sample.grads
 
 
+@pytest.mark.long
 @all_options
 def test_compile(op: Op, sample: Sample) -> None:
     """fullgraph=True, and the numbers of eager."""

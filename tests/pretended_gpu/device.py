@@ -40,7 +40,7 @@ EMPTY = {
 waits: Counter[str] = Counter()  # "op at file:line" of ours
 
 
-LARGE = 2**14  # bytes
+LARGE = 2**15  # bytes
 
 
 class Memory:
