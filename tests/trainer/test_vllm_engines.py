@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -97,6 +100,28 @@ def test_each_prompt_is_a_request_with_its_own_seed(engine):
     assert done.tokens.tolist() == [[5], [5]] and done.support.tolist() == [[[5]], [[5]]]
 
 
+def started(script):
+    """A process as the engine starts its server."""
+    return subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE, start_new_session=True)
+
+
+def test_what_a_killed_server_had_started_ends(engine):
+    """Nobody's child any more, it would keep its memory."""
+    engine.server, engine.log = started("sleep 60 & echo $!; wait"), SimpleNamespace(close=int)
+    child = psutil.Process(int(engine.server.stdout.readline()))
+    engine.server.kill()
+    engine.server.wait()
+    assert child.status() != psutil.STATUS_ZOMBIE
+    engine.close()
+    for _ in range(50):  # a signal needs a moment
+        if not child.is_running() or child.status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        child.kill()
+        raise AssertionError("it runs on")
+
+
 def no_weights():
     raise AssertionError("the merged weights are asked for")
     yield
@@ -116,8 +141,11 @@ def test_adapters_alone_are_sent(engine, tiny_policy_folder):
     assert frozen.keys() == plain.state_dict().keys()
     assert all(torch.equal(x, plain.state_dict()[name]) for name, x in frozen.items())
 
-    engine.adapter, engine.server = adapter, SimpleNamespace(terminate=int, wait=int)
-    engine.log = SimpleNamespace(close=int)
+    engine.adapter, engine.server, engine.log = (
+        adapter,
+        started("sleep 60"),
+        SimpleNamespace(close=int),
+    )
     for _ in range(2):
         engine.sync(no_weights())
         path, body = Stub.asked[-2]

@@ -7,6 +7,7 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,7 +117,7 @@ def test_a_server_that_is_killed(model_folder, configured, monkeypatch):
         model=model_folder, rollout_engine="vllm-server", steps=3, save_every=50,
         rollout_engine_options=["max_model_len=128"],
     )  # fmt: skip
-    generate, calls = VLLMServerEngine.generate, []
+    generate, calls, before = VLLMServerEngine.generate, [], psutil.pids()
 
     def killed_in_the_middle(self, *arguments):
         calls.append(self.server)
@@ -129,6 +130,8 @@ def test_a_server_that_is_killed(model_folder, configured, monkeypatch):
         patch.setattr(VLLMServerEngine, "generate", killed_in_the_middle)
         ppo.train(config)
     assert (Path(config.output_dir) / "checkpoints" / "step_2.pt").exists()
+    left = [p for p in psutil.process_iter() if p.pid not in before and "VLLM" in p.name()]
+    assert not [p for p in left if p.status() != psutil.STATUS_ZOMBIE]
     config.resume = True
     ppo.train(config)
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -143,7 +145,7 @@ class VLLMServerEngine:
         command = [self.python, "-m", SERVE, "--model", str(self.folder)]
         self.log = open(self.folder / "log", "w")
         self.server = subprocess.Popen(
-            [*command, *words], stdout=self.log, stderr=subprocess.STDOUT,
+            [*command, *words], stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
             env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         )  # fmt: skip
         began = time.monotonic()
@@ -192,6 +194,8 @@ class VLLMServerEngine:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+            with suppress(ProcessLookupError):  # its engine outlives a server that was killed
+                os.killpg(server.pid, signal.SIGKILL)
             self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.adapter is not None:
