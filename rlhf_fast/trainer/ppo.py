@@ -52,7 +52,7 @@ from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.positive_nll import positive_nll
 from rlhf_fast.trainer.quiet import quiet
 from rlhf_fast.trainer.rollout.engine import engines_closed, load_engine
-from rlhf_fast.trainer.rollout.environment import with_environment
+from rlhf_fast.trainer.rollout.environment import load_environment, with_environment
 from rlhf_fast.trainer.rollout.protocol import RolloutEngine
 from rlhf_fast.trainer.rollout.sample import EmbeddedEngine, answer_hidden
 from rlhf_fast.trainer.run import interrupts
@@ -101,13 +101,15 @@ def train(
     rows, eval_rows = read_data(config, given)
     reward, judge = load_scorers(config, device, given)
     make_engine = load_engine(config, given, engine)
+    make_environment = load_environment(config, given)
     policy = load_models(config, device, given)
     if workers.is_main and make_engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
     engine = EmbeddedEngine(policy) if make_engine is None else make_engine(policy)
     held_out, prompts = split_prompts(config, policy, rows, eval_rows)
-    with_environment(held_out + prompts, config, given, policy)
+    who = f"environment={config.environment}"
+    with_environment(held_out + prompts, make_environment, policy, who)
     for scorer in (reward, judge):
         if scorer is not None:
             scorer.check_lengths([p.prompt for p in held_out + prompts], config.max_new_tokens)
@@ -165,17 +167,20 @@ def train(
             rows = batch_indices(len(prompts), groups, step, config.seed)
             asked = [prompts[i] for i in rows for _ in range(config.samples_per_prompt)]
             mine = workers.share(len(asked))
-            engine.wake()
-            engine.sync(policy.weights())
-            rollout = sample_answers(policy, asked, config, generator, share=mine, engine=engine)
-            clock.lap("rollout")
-
-            # 2. Score the answers.
-            texts = read_answers(policy, rollout, asked[mine], config)
             try:
+                with workers.together():
+                    engine.wake()
+                    engine.sync(policy.weights())
+                    rollout = sample_answers(
+                        policy, asked, config, generator, share=mine, engine=engine
+                    )
+                clock.lap("rollout")
+
+                # 2. Score the answers.
+                texts = read_answers(policy, rollout, asked[mine], config)
                 scored = workers.attempt(score_all, reward, judge, asked[mine], texts)
                 baseline = greedy_scores(policy, asked, reward, config, workers, engine)
-            except BaseException:  # a reward function's error must not cost what was learnt
+            except BaseException:  # what others' code raises must not cost what was learnt
                 interrupts.keep_what_was_learnt()
                 raise
             # All answers' scores: "scores", "scores/<name>" of each of several rewards, "judge".

@@ -127,7 +127,8 @@ class Plain:
 def engine_file(tmp_path, monkeypatch):
     """A file that names Plain, and the engines that were made of it."""
     monkeypatch.setattr(Plain, "made", [])
-    monkeypatch.setitem(sys.modules, "the_engines", SimpleNamespace(Plain=Plain))
+    half = type("Half", (), {"generate": Plain.generate})
+    monkeypatch.setitem(sys.modules, "the_engines", SimpleNamespace(Plain=Plain, Half=half))
     return "the_engines:Plain"
 
 
@@ -199,6 +200,32 @@ def test_an_engine_that_fails_ends_the_run_with_a_checkpoint_and_is_closed(
         (
             {"rollout_engine": "the_engines:Plain", "rollout_engine_options": ["top"]},
             "rollout_engine_options=top: expected name=value",
+        ),
+        ({"rollout_engine": "vlm"}, "=vlm: expected transformers, vllm, vllm-server, file.py:name"),
+        ({"rollout_engine": "the_engines:Half"}, "the_engines:Half has no method sync"),
+        (
+            {"rollout_engine": "transformers", "rollout_engine_options": ["a=1", "a=2"]},
+            "rollout_engine_options=a=2: a is given twice",
+        ),
+        (
+            {"rollout_engine": "transformers", "rollout_engine_options": ["page_size=abc"]},
+            "rollout_engine_options=page_size=abc: expected int",
+        ),
+        (
+            {"rollout_engine": "transformers", "rollout_engine_options": ["num_blocks=true"]},
+            "rollout_engine_options=num_blocks=True: expected int or null",
+        ),
+        (
+            {"rollout_engine": "transformers", "rollout_engine_options": ["page_size=0"]},
+            "rollout_engine_options=page_size=0: expected at least 1",
+        ),
+        (
+            {"rollout_engine": "vllm-server", "rollout_engine_options": ["port=80"]},
+            "rollout_engine_options=port=80: the engine's own",
+        ),
+        (
+            {"rollout_engine": "vllm-server", "rollout_engine_options": ["start_timeout=soon"]},
+            "rollout_engine_options=start_timeout=soon: expected seconds, above 0",
         ),
     ],
 )

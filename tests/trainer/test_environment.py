@@ -188,6 +188,13 @@ class Raises(Asks):
     async def step(self, messages):
         raise KeyError("x")
 
+class Exits(Asks):
+    def step(self, messages):
+        raise SystemExit("bye")
+
+class Needs(Asks):
+    def __init__(self, seed): pass
+
 class Wrong(Asks):
     def step(self, messages):
         return "the plot"
@@ -221,12 +228,25 @@ def test_a_run(configured, file, starts):
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Silent", "Silent has no method step"),
+        ("Needs", "cannot be made: missing a required argument: 'seed'"),
+        ("none", "has no function none"),
+    ],
+)
+def test_it_is_refused_before_a_model_is_loaded(configured, file, monkeypatch, name, message):
+    monkeypatch.setattr(ppo, "load_models", None)
+    with pytest.raises(InputError, match=message):
+        ppo.train(configured(environment=f"{file}:{name}"))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"environment": "{file}:Silent"}, "Silent has no method step"),
         ({"environment": "{file}:Raises"}, r"Raises raised KeyError: 'x' \(.*asks.py, line 14\)"),
         ({"environment": "{file}:Wrong"}, "returned 'the plot' from step, expected .observation"),
-        ({"environment": "{file}:none"}, "has no function none"),
+        ({"environment": "{file}:Exits"}, r"Exits raised SystemExit: bye \(.*asks.py, line 18\)"),
         ({"reward": ["environment"]}, "there is no environment that gives rewards"),
         ({"environment": "{file}:Asks", "estimator": "remax"}, "contradict each other: remax"),
         ({"environment": "{file}:Asks", "max_turns": 0}, "max_turns=0: expected .* at least 1"),

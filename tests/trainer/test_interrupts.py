@@ -91,6 +91,38 @@ def test_before_the_update_of_a_step(configured, capsys, number):
     assert "--resume goes on from the checkpoint of step 2" in said
 
 
+ENDED = """
+import os, signal
+calls = 0
+def ended():
+    global calls
+    calls += 1
+    if calls == 4:  # held-out prompts, then two steps
+        os.kill(os.getpid(), signal.SIGTERM)
+
+def plain(prompts, completions, **columns):
+    ended()
+    return [1.0] * len(prompts)
+
+async def one(first):
+    if first:
+        ended()
+    return 1.0
+
+def awaited(prompts, completions, **columns):
+    return [one(row == 0) for row in range(len(prompts))]
+"""
+
+
+@pytest.mark.parametrize("who", ["plain", "awaited"])
+def test_while_a_reward_is_waited_for(configured, tmp_path, who):
+    """A signal is no error of the function that runs when it comes."""
+    (tmp_path / "ended.py").write_text(ENDED)
+    config = configured(steps=5, reward=f"{tmp_path / 'ended.py'}:{who}")
+    assert run(ppo.train, config)[0] == 143
+    assert checkpoints(config) == [2]
+
+
 def test_the_same_numbers_as_without_a_signal(configured):
     whole, broken = configured("whole"), configured("broken")
     broken.data = whole.data

@@ -59,12 +59,27 @@ def second(prompts, completions, **columns):
 """
 
 
+ENVIRONMENT = """
+import os
+begun = 0
+class Fails:
+    def reset(self, prompt, **columns):
+        global begun
+        begun += 1
+        if os.environ['RANK'] == '1' and begun > {first}:
+            raise {error}
+    def step(self, messages):
+        return "", float(messages.count("good")), True
+"""
+
+
 @pytest.mark.long
 def test_two_processes_give_the_numbers_of_one(
     configured, tiny_policy_folder, write_jsonl, tmp_path
 ):
     """Run after run in one launch, since starting it takes as long as any of them: shares of
-    nothing, a reward model, callbacks, and a reward that fails in one process, which ends both."""
+    nothing, a reward model, callbacks, and an environment and a reward that fail in one process,
+    which ends both."""
     # 1 row a minibatch: one process has nothing to learn from
     options = OPTIONS | {"minibatches": 12, "trainable_layers": 2}
     options |= {"estimator": "rloo", "samples_per_prompt": 2, "dynamic_sampling_rounds": 2}
@@ -88,12 +103,27 @@ def test_two_processes_give_the_numbers_of_one(
     fails = configured("fails", reward=f"{tmp_path / 'fails.py'}:second", steps=4, save_every=9)
     ended = configured("ended", steps=4, batch_size=12, save_every=9, eval_every=2, epochs=1)
     noted = tmp_path / "noted"
-    runs = [(empties, {}), (two, {}), (ended, {"noted": str(noted)}), (fails, {})]
+    # The held-out prompts, and this process's share of the first step: the second step fails.
+    begun = {"exits": 0, "raises": 4 + 6}
+    errors = {"exits": "SystemExit('bye')", "raises": "KeyError('x')"}
+    played = []
+    for name, first in begun.items():
+        (tmp_path / f"{name}.py").write_text(ENVIRONMENT.format(first=first, error=errors[name]))
+        options = {"environment": f"{tmp_path / name}.py:Fails", "reward": ["environment"]}
+        options |= {"steps": 3, "batch_size": 12, "eval_prompts": 4, "save_every": 9}
+        played.append((configured(name, **options), {"refused": str(tmp_path / name)}))
+    runs = [(empties, {}), (two, {}), (ended, {"noted": str(noted)}), *played, (fails, {})]
     file = runs_file(tmp_path, runs)
     done = launch_ddp([RANKS, "ddp", file])
     assert done.returncode != 0
     assert "returned nan for row 0" in done.stderr and "(in process 1)" in done.stderr
     assert not (Path(fails.output_dir) / "summary.json").exists()
+
+    for name, error in (("exits", "SystemExit: bye"), ("raises", "KeyError: 'x'")):
+        said = {(tmp_path / f"{name}.{rank}").read_text() for rank in range(2)}
+        assert len(said) == 1 and error in (line := said.pop()) and "(in process 1)" in line
+        assert "\n" not in line
+    assert (tmp_path / "raises" / "checkpoints" / "step_1.pt").is_file()
 
     # Every event in both; what a callback of the other process wants counts for nothing.
     step = ["step_begin {0}", "step_end {1}", "log {1}"]

@@ -7,13 +7,17 @@ import signal
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf_fast.trainer import ppo
-from rlhf_fast.trainer.conformance import check_engine
+from rlhf_fast.trainer.conformance import PROMPTS, check_engine, is_greedy, running
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.models.lora import LoRA
+from rlhf_fast.trainer.models.policy import load_policy
+from rlhf_fast.trainer.rollout.protocol import Sampling
 from rlhf_fast.trainer.rollout.vllm_in_process import VLLMEngine
 from rlhf_fast.trainer.rollout.vllm_server import VLLMServerEngine
 from rlhf_fast.trainer.run.folder import read_metrics
@@ -48,6 +52,50 @@ def test_conformance(model_folder, tiny_tokenizer, kind):
     check_engine(lambda: kind(model, tiny_tokenizer), model, gap=1e-3)
 
 
+def no_weights():
+    raise AssertionError("the merged weights are asked for")
+    yield
+
+
+@pytest.mark.parametrize("kind", [VLLMEngine, partial(VLLMServerEngine, **SERVER)])
+def test_adapters_alone(model_folder, tiny_tokenizer, kind):
+    """New ones count, and nothing but them is sent."""
+    model = load_policy(
+        model_folder, trainable_layers=None, device=torch.device("cpu"), lora=LoRA(4, 8.0, None, 0)
+    ).model
+    before = running()
+    engine = kind(model, tiny_tokenizer, enable_lora=True)
+    try:
+        for _ in range(3):
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if "lora_B" in name:
+                        p.normal_(std=0.3)
+            engine.sync(no_weights())
+            whole = Sampling(6, 0.0, [])
+            is_greedy(engine.generate(PROMPTS, whole, 0), model, PROMPTS, gap=1e-3)
+    finally:
+        engine.close()
+    assert running()["processes"] <= before["processes"]
+
+
+def test_a_run_with_adapters_alone(model_folder, configured):
+    config = configured(
+        model=model_folder, rollout_engine="vllm", steps=3, top_k=8, lora_r=4, learning_rate=0.03,
+        rollout_engine_options=["dtype=float32", "enable_lora=true"],
+    )  # fmt: skip
+    ppo.train(config)
+    rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")
+    assert rows[-1]["objective/kl"] > 0.05  # another policy than at first
+    assert max(row["val/rollout_ratio_max"] for row in rows) < 1.01
+
+
+def test_an_option_that_vllm_has_not():
+    VLLMEngine.check_options({"enable_lora": True, "max_model_len": 8, "enforce_eager": True})
+    with pytest.raises(InputError, match="options=max_len=8: vLLM's LLM has no such argument"):
+        VLLMEngine.check_options({"max_len": 8})
+
+
 @pytest.mark.parametrize("engine", ["vllm", "vllm-server"])
 def test_a_run_learns(model_folder, configured, engine):
     """The reward rises, and the trainer's log-probs stay those of the engine."""
@@ -69,7 +117,7 @@ def test_a_server_that_is_killed(model_folder, configured, monkeypatch):
         model=model_folder, rollout_engine="vllm-server", steps=3, save_every=50,
         rollout_engine_options=["max_model_len=128"],
     )  # fmt: skip
-    generate, calls = VLLMServerEngine.generate, []
+    generate, calls, before = VLLMServerEngine.generate, [], psutil.pids()
 
     def killed_in_the_middle(self, *arguments):
         calls.append(self.server)
@@ -82,6 +130,8 @@ def test_a_server_that_is_killed(model_folder, configured, monkeypatch):
         patch.setattr(VLLMServerEngine, "generate", killed_in_the_middle)
         ppo.train(config)
     assert (Path(config.output_dir) / "checkpoints" / "step_2.pt").exists()
+    left = [p for p in psutil.process_iter() if p.pid not in before and "VLLM" in p.name()]
+    assert not psutil.wait_procs(left, timeout=10)[1]  # a large process needs a moment to end
     config.resume = True
     ppo.train(config)
     rows = read_metrics(Path(config.output_dir) / "metrics.jsonl")

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from torch.distributed.tensor import DTensor
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.distributed.deepspeed import ZeroStepper, asked_for
 from rlhf_fast.trainer.distributed.fsdp import Sharder, check
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.models.loading import pick_device
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.run.completions import log_table
@@ -200,22 +201,32 @@ class Workers:
             )
         return number
 
-    def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What action returns in each process; if it fails in one, all raise its error.
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What fails inside in one process ends all of them with its error.
 
         Alone, the process that failed would leave the others waiting.
         """
         if self.size == 1:
-            return [action(*arguments)]
+            yield
+            return
+        failure = None
         try:
-            outcome: Any = action(*arguments)
-        except Exception as error:
-            outcome = InputError(f"{error} (in process {self.rank})")
-        outcomes = gather_object([outcome])
-        for error in outcomes:
-            if isinstance(error, InputError):
+            yield
+        except Ended:  # a signal's
+            raise
+        except (Exception, SystemExit) as error:  # whatever a user's function raises
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            failure = InputError(f"{kind}{error} (in process {self.rank})")
+        for error in gather_object([failure]):
+            if error is not None:
                 raise error
-        return outcomes
+
+    def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What action returns in each process; if it fails in one, all raise its error."""
+        with self.together():
+            outcome = action(*arguments)
+        return [outcome] if self.size == 1 else gather_object([outcome])
 
     def main_only(self, action: Callable[[], Any]) -> Any:
         """action's result, computed by the main process, known to all."""

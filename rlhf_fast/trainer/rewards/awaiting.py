@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.rewards.functions import awaited, call, named_if_slow, reason_of
 from rlhf_fast.trainer.run.console import console
 
@@ -90,6 +90,8 @@ def side_by_side(scores: list[Any], function: Callable, who: str, patience: Pati
                 return await asyncio.wait_for(score, patience.timeout)
             except asyncio.TimeoutError:
                 return Lost(f"it took longer than reward_timeout={patience.timeout} seconds")
+            except Ended:  # a signal's
+                raise
             except (Exception, SystemExit) as error:  # whatever the user's function raises
                 return Lost(reason_of(error, function))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.run.console import console
 
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
@@ -49,6 +49,8 @@ def load_function(spec: str, field: str, ran: dict[Path, ModuleType] | None = No
                 sys.path.insert(0, "")  # one stands in
             loaded = importlib.import_module(module)
     except InputError:
+        raise
+    except Ended:  # a signal's
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise InputError(
@@ -143,6 +145,8 @@ def call(function: Callable, arguments: dict[str, Any], who: str, timeout: float
             return awaited(result) if inspect.isawaitable(result) else result
     except TimedOut:
         raise InputError(f"{who} took longer than reward_timeout={timeout} seconds") from None
+    except Ended:  # a signal's
+        raise
     except (Exception, SystemExit) as error:  # whatever the user's function raises
         raise InputError(f"{who} raised {reason_of(error, function)}") from error
 

@@ -10,7 +10,7 @@ import gc
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,10 @@ from rlhf_fast.trainer.rollout.protocol import (
 )
 
 OURS = {"return_logprobs", "seed"}  # fields of its config that the engine sets
+SIZES = {
+    "page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch",
+    "max_blocks_per_request", "block_size",
+}  # fmt: skip
 
 
 class TransformersEngine:
@@ -45,13 +49,20 @@ class TransformersEngine:
 
     @staticmethod
     def check_options(options: dict[str, Any]) -> None:
-        known = {f.name for f in fields(ContinuousBatchingConfig)} - OURS
-        for name in options:
+        known = {f.name: f.type for f in fields(ContinuousBatchingConfig) if f.name not in OURS}
+        for name, value in options.items():
+            said = f"rollout_engine_options={name}={value}"
             if name not in known:
                 raise InputError(
-                    f"rollout_engine_options={name}={options[name]}: expected a field of "
-                    f"transformers' ContinuousBatchingConfig: {', '.join(sorted(known))}"
+                    f"{said}: expected a field of transformers' ContinuousBatchingConfig: "
+                    f"{', '.join(sorted(known))}"
                 )
+            kinds = get_args(known[name]) or (known[name],)
+            if type(value) not in kinds and not (type(value) is int and float in kinds):
+                expected = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+                raise InputError(f"{said}: expected {expected.replace('NoneType', 'null')}")
+            if name in SIZES and value is not None and value < 1:
+                raise InputError(f"{said}: expected at least 1")
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int

@@ -35,6 +35,8 @@ ENGINES = {
     "vllm-server": ("vllm_server", "VLLMServerEngine", None),  # may have its own environment
 }
 
+METHODS = ("generate", "sync", "sleep", "wake", "close")
+
 Maker = Callable[[Policy], RolloutEngine]  # made of the policy, once that is loaded
 
 made_here: list[RolloutEngine] = []  # to be closed at the end of the training
@@ -48,38 +50,54 @@ def load_engine(
     if engine is not None:
         return lambda policy: engine if is_engine(engine) else FunctionEngine(policy, engine)
     name = config.rollout_engine
-    options = engine_options(config.rollout_engine_options)
     if name is None:
         return None
+    options = engine_options(config.rollout_engine_options)
+    found = named(name, given)
+    if isinstance(found, type):
+        check_class(found, options, name)
+        return partial(make, found, options, name)
+    if options:
+        raise InputError(
+            f"rollout_engine_options={config.rollout_engine_options}: rollout_engine={name} is no "
+            "class, and takes none"
+        )
+    if is_engine(found):  # the caller's, who closes it
+        return lambda policy: found
+    check_function(found, name)
+    return partial(FunctionEngine, function=found)
+
+
+def named(name: str, given: Given) -> Any:
+    """One of ours, or what the caller or a file has under the name."""
     if name in ENGINES:
         file, kind, package = ENGINES[name]
         if package is not None and find_spec(package) is None:
             raise InputError(
                 f"rollout_engine={name}: {package} is not installed (pip install {package})"
             )
-        found = getattr(import_module(f"rlhf_fast.trainer.rollout.{file}"), kind)
-    else:
-        found = given.get(name) or load_function(name, "rollout_engine")
-        if is_engine(found):  # the caller's, who closes it
-            return lambda policy: found
-    if isinstance(found, type):
-        try:
-            inspect.signature(found).bind("model", "tokenizer", **options)
-        except TypeError as error:
-            raise InputError(
-                f"rollout_engine={name} cannot be made with rollout_engine_options="
-                f"{config.rollout_engine_options}: {error}"
-            ) from None
-        if check := getattr(found, "check_options", None):
-            check(options)
-        return partial(make, found, options, name)
-    if options:
+        return getattr(import_module(f"rlhf_fast.trainer.rollout.{file}"), kind)
+    found = given.get(name)
+    if found is None and ":" not in name:
         raise InputError(
-            f"rollout_engine_options={config.rollout_engine_options}: rollout_engine={name} is a "
-            "function, which takes none"
+            f"rollout_engine={name}: expected {', '.join(ENGINES)}, file.py:name or module:name"
         )
-    check_function(found, name)
-    return partial(FunctionEngine, function=found)
+    return found or load_function(name, "rollout_engine")
+
+
+def check_class(kind: type, options: dict[str, Any], name: str) -> None:
+    for method in METHODS:
+        if not callable(getattr(kind, method, None)):
+            raise InputError(f"rollout_engine={name} has no method {method} (docs/engines.md)")
+    try:
+        inspect.signature(kind).bind("model", "tokenizer", **options)
+    except TypeError as error:
+        given = " ".join(f"{option}={value}" for option, value in options.items()) or "none"
+        raise InputError(
+            f"rollout_engine={name} cannot be made with rollout_engine_options={given}: {error}"
+        ) from None
+    if check := getattr(kind, "check_options", None):
+        check(options)
 
 
 def make(
@@ -108,11 +126,13 @@ def engines_closed() -> Iterator[None]:
 
 def engine_options(words: Sequence[str] | None) -> dict[str, Any]:
     """`name=value` -> {name: number, truth value or text}."""
-    options = {}
+    options: dict[str, Any] = {}
     for word in words or ():
         name, equals, text = word.partition("=")
         if not equals or not name.isidentifier():
             raise InputError(f"rollout_engine_options={word}: expected name=value")
+        if name in options:
+            raise InputError(f"rollout_engine_options={word}: {name} is given twice")
         try:
             options[name] = yaml.safe_load(text)
         except yaml.YAMLError:

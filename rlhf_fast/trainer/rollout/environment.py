@@ -10,7 +10,7 @@ import asyncio
 import copy
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import Prompt, Text, pad, render, start, tokenize
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.rewards.functions import awaited, load_function, reason_of
@@ -89,24 +89,37 @@ class Episode:
         return "\n".join(f"{m['role']}: {m['content']}" for m in self.answer)
 
 
-def with_environment(
-    prompts: Sequence[Prompt], config: PPOConfig, given: Given, policy: Policy
-) -> None:
-    """Each prompt is told what answers its turns, if the option names something."""
+def load_environment(config: PPOConfig, given: Given) -> Callable[[], Environment] | None:
+    """What makes an environment, if the option names something: said before a model is loaded."""
     name = config.environment
     if name is None:
-        return
+        return None
     make = given.get(name) or load_function(name, "environment")
     for method in ("reset", "step"):
         if isinstance(make, type) and not callable(getattr(make, method, None)):
             raise InputError(f"environment={name} has no method {method}")
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        raise InputError(
+            f"environment={name} cannot be made: {error}; expected a call without arguments"
+        ) from None
+    except ValueError:  # one of C has no signature to check
+        pass
+    return make
+
+
+def with_environment(
+    prompts: Sequence[Prompt], make: Callable[[], Environment] | None, policy: Policy, who: str
+) -> None:
+    """Each prompt is told what answers its turns, if anything does."""
+    if make is None:
+        return
     conversations = [p for p in prompts if not isinstance(p.prompt, str)]
     if any(p.prompt[-1]["role"] == "assistant" for p in conversations):
-        raise InputError(
-            f"environment={name}: a prompt ends in the assistant's own words, expected another's"
-        )
+        raise InputError(f"{who}: a prompt ends in the assistant's own words, expected another's")
     if conversations:
-        check_template(policy.tokenizer, f"environment={name}")
+        check_template(policy.tokenizer, who)
     for prompt in prompts:
         prompt.environment = make
 
@@ -208,7 +221,9 @@ def begin(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, who: str) -> Episo
     try:
         environment = prompt.environment()
         environment.reset(copy.deepcopy(prompt.prompt), **copy.deepcopy(prompt.columns))
-    except Exception as error:  # whatever the user's file raises
+    except Ended:  # a signal's
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise InputError(f"{who} cannot begin: {reason_of(error, prompt.environment)}") from error
     rendered = "" if isinstance(prompt.prompt, str) else start(prompt.prompt, tokenizer, who)[0]
     return Episode(prompt, environment, prompt.prompt, rendered)
@@ -243,7 +258,9 @@ def answered(episodes: list[Episode], who: str) -> list[tuple[Said, float, bool]
         results = [e.environment.step(copy.deepcopy(e.messages)) for e in episodes]
         if any(map(inspect.isawaitable, results)):
             results = awaited(together(results))
-    except Exception as error:  # whatever the user's file raises
+    except Ended:  # a signal's
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise InputError(f"{who} raised {reason_of(error, step)}") from error
     for result in results:
         known = (

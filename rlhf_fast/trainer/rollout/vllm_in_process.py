@@ -1,16 +1,20 @@
 """vLLM in this process as an engine: beside the trainer, on the same device.
 
 It begins with random weights of the policy's shape (`load_format="dummy"`) and takes the policy's
-before the first answers. Log-probs are its `processed_logprobs`: after temperature and truncation.
+before the first answers; with `enable_lora` it begins with those that are frozen and takes the
+adapters. Log-probs are its `processed_logprobs`: after temperature and truncation.
 """
 
 from __future__ import annotations
 
 import gc
+import inspect
 import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.rollout.adapters import adapter_of
 from rlhf_fast.trainer.rollout.protocol import (
     Completions,
     Sampling,
@@ -28,6 +33,14 @@ from rlhf_fast.trainer.rollout.protocol import (
 )
 
 ALL = -1  # of a vocabulary, as vLLM counts log-probs
+OURS = ("model", "load_format", "logprobs_mode", "max_logprobs", "skip_tokenizer_init")
+
+
+def refuse(options: dict[str, Any], names: Sequence[str]) -> None:
+    """Arguments that are the engine's to give."""
+    for name in names:
+        if name in options:
+            raise InputError(f"rollout_engine_options={name}={options[name]}: the engine's own")
 
 
 class VLLMEngine:
@@ -44,6 +57,9 @@ class VLLMEngine:
             "dtype": str(model.dtype).removeprefix("torch."), "enforce_eager": not on_gpu,
             "enable_sleep_mode": on_gpu, "gpu_memory_utilization": 0.4 if on_gpu else 0.1,
         }  # fmt: skip
+        self.adapter, self.request = adapter_of(model, options), None
+        if self.adapter is not None:
+            given |= self.adapter.options
         self.sleeps = on_gpu
         self.bars = patch.object(tqdm, "monitor_interval", 0)  # their thread would stay
         self.bars.start()
@@ -51,17 +67,25 @@ class VLLMEngine:
             model.config.save_pretrained(folder)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            if self.adapter is not None:
+                self.adapter.save_the_rest(Path(folder))
             self.llm: Any = LLM(
-                model=folder, load_format="dummy", skip_tokenizer_init=True,
-                logprobs_mode="processed_logprobs", max_logprobs=ALL, **given | options,
+                model=folder, load_format="auto" if self.adapter else "dummy",
+                skip_tokenizer_init=True, logprobs_mode="processed_logprobs", max_logprobs=ALL,
+                **given | options,
             )  # fmt: skip
         self.vocabulary = model.get_input_embeddings().weight.size(0)
 
     @staticmethod
     def check_options(options: dict[str, Any]) -> None:
-        for name in ("model", "load_format", "logprobs_mode", "max_logprobs"):
-            if name in options:
-                raise InputError(f"rollout_engine_options={name}={options[name]}: the engine's own")
+        refuse(options, OURS)
+        from vllm import LLM, EngineArgs
+
+        known = {field.name for field in fields(EngineArgs)}
+        for name in options.keys() - known - inspect.signature(LLM).parameters.keys():
+            raise InputError(
+                f"rollout_engine_options={name}={options[name]}: vLLM's LLM has no such argument"
+            )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
@@ -72,20 +96,28 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         each = [SamplingParams(**asked, seed=(seed + row) % 2**31) for row in range(len(prompts))]
-        done = self.llm.generate(prompts, each, use_tqdm=False)
+        done = self.llm.generate(prompts, each, use_tqdm=False, lora_request=self.request)
         answers = [output.outputs[0] for output in done]
         said = [[{t: x.logprob for t, x in at.items()} for at in a.logprobs] for a in answers]
         return drawn([list(a.token_ids) for a in answers], said, sampling)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.llm.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": ((n, w.detach()) for n, w in weights)}
-        )
+        if self.adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            path = self.adapter.save()
+            self.request = LoRARequest("policy", self.adapter.count, str(path))
+            self.llm.llm_engine.add_lora(self.request)
+        else:
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": ((n, w.detach()) for n, w in weights)}
+            )
         self.llm.reset_prefix_cache()
 
     def sleep(self) -> None:
         if self.sleeps:
-            self.llm.sleep(level=2)  # the weights, too: `sync` brings new ones
+            # 2: the weights, too, where `sync` brings new ones
+            self.llm.sleep(level=1 if self.adapter else 2)
 
     def wake(self) -> None:
         if self.sleeps:
@@ -96,6 +128,8 @@ class VLLMEngine:
         if llm is None:
             return
         self.bars.stop()
+        if self.adapter is not None:
+            self.adapter.close()
         llm.llm_engine.engine_core.shutdown()
         del llm
         from vllm.distributed import cleanup_dist_env_and_memory

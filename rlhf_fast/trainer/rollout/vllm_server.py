@@ -1,8 +1,9 @@
 """vLLM as a server of its own, on this machine: it may live in another Python environment.
 
 It is started with the policy's weights at the first `sync`, listens on 127.0.0.1, and reads later
-weights from the folder that both see (`reload_weights`, of its development mode). Each prompt is a
-request with a seed of its own: those of one request would share it.
+weights from the folder that both see (`reload_weights`, of its development mode), or with
+`enable_lora` adapters alone (`/v1/load_lora_adapter`). Each prompt is a request with a seed of its
+own: those of one request would share it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -28,11 +31,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.rollout.adapters import adapter_of
 from rlhf_fast.trainer.rollout.protocol import Completions, Sampling, check_prompts
-from rlhf_fast.trainer.rollout.vllm_in_process import ALL, drawn, parameters
+from rlhf_fast.trainer.rollout.vllm_in_process import ALL, OURS, drawn, parameters, refuse
 
 # What `vllm serve` calls. That asks for a package named vllm, and the CPU build has another name.
 SERVE = "vllm.entrypoints.openai.api_server"
+POLICY, ADAPTER = "policy", "adapter"  # as requests name the model
 IS_THERE = "import sys, importlib.util; sys.exit(importlib.util.find_spec('vllm') is None)"
 
 
@@ -48,6 +53,7 @@ class VLLMServerEngine:
         start_timeout: float = 600.0,
         **options: Any,
     ) -> None:
+        self.adapter = adapter_of(model, options)
         self.folder = Path(tempfile.mkdtemp(prefix="vllm_server_"))
         model.config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
@@ -59,6 +65,12 @@ class VLLMServerEngine:
 
     @staticmethod
     def check_options(options: dict[str, Any]) -> None:
+        refuse(options, (*OURS, "host", "port", "served_model_name", "generation_config"))
+        patience = options.get("start_timeout", 1)
+        if isinstance(patience, bool) or not isinstance(patience, int | float) or patience <= 0:
+            raise InputError(
+                f"rollout_engine_options=start_timeout={patience}: expected seconds, above 0"
+            )
         python = str(options.get("python", sys.executable))
         try:
             absent = subprocess.run([python, "-c", IS_THERE], capture_output=True).returncode
@@ -80,7 +92,7 @@ class VLLMServerEngine:
         del asked["detokenize"]
         if asked["logprobs"] == ALL:
             asked["logprobs"] = self.vocabulary
-        asked |= {"model": "policy", "return_tokens_as_token_ids": True}
+        asked |= {"model": ADAPTER if self.adapter else POLICY, "return_tokens_as_token_ids": True}
         bodies = [
             {**asked, "prompt": list(prompt), "seed": (seed + row) % 2**31}
             for row, prompt in enumerate(prompts)
@@ -101,6 +113,14 @@ class VLLMServerEngine:
         return drawn(tokens, said, sampling)
 
     def sync(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        if self.adapter is not None:
+            if self.server is None:
+                self.adapter.save_the_rest(self.folder)
+                self.start()
+            where = {"lora_name": ADAPTER, "lora_path": str(self.adapter.save())}
+            self.ask("/v1/load_lora_adapter", where | {"load_inplace": True})
+            self.ask("/reset_prefix_cache", {})
+            return
         whole = {name: weight.detach().cpu().clone() for name, weight in weights}
         save_file(whole, self.folder / "model.safetensors", metadata={"format": "pt"})
         if self.server is None:
@@ -115,21 +135,18 @@ class VLLMServerEngine:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         arguments = {
-            "host": "127.0.0.1", "port": self.port, "served-model-name": "policy",
+            "host": "127.0.0.1", "port": self.port, "served-model-name": POLICY,
             "dtype": self.dtype, "max-logprobs": ALL, "logprobs-mode": "processed_logprobs",
             "generation-config": "vllm",
         }  # fmt: skip
-        arguments |= {name.replace("_", "-"): value for name, value in self.options.items()}
-        words = [
-            word
-            for name, value in arguments.items()
-            for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-        ]
+        options = self.options if self.adapter is None else self.adapter.options | self.options
+        arguments |= {name.replace("_", "-"): value for name, value in options.items()}
+        words = [word for name, value in arguments.items() for word in flag(name, value)]
         command = [self.python, "-m", SERVE, "--model", str(self.folder)]
         self.log = open(self.folder / "log", "w")
         self.server = subprocess.Popen(
-            [*command, *words], stdout=self.log, stderr=subprocess.STDOUT,
-            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1"},
+            [*command, *words], stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"},
         )  # fmt: skip
         began = time.monotonic()
         while True:
@@ -157,7 +174,7 @@ class VLLMServerEngine:
                 f"rollout_engine=vllm-server: the server is gone ({error}); its last words: "
                 f"{self.last_words()}"
             ) from None
-        return json.loads(text) if text else None
+        return json.loads(text) if path == "/v1/completions" else None
 
     def last_words(self) -> str:
         lines = (self.folder / "log").read_text(errors="replace").splitlines()
@@ -177,11 +194,22 @@ class VLLMServerEngine:
             except subprocess.TimeoutExpired:
                 server.kill()
                 server.wait()
+            with suppress(ProcessLookupError):  # its engine outlives a server that was killed
+                os.killpg(server.pid, signal.SIGKILL)
             self.log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.adapter is not None:
+            self.adapter.close()
 
 
 LEAST = -9000.0  # the server writes −9999 for −∞, which JSON has not
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """As `vllm serve` takes it."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [f"--{name}", str(value)]
 
 
 def number(token: str) -> int:
