@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from rlhf_fast.trainer.errors import InputError
-from rlhf_fast.trainer.run.plot import plot, smoothed
+from rlhf_fast.trainer.run.plot import panel, plot, smoothed
 
 NAN = float("nan")
 
@@ -37,6 +38,13 @@ def test_a_metric_that_begins_late_has_a_panel(tmp_path):
     plot([{"step": 1}, {"step": 2, "objective/kl": 1.0}], tmp_path / "a.png")
     with pytest.raises(InputError, match="no metrics to plot"):
         plot([{"step": 1}], tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("steps", [[2], [2, 3], [1, 2, 3], [10, 200]])
+def test_steps_are_whole_numbers(steps):
+    axes = Figure().subplots()
+    panel(axes, [{"step": step, "score": 1.0} for step in steps], "score")
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
 
 
 def test_the_moving_mean():

@@ -63,7 +63,7 @@ def panel(axes, metrics: list[Row], key: str, title: str = "", *, color: str = "
     draw(axes, steps, values, color)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # of one step, too
     axes.grid(alpha=0.3)
 
 
