@@ -13,15 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf_fast import info
-from rlhf_fast.trainer.config import (
-    ConvertConfig,
-    GenerateConfig,
-    PlotConfig,
-    PPOConfig,
-    ReportConfig,
-    RewardConfig,
-    WatchConfig,
-)
+from rlhf_fast.trainer.config import COMMAND_CONFIGS
 from rlhf_fast.trainer.flags import flag_parser
 
 PAGE = Path(__file__).with_name("options.md")
@@ -34,11 +26,8 @@ Every flag of every command, as `rlhf-fast COMMAND --help` shows them. A flag ma
 
 
 def parsers() -> list[argparse.ArgumentParser]:
-    configs = {
-        "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig,
-        "watch": WatchConfig, "plot": PlotConfig, "report": ReportConfig, "convert": ConvertConfig,
-    }  # fmt: skip
-    trainer = [flag_parser(config, prog=f"rlhf-fast {name}") for name, config in configs.items()]
+    commands = COMMAND_CONFIGS.items()
+    trainer = [flag_parser(config, prog=f"rlhf-fast {name}") for name, config in commands]
     return [*trainer, info.flag_parser()]
 
 

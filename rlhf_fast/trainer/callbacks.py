@@ -1,11 +1,11 @@
 """transformers' callbacks in our loops: its handler, state and control, called at its events.
 
-`on_train_begin`, then for each step `on_step_begin`, `on_step_end`, `on_log` (the row of
-metrics.jsonl); where the step is one of `eval_every`, or a callback wants it, `on_log` and
-`on_evaluate`; where a checkpoint was written, `on_save`; at last `on_train_end`. A callback stops
-the run, saves or evaluates by `control.should_training_stop`, `.should_save` and
-`.should_evaluate`; of several processes the main one's word counts. A step is one of ours: a batch
-of answers, or of pairs.
+`on_init_end` when models and optimiser are there, `on_train_begin`, then for each step
+`on_step_begin`, `on_step_end`, `on_log` (the row of metrics.jsonl); where the step is one of
+`eval_every`, or a callback wants it, `on_log` and `on_evaluate`; where a checkpoint was written,
+`on_save`; at last `on_train_end`. A callback stops the run, saves or evaluates by
+`control.should_training_stop`, `.should_save` and `.should_evaluate`; of several processes the main
+one's word counts. A step is one of ours: a batch of answers, or of pairs.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class Callbacks:
         self.handler = CallbackHandler(own, model, tokenizer, optimizer, schedule)
         self.answers: dict[str, list] | None = None  # of the last step, if it was evaluated
         self.was_stopped = False  # before the run was continued
+        self.event("on_init_end")
 
     def event(self, name: str, **values: Any) -> None:
         """All callbacks, in all processes; one that fails in one ends all."""

@@ -7,8 +7,10 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import fields
+from numbers import Integral, Real
 from os import PathLike
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from rlhf_fast.ops.check import LARGEST, SMALLEST
 
@@ -80,6 +82,37 @@ def no_objects(config: Any) -> None:
                     f"{name}={kind}: expected text in a config; PPOTrainer and RewardTrainer take "
                     "models, datasets and functions (from rlhf_fast.trainer import PPOTrainer)"
                 )
+
+
+# What an annotation asks for; a bool is no number here, though Python counts with it.
+KINDS = {
+    bool: ("true or false", bool), int: ("a whole number", Integral), float: ("a number", Real),
+    str: ("text", str), NoneType: ("unset", NoneType),
+    list[str]: ("a list of texts", str), list[float]: ("a list of numbers", Real),
+}  # fmt: skip
+
+
+def kinds_as_annotated(config: Any) -> None:
+    """A Python program may give a field anything; flags are of the right kind already."""
+    hints = get_type_hints(type(config))
+    for f in fields(config):
+        value, hint = getattr(config, f.name), hints[f.name]
+        allowed = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if any(map(get_args, allowed)) and not isinstance(value, list | tuple | None):
+            value = [value]  # one stands for a list of one
+            setattr(config, f.name, value)
+        if not any(is_of(value, kind) for kind in allowed):
+            expected = " or ".join(KINDS[kind][0] for kind in allowed)
+            if f.name in COMMAS:
+                expected = "names in one text, separated by commas"
+            raise InputError(f"{f.name}={value!r}: expected {expected}")
+
+
+def is_of(value: Any, kind: Any) -> bool:
+    if get_args(kind):  # a list
+        items = value if isinstance(value, list | tuple) else [None]
+        return all(isinstance(item, KINDS[kind][1]) for item in items)
+    return isinstance(value, KINDS[kind][1]) and (kind is bool or not isinstance(value, bool))
 
 
 def texts_of_a_config(config: Any) -> None:

@@ -23,6 +23,7 @@ from .checks import (
     below_one,
     finite,
     in_ranges,
+    kinds_as_annotated,
     no_objects,
     one_of,
     paths_as_text,
@@ -148,6 +149,7 @@ class RunConfig:
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
         texts_of_a_config(self)
+        kinds_as_annotated(self)
         one_of(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
@@ -897,8 +899,6 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
             )
 
     def check_reward(self) -> None:
-        if isinstance(self.reward, str):
-            self.reward = [self.reward]
         if self.reward is None:
             return
         if not all(self.reward or [""]):
@@ -1014,3 +1014,10 @@ class PlotConfig:
     output: str | None = option(
         "run", None, help="PNG to write [unset: plot.png in the run's folder]"
     )
+
+
+# What each command's flags are; `info` has its own.
+COMMAND_CONFIGS: dict[str, type] = {
+    "reward": RewardConfig, "ppo": PPOConfig, "generate": GenerateConfig, "watch": WatchConfig,
+    "plot": PlotConfig, "report": ReportConfig, "convert": ConvertConfig,
+}  # fmt: skip

@@ -142,10 +142,12 @@ class Given:
         if isinstance(given, str | PathLike):
             return str(given)
         tokenizer = None
-        if isinstance(given, tuple) and len(given) == 2:
+        if isinstance(given, tuple):
+            if len(given) != 2 or not isinstance(given[1], PreTrainedTokenizerBase):
+                raise wrong(
+                    option, given, "(classifier, its tokenizer); several rewards are a list"
+                )
             given, tokenizer = given
-            if not isinstance(tokenizer, PreTrainedTokenizerBase):
-                raise wrong(option, tokenizer, "a tokenizer beside the classifier")
         if isinstance(given, PreTrainedModel):
             check_head(option, given, "SequenceClassification")
             name = self.add(given)

@@ -14,15 +14,7 @@ import pytest
 import rlhf_fast
 from rlhf_fast import info
 from rlhf_fast.trainer.cli import COMMANDS
-from rlhf_fast.trainer.config import (
-    ConvertConfig,
-    GenerateConfig,
-    PlotConfig,
-    PPOConfig,
-    ReportConfig,
-    RewardConfig,
-    WatchConfig,
-)
+from rlhf_fast.trainer.config import COMMAND_CONFIGS
 
 ROOT = Path(__file__).parents[2]
 if str(ROOT) not in sys.path:
@@ -30,9 +22,7 @@ if str(ROOT) not in sys.path:
 
 from bench import report, run  # noqa: E402
 
-CONFIGS = (
-    RewardConfig, PPOConfig, GenerateConfig, WatchConfig, PlotConfig, ReportConfig, ConvertConfig,
-)  # fmt: skip
+FIELDS = [f for config in COMMAND_CONFIGS.values() for f in dataclasses.fields(config)]
 README = ROOT / "README.md"
 # The walkthrough has tests of its own; the changelog speaks of what was.
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,7 +61,7 @@ def test_the_options_are_those_of_the_commands(capsys: pytest.CaptureFixture[str
     text = TEXTS["docs/options.md"]
     for name in COMMANDS:
         assert f"## rlhf-fast {name}\n" in text
-    flags = [field.name for config in CONFIGS for field in dataclasses.fields(config)]
+    flags = [field.name for field in FIELDS]
     assert all(text.count(f"| `--{name}`") == flags.count(name) for name in set(flags))
 
 
@@ -81,7 +71,7 @@ def test_the_recipes_are_their_files(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_every_flag_that_is_named_exists() -> None:
-    there = {f"--{field.name}" for config in CONFIGS for field in dataclasses.fields(config)}
+    there = {f"--{field.name}" for field in FIELDS}
     there |= {"--help", "--config", "--recipe", "--markdown", "--check"}
     there |= set(re.findall(r"--[a-z]+", run._parser().format_help()))
     there |= {"--no-deps", "--no-build-isolation", "--target"}  # pip's

@@ -18,7 +18,9 @@ from rlhf_fast.trainer import InputError, PPOConfig, PPOTrainer, RewardConfig, R
 from rlhf_fast.trainer.config import RunConfig
 from rlhf_fast.trainer.run.folder import Run, read_metrics
 
-EVENTS = ("train_begin", "train_end", "step_begin", "step_end", "log", "evaluate", "save")
+EVENTS = (
+    "init_end", "train_begin", "train_end", "step_begin", "step_end", "log", "evaluate", "save",
+)  # fmt: skip
 
 
 class Notes(TrainerCallback):
@@ -93,13 +95,22 @@ def kept(config: RunConfig) -> list[str]:
     return sorted(path.name for path in (Path(config.output_dir) / "checkpoints").iterdir())
 
 
+def test_events_that_never_come_are_named():
+    """Of all that transformers has."""
+    page = (Path(__file__).parents[2] / "docs" / "library.md").read_text(encoding="utf-8")
+    there, never = page.split("Those that never come:")
+    for event in (name for name in dir(TrainerCallback) if name.startswith("on_")):
+        comes = event.removeprefix("on_") in EVENTS
+        assert (f"`{event}`" in there, f"`{event}`" in never) == (comes, not comes), event
+
+
 def test_every_event_comes_with_what_it_is_of(config):
     notes = Notes()
     train(replace(config, steps=3, save_every=2, eval_every=2), notes)
     step = ["step_begin", "step_end", "log"]
     assert [name for name, _ in notes.seen] == [
-        "train_begin", *step, *step, "log", "evaluate", "save", *step, "log", "evaluate", "save",
-        "train_end",
+        "init_end", "train_begin", *step, *step, "log", "evaluate", "save",
+        *step, "log", "evaluate", "save", "train_end",
     ]  # fmt: skip
     assert [at for name, at in notes.seen if name == "step_begin"] == [0, 1, 2]
     assert [at for name, at in notes.seen if name in ("evaluate", "save")] == [2, 2, 3, 3]

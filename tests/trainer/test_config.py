@@ -391,3 +391,29 @@ def test_help_explains_every_flag_in_its_group(config, capsys):
         assert shown == [group], field.name
         assert field.metadata["help"].split()[0] in parts[group]
         assert all(word in parts[group] for word in field.metadata.get("choices", ()))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"eval_every": 1.5}, "eval_every=1.5: expected a whole number or unset"),
+        ({"eval_every": "3"}, "eval_every='3': expected a whole number or unset"),
+        ({"eval_every": True}, "eval_every=True: expected a whole number or unset"),
+        ({"learning_rate": "1e-5"}, "learning_rate='1e-5': expected a number"),
+        ({"max_grad_norm": False}, "max_grad_norm=False: expected a number"),
+        ({"overwrite": "no"}, "overwrite='no': expected true or false"),
+        ({"split": 3}, "split=3: expected text"),
+        ({"epochs": None}, "epochs=None: expected a whole number"),
+        ({"report_to": ["wandb"]}, "report_to=.*: expected names in one text, separated by commas"),
+    ],
+)
+@pytest.mark.parametrize("kind", [PPOConfig, RewardConfig])
+def test_a_value_of_another_kind(kind, options, message):
+    """As a Python program may give it; flags are read by their kind."""
+    with pytest.raises(InputError, match=message):
+        kind(model="m", data="d", output_dir="o", **options)
+
+
+def test_one_stands_for_a_list_of_one():
+    config = PPOConfig(model="m", data="d", output_dir="o", reward="r", reward_weights=2)
+    assert config.reward == ["r"] and config.reward_weights == [2]

@@ -224,7 +224,7 @@ class Unfit:
         ({"rewards": 3}, "reward=3: expected a name, a function or a loaded sequence classifier"),
         ({"rewards": [share, None]}, "reward=None: expected a name, a function"),
         ({"rewards": lambda prompts: []}, "reward=<lambda> cannot be called with completions"),
-        ({"rewards": (share, share)}, "reward=<function share>: expected a tokenizer"),
+        ({"rewards": (share, share)}, "expected .classifier, its tokenizer.; several .* a list"),
         ({"judge": lambda: []}, "judge=<lambda> cannot be called with completions"),
         ({"engine": 3}, "engine=3: expected a function of"),
         ({"callbacks": [3]}, "callbacks=3: expected a TrainerCallback"),
