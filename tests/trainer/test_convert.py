@@ -225,7 +225,8 @@ def test_the_page():
         ("num_ppo_epochs: 4\ngamma: 2", "becomes options that cannot work: gamma=2"),
         ("num_ppo_epochs: 4\nper_device_train_batch_size: 3\nnum_mini_batches: 2",
          "cannot work: batch_size=3 cannot be cut into minibatches=2"),
-        ("num_generations: 8\nscale_rewards: group\nper_device_train_batch_size: 0", "has a value"),
+        ("num_generations: 8\nscale_rewards: group\nper_device_train_batch_size: 0",
+         "a count is 0, expected at least 1; 0: per_device_train_batch_size"),
     ],
 )  # fmt: skip
 def test_bad_files(tmp_path, capsys, text, words):

@@ -23,7 +23,7 @@ from rlhf_fast.trainer.models.lora import LoRA
 from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import engine as engine_module
 from rlhf_fast.trainer.rollout.continuous import TransformersEngine
-from rlhf_fast.trainer.rollout.engine import FunctionEngine, check_answers, engine_options
+from rlhf_fast.trainer.rollout.engine import FunctionEngine, ask, check_answers, engine_options
 from rlhf_fast.trainer.rollout.protocol import Completions, Sampling
 from rlhf_fast.trainer.rollout.sample import EmbeddedEngine, sample
 from rlhf_fast.trainer.run.folder import read_metrics
@@ -251,6 +251,15 @@ def test_answers_that_cannot_be_learnt_from(policy, change, message):
     check_answers(done, 1, sampling, policy.model)
     with pytest.raises(InputError, match=message):
         check_answers(done._replace(**change), 1, sampling, policy.model)
+
+
+@pytest.mark.parametrize("returned", [3, None, (1, 2, 3)])
+def test_what_is_no_answer_at_all(policy, returned):
+    ids = torch.ones(1, 2).long()
+    arguments = policy.model, ids, ids.bool(), Sampling(4, 1.0, []), torch.rand(1, 4)
+    kind = type(returned).__name__
+    with pytest.raises(InputError, match=f"returned {kind}, expected Completions"):
+        ask(lambda *_: returned, *arguments)
 
 
 def test_options_of_an_engine(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from recorded import EVIL, a_ppo_run, a_reward_run, ppo_rows
 
 from rlhf_fast.trainer.cli import main
-from rlhf_fast.trainer.run.page import page, said
+from rlhf_fast.trainer.run.page import from_the_start, page, said
 from rlhf_fast.trainer.run.record import read
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -122,6 +122,14 @@ def test_a_reward_model(tmp_path):
         == "A reward model of org/small-model, trained on the pairs of org/pairs."
     )
     assert told.texts["figcaption"][:2] == ["loss", "share of pairs in the right order"]
+
+
+def test_held_out_curves_begin_before_training(finished):
+    rows = from_the_start(read(finished))
+    before = json.loads((finished / "before.json").read_text())
+    assert [row["step"] for row in rows[:2]] == [0, 10]
+    assert rows[0]["eval_score"] == pytest.approx(sum(before["score"]) / len(before["score"]))
+    assert rows[0].keys() <= rows[1].keys()
 
 
 def test_a_warning_is_said_once_however_often_it_comes():

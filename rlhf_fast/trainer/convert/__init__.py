@@ -25,7 +25,10 @@ def convert(path: Path, framework: str | None = None, processes: int = 1) -> str
     of = FRAMEWORKS[framework or recognised(given, path)]
     try:
         values, said = converted(given, of, processes)
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except ZeroDivisionError:
+        zeros = ", ".join(key for key, value in given.items() if value == 0)
+        raise InputError(f"file={path}: a count is 0, expected at least 1; 0: {zeros}") from None
+    except (TypeError, ValueError, AttributeError) as error:
         raise InputError(f"file={path} has a value that cannot be converted: {error}") from None
     check(values, path)
     return "".join(lines(values, said, given, of, path))

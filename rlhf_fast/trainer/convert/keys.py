@@ -93,7 +93,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 FAMILIES = {
-    "vllm_": "no vLLM here: see rollout_engine for an engine of your own",
+    "vllm_": "see rollout_engine_options (docs/engines.md)",
     "deepspeed": "given to accelerate, as `accelerate launch --config_file`",
     "fsdp": "given to accelerate, as `accelerate launch --config_file`",
     "load_in_": "models are not quantised",

@@ -71,7 +71,7 @@ KEYS = TRANSFORMERS | {
     "num_generations_eval": none("one answer to each held-out prompt"),
     "chat_template_kwargs": none("the tokenizer's template is taken as it is"),
     "max_tool_calling_iterations": none("an answer is one turn"),
-    "use_vllm": none("no vLLM here: see rollout_engine for an engine of your own"),
+    "use_vllm": none("see rollout_engine: vllm or vllm-server (docs/engines.md)"),
     "cache_implementation": none("rlhf_fast's own decoding"),
     "use_transformers_paged": none("rlhf_fast's own decoding"),
     "use_transformers_continuous_batching": none("rlhf_fast's own decoding"),

@@ -197,12 +197,18 @@ def ask(
     """
     draw = getattr(engine, "draw", None) or (None if is_engine(engine) else partial(engine, model))
     if draw is not None:
-        return draw(ids, mask, sampling, draws)
+        return completions(draw(ids, mask, sampling, draws))
     rows = zip(ids.tolist(), mask.tolist(), strict=True)
     prompts = [[t for t, real in zip(row, kept, strict=True) if real] for row, kept in rows]
-    done = engine.generate(prompts, sampling, seed_of(draws))
+    done = completions(engine.generate(prompts, sampling, seed_of(draws)))
     check_answers(done, len(prompts), sampling, model)
     return Completions(*(None if x is None else x.to(ids.device) for x in done))
+
+
+def completions(done: Any) -> Completions:
+    if not isinstance(done, Completions):
+        raise InputError(f"the rollout engine returned {type(done).__name__}, expected Completions")
+    return done
 
 
 def seed_of(draws: Tensor) -> int:

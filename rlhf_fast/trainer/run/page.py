@@ -6,6 +6,7 @@ import re
 from datetime import datetime
 from io import StringIO
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def page(record: Record) -> str:
         },
         "curves": {
             "Training": drawn(record.rows, record.panels),
-            "Held out": drawn(record.evaluations, held_out(record.evaluations)),
+            "Held out": drawn(from_the_start(record), held_out(record.evaluations)),
         },
         "samples": pairs(record.before, after, later),
         "later": later,
@@ -134,6 +135,14 @@ def side(label: str, answers: dict, earlier: dict | None, i: int) -> dict[str, A
 
 
 # ------------------------------------------------------------------------------ the curves
+
+
+def from_the_start(record: Record) -> list[dict[str, Any]]:
+    """The evaluations, and before them what was answered before training."""
+    before, known = record.before or {}, set().union(*record.evaluations)
+    answered = {f"eval_{name}": values for name, values in before.items() if values}
+    start = {name: mean(values) for name, values in answered.items() if name in known}
+    return [{"step": 0} | start, *record.evaluations] if start else record.evaluations
 
 
 def held_out(evaluations: list[dict[str, Any]]) -> list[tuple[str, str]]:
