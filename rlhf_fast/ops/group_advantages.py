@@ -69,6 +69,8 @@ def group_advantages(
         if lengths.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"lengths must be int32 or int64, got {check.describe(lengths)}")
         check.same_shape("lengths", lengths, "scores", scores)
+        if check.values_can_be_read(lengths) and bool((lengths < 0).any()):
+            raise ValueError(f"lengths must be at least 0, got {int(lengths.min())}")
 
     groups = scores.detach().to(check.accumulator(scores)).reshape(-1, group_size)
     advantages = groups - groups.mean(1, keepdim=True)
@@ -79,8 +81,10 @@ def group_advantages(
         total = weights.sum(1, keepdim=True)
         advantages = advantages - (weights * advantages).sum(1, keepdim=True) / total.clamp(min=1)
     elif method == "grpo":
-        variance = advantages.square().sum(1, keepdim=True) / (group_size - 1)
-        advantages = advantages / (variance.sqrt() + eps)
+        # of the largest deviation, for squares of 1e-23 or 1e20 are no float32
+        unit = advantages.abs().amax(1, keepdim=True).clamp(min=torch.finfo(groups.dtype).tiny)
+        variance = (advantages / unit).square().sum(1, keepdim=True) / (group_size - 1)
+        advantages = advantages / (unit * variance.sqrt() + eps)
     # the rounded mean of equal numbers need not be that number
     equal = (groups == groups[:, :1]).all(1, keepdim=True)
     return advantages.masked_fill(equal, 0.0).reshape(-1)

@@ -74,6 +74,8 @@ def kto_loss(
         check.floating("kl", kl)
         check.shaped("kl", kl, [], "a number or a 0-dim tensor")
         check.same_device("kl", kl, "logp", logp)
+        if check.values_can_be_read(kl) and bool(kl.isnan()):
+            raise ValueError("kl must be a number, got nan")
         point: float | Tensor = kl.detach().to(dtype).clamp(min=0.0)
     else:
         check.number("kl", kl, dtype=dtype)

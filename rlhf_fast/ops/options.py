@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -144,10 +145,25 @@ class PolicyOptions:
             raise ValueError(f"loss={self.loss!r} needs ratio={ratios}, got ratio={self.ratio!r}")
         if self.dual_clip is not None and self.loss != "ppo":
             raise ValueError(f"dual_clip {self.dual_clip} needs loss='ppo', got loss={self.loss!r}")
+        if self.loss == "vespo":
+            self._weights_can_be_held("pos", self.vespo_k_pos, self.vespo_lambda_pos, dtype)
+            self._weights_can_be_held("neg", self.vespo_k_neg, self.vespo_lambda_neg, dtype)
         if self.delta is not None and self.loss not in HELD:
             raise ValueError(
                 f"delta {self.delta} needs loss={' or '.join(map(repr, HELD))}, "
                 f"got loss={self.loss!r}"
+            )
+
+    @staticmethod
+    def _weights_can_be_held(sign: str, k: float, decay: float, dtype: torch.dtype) -> None:
+        """vespo: e^λ w^k e^(−λw), largest at w = k/λ, is a number for all w from 1e-8 to e^20."""
+        w = min(max(k / decay, 1e-8), math.exp(20.0))
+        largest = decay + k * math.log(w) - decay * w
+        most = math.log(torch.finfo(dtype).max) - 8.0  # a factor of 3000 for what it multiplies
+        if not largest <= most:
+            raise ValueError(
+                f"vespo_k_{sign} {k:g} and vespo_lambda_{sign} {decay:g} make weights of up to "
+                f"e^{largest:.3g}, expected at most e^{most:.0f}"
             )
 
     def values(self) -> tuple[Any, ...]:

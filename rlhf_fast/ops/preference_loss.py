@@ -60,9 +60,9 @@ def preference_loss(
         ref_logp: [2B, T], those of the frozen reference, a constant; dpo and ipo need it, the
             others have none.
         loss: dpo, ipo, simpo or orpo.
-        beta: above 0. Usual: dpo .1, ipo .1, simpo 2, orpo .1.
+        beta: above 0, for ipo at least 1e-15 in float32. Usual: dpo .1, ipo .1, simpo 2, orpo .1.
         margin: ≥ 0, dpo and simpo (there γ: .5 to 1.6).
-        label_smoothing: ≥ 0, below .5; share of the pairs that are the wrong way round; dpo, simpo.
+        label_smoothing: 0 to .5; share of the pairs that are the wrong way round; dpo, simpo.
         nll_coef: ≥ 0. ORPO's own is 1.
 
     Returns:
@@ -87,6 +87,8 @@ def preference_loss(
         check.like("ref_logp", ref_logp, "logp", logp)
     dtype = check.accumulator(logp, ref_logp)
     check.number("beta", beta, above=0.0, dtype=dtype)
+    if loss == "ipo" and dtype == torch.float32:  # which holds (1/(2β))²
+        check.number("beta", beta, low=1e-15)
     check.number("margin", margin, low=0.0, dtype=dtype)
     check.number("label_smoothing", label_smoothing, low=0.0, high=0.5, dtype=dtype)
     check.number("nll_coef", nll_coef, low=0.0, dtype=dtype)

@@ -82,9 +82,9 @@ def rollout_correction(
     k3 = s_t − 1 − log s_t; and where any of its s_t < veto. These are verl's ``rollout_rs`` of
     seq_mean_k1 and so on, where a k1 has its one threshold u as reject_above = log u.
 
-    All is in log space, held within ±20. The weights are constants: no gradient flows. A token
-    that IcePop leaves has the weight 0 and still counts in a loss's denominator; a rejected row
-    leaves the mask and does not.
+    All is in log space, held within ±20 but for the veto. The weights are constants: no gradient
+    flows. A token that IcePop leaves has the weight 0 and still counts in a loss's denominator; a
+    rejected row leaves the mask and does not.
 
     Args:
         old_logp: [..., T], nats: by the trainer, before its first update.
@@ -128,7 +128,8 @@ def rollout_correction(
         stat = row_statistic(log_s, counts, mask, reject)
         kept = kept & (stat <= reject_above)
     if veto is not None:
-        kept = kept & ~(mask & (held(log_s).exp() < veto)).any(-1, keepdim=True)
+        # as it is: held within ±20, an impossible token would stay above a veto of 1e-9
+        kept = kept & ~(mask & (log_s.exp() < veto)).any(-1, keepdim=True)
 
     own_weights = mode is None or level == "token"
     ratios = at_level(log_s, counts, "token" if own_weights else level)  # [..., T] or [..., 1]
@@ -250,7 +251,7 @@ def reference(
         s = near.exp()
         all_k3.append(s - 1 - near)
         estimates = {"k1": -near, "k2": near**2 / 2, "k3": s - 1 - near}
-        out = veto is not None and bool((s < veto).any())
+        out = veto is not None and bool((log_s.exp() < veto).any())
         if reject is not None and reject_above is not None:
             each = estimates[reject[-2:]]
             stat = each.abs().amax() if reject[:3] == "max" else each.sum().abs()

@@ -43,11 +43,11 @@ def top_entropy_mask(
     """
     check.floating("entropy", entropy)
     check.boolean_mask(mask, "entropy", entropy)
-    dtype = check.accumulator(entropy, all_entropies)
-    check.number("share", share, low=0.0, high=1.0, dtype=dtype)
     if all_entropies is None:
         all_entropies = entropy[mask]
     check.floating("all_entropies", all_entropies)
+    dtype = check.accumulator(entropy, all_entropies)
+    check.number("share", share, low=0.0, high=1.0, dtype=dtype)
     check.shaped("all_entropies", all_entropies, [all_entropies.numel()], "[N]")
     check.same_device("all_entropies", all_entropies, "entropy", entropy)
     n = all_entropies.numel()

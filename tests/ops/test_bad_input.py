@@ -191,6 +191,13 @@ CASES = [
     ),
     ("preference_loss", (x[0], mask[0], x[0]), {}, ValueError, r"logp must be \[2B, T\]"),
     ("preference_loss", (x, mask, x), {"beta": 0.0}, ValueError, "beta must be"),
+    (
+        "preference_loss",
+        (x, mask, x),
+        {"loss": "ipo", "beta": 1e-20},  # its (1/(2β))² is 2.5e39
+        ValueError,
+        "beta must be at least 1e-15",
+    ),
     ("preference_loss", (x, mask, x), {"loss": "kto"}, ValueError, "loss must be one of dpo, ipo"),
     (
         "preference_loss",
@@ -203,6 +210,7 @@ CASES = [
     ("kto_loss", (x, mask, x, mask), {}, ValueError, r"desirable must be \[B\]"),
     ("kto_loss", (x, mask, x, x[:, 0]), {}, TypeError, "desirable must be bool"),
     ("kto_loss", (x, mask, x, mask[:, 0]), {"kl": torch.nan}, ValueError, "kl must be"),
+    ("kto_loss", (x, mask, x, mask[:, 0]), {"kl": x[0, 0] * torch.nan}, ValueError, "kl must be"),
     (
         "kto_loss",
         (x, mask, x, mask[:, 0]),
@@ -216,6 +224,13 @@ CASES = [
     ("group_advantages", (x[0], 3.0), {}, TypeError, "group_size must be an int, got float"),
     ("group_advantages", (x[0], 3), {"method": "gae"}, ValueError, "method must be one of grpo, r"),
     ("group_advantages", (x[0], 3), {"method": "opo"}, ValueError, "lengths and method='opo' need"),
+    (
+        "group_advantages",
+        (x[0], 3),
+        {"method": "opo", "lengths": -cu},
+        ValueError,
+        "lengths must be at least 0, got -3",
+    ),
     ("group_advantages", (x[0], 3), {"lengths": cu}, ValueError, "lengths and method='opo' need"),
     (
         "group_advantages",
@@ -466,6 +481,17 @@ CASES += [
         ({"loss": "gmpo"}, ValueError, "loss='gmpo' needs ratio='sequence', got ratio='token'"),
         ({"sapo_tau_neg": 0}, ValueError, "sapo_tau_neg must be above 0"),
         ({"vespo_k_pos": -1.0}, ValueError, "vespo_k_pos must be at least 0"),
+        *(
+            (
+                {"loss": "vespo", "ratio": "sequence", **weights},
+                ValueError,
+                f"{sign} .*up to e.{e},",
+            )
+            for sign, weights, e in [
+                ("pos", {"vespo_lambda_pos": 100.0, "vespo_k_pos": 0.0}, 100),
+                ("neg", {"vespo_lambda_neg": 1e-20, "vespo_k_neg": 5.0}, 100),
+            ]
+        ),
         ({"unbiased_kl": 1}, TypeError, "unbiased_kl must be"),
         ({"ratio": None}, ValueError, "ratio must be one of"),
         ({"loss": None}, ValueError, "loss must be one of"),

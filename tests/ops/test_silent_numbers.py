@@ -123,6 +123,16 @@ def test_constant_returns_explain_nothing(kernels, dtype, level):
     assert stats.explained_var.item() == pytest.approx(right.item(), rel=1e-3, abs=1e-6)
 
 
+@either_dtype
+@pytest.mark.parametrize("size", [1e-23, 1.0, 1e20])
+def test_scores_of_any_size_have_the_same_advantages(dtype, size):
+    """Squares of the small ones are 0 in float32, those of the large ones infinite."""
+    scores = torch.tensor([0.0, 1.0, 0.5, 0.0], dtype=dtype)
+    right = rf.group_advantages(scores, 4, eps=0.0)
+    assert right.tolist() == pytest.approx([-0.783, 1.306, 0.261, -0.783], abs=1e-3)
+    assert rf.group_advantages(scores * size, 4, eps=0.0).tolist() == pytest.approx(right.tolist())
+
+
 # ------------------------------------------------------------------------- 0 times an infinity
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import rlhf_fast as rf
@@ -34,6 +35,12 @@ def test_the_top_share_of_a_batch_in_parts() -> None:
     assert torch.equal(torch.cat(parts), whole)
     alone = [rf.top_entropy_mask(entropy[i : i + 2], mask[i : i + 2], 0.25) for i in (0, 2, 4)]
     assert not torch.equal(torch.cat(alone), whole)
+
+
+def test_entropies_that_are_no_tensor() -> None:
+    x = torch.rand(2, 3)
+    with pytest.raises(TypeError, match="all_entropies must be a tensor, got list"):
+        rf.top_entropy_mask(x, x > 0.5, 0.5, all_entropies=[0.1, 0.2])  # type: ignore[arg-type]
 
 
 def test_nothing_counts() -> None:
