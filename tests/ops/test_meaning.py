@@ -167,6 +167,9 @@ def test_rollout_correction_by_hand() -> None:
     assert weights.tolist() == [[1, 1], [0, 0]] and stats.clipfrac == 0
     _, kept, _ = correct(veto=0.3)
     assert kept[:, :2].tolist() == [[True, True], [False, False]]
+    old[0, 1] = -math.inf  # an impossible token is below any veto, also one of less than e^-20
+    _, kept, _ = correct(veto=1e-10)
+    assert kept[:, :2].tolist() == [[False, False], [True, True]]
 
 
 def test_kl_penalized_rewards_score_sits_on_the_last_real_token() -> None:
