@@ -337,7 +337,8 @@ def test_an_engine_in_one_file(configured, tmp_path, layers):
     assert row["val/answer_tokens"] == 3
     assert row["val/rollout_logp_gap"] > 0.5  # the engine's log-probs are made up
     with pytest.raises(
-        InputError, match="rollout_engine=x: expected file.py:function or module:function"
+        InputError,
+        match="rollout_engine=x: expected transformers, vllm, vllm-server, file.py:name or module:name",
     ):
         ppo.train(configured("bad", rollout_engine="x"))
     (tmp_path / "two.py").write_text("def two(prompts, completions): ...")
