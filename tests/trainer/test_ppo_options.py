@@ -338,7 +338,7 @@ def test_an_engine_in_one_file(configured, tmp_path, layers):
     assert row["val/rollout_logp_gap"] > 0.5  # the engine's log-probs are made up
     with pytest.raises(
         InputError,
-        match="rollout_engine=x: expected transformers, vllm, vllm-server, file.py:name or module:name",
+        match="rollout_engine=x: expected transformers, vllm, vllm-server, file",
     ):
         ppo.train(configured("bad", rollout_engine="x"))
     (tmp_path / "two.py").write_text("def two(prompts, completions): ...")
