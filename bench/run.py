@@ -1,7 +1,7 @@
 """Every op of the registry beside its peers on this device: a table, JSON and plots.
 
     python bench/run.py                   every op, some minutes on 2 cores
-    python bench/run.py --quick           each op's first shape: 4½ minutes, 2 cores, AMD EPYC (AVX2)
+    python bench/run.py --quick           each op's first shape: 4½ minutes, 2 cores, AMD EPYC
     python bench/run.py --suite linear    ops that begin at the hidden states: three vocabularies
     python bench/run.py --suite scale     time and memory against N, V, H, T, rows that matter
     python bench/run.py --suite accuracy  errors against float64, by dtype
