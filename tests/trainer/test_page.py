@@ -125,11 +125,14 @@ def test_a_reward_model(tmp_path):
 
 
 def test_held_out_curves_begin_before_training(finished):
-    rows = from_the_start(read(finished))
+    record = read(finished)
+    rows = from_the_start(record)
     before = json.loads((finished / "before.json").read_text())
     assert [row["step"] for row in rows[:2]] == [0, 10]
     assert rows[0]["eval_score"] == pytest.approx(sum(before["score"]) / len(before["score"]))
     assert rows[0].keys() <= rows[1].keys()
+    record.before["score"] = [None, 4.0, float("nan")]  # two answers were lost
+    assert from_the_start(record)[0]["eval_score"] == 4.0
 
 
 def test_a_warning_is_said_once_however_often_it_comes():

@@ -108,7 +108,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 FAMILIES = {
-    ROLLOUT: "rlhf_fast's own decoding; see rollout_engine for an engine of your own",
+    ROLLOUT: "see rollout_engine, rollout_engine_options (docs/engines.md)",
     "actor_rollout_ref.ref": "the reference is measured with the policy",
     ACTOR: "no equal: FSDP is accelerate's, batches are micro_batch_size",
     MODEL: "no equal",

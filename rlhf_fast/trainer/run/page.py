@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from datetime import datetime
 from io import StringIO
@@ -18,7 +19,7 @@ from rlhf_fast.trainer.run.completions import as_text
 from rlhf_fast.trainer.run.console import profile
 from rlhf_fast.trainer.run.diagnostics import warnings
 from rlhf_fast.trainer.run.metrics import Row
-from rlhf_fast.trainer.run.plot import panel
+from rlhf_fast.trainer.run.plot import number, panel
 from rlhf_fast.trainer.run.record import Record
 from rlhf_fast.version import __version__
 
@@ -140,8 +141,13 @@ def side(label: str, answers: dict, earlier: dict | None, i: int) -> dict[str, A
 def from_the_start(record: Record) -> list[dict[str, Any]]:
     """The evaluations, and before them what was answered before training."""
     before, known = record.before or {}, set().union(*record.evaluations)
-    answered = {f"eval_{name}": values for name, values in before.items() if values}
-    start = {name: mean(values) for name, values in answered.items() if name in known}
+    answered = {f"eval_{name}": values for name, values in before.items()}
+    numbers = {  # a lost answer has no score
+        name: [x for x in map(number, values) if not math.isnan(x)]
+        for name, values in answered.items()
+        if name in known
+    }
+    start = {name: mean(values) for name, values in numbers.items() if values}
     return [{"step": 0} | start, *record.evaluations] if start else record.evaluations
 
 
