@@ -138,7 +138,7 @@ def test_verl(tmp_path):
     assert (config.dual_clip, config.value_clip, config.epochs) == (3.0, 0.5, 1)
     assert config.value_model == config.model == "deepseek-ai/deepseek-llm-7b-chat"
     assert (config.save_every, config.eval_every, config.report_to) == (20, 1, "wandb")
-    assert "# actor_rollout_ref.rollout.tensor_model_parallel_size: 4  (rlhf_fast's own" in text
+    assert "# actor_rollout_ref.rollout.tensor_model_parallel_size: 4  (see rollout_engine" in text
     assert "# Still to be given: reward, output_dir." in text
 
 
