@@ -40,7 +40,8 @@ def kto_loss(
 
     z is a constant. The paper (sec. 4.1) estimates it as the mean of r over answers to *other*
     prompts of the batch (all processes' together); with kl = 0 the loss stays one of classifying.
-    An answer without tokens is left out.
+    An answer without tokens is left out, and so is one of which r − z is ∞ − ∞: with a token that
+    neither policy nor reference can give. A log-prob of NaN stays one.
 
     Args:
         logp: [B, T], log π of the answers' tokens, with gradient.
@@ -92,6 +93,9 @@ def kto_loss(
         for good, bad in ((1.0, -1.0), (float(desirable_weight), float(undesirable_weight)))
     )
     gain = beta * sign * (ratio - point)
+    nan = ((logp.isnan() | ref_logp.isnan()) & mask).any(1)
+    kept = kept & (~gain.isnan() | nan)
+    gain = gain.masked_fill(~kept, 0.0)  # before what is not linear, or the gradient would be NaN
     each = (weight * torch.sigmoid(-gain)).masked_fill(~kept, 0.0)  # 1 − σ(x) is σ(−x)
 
     def mean(x: Tensor, of: Tensor) -> Tensor:
@@ -115,7 +119,7 @@ def reference(
 ) -> tuple[Tensor, KTOStats]:
     """One answer after another, by the formula."""
     dtype = check.accumulator(logp, ref_logp)
-    zero = logp.to(dtype).masked_fill(~mask, 0.0).sum() * 0.0
+    zero = logp[:0].to(dtype).sum()
     losses: list[Tensor] = []
     rewards: dict[bool, list[Tensor]] = {True: [], False: []}
     for own, ref, counts, good in zip(logp, ref_logp, mask, desirable.tolist(), strict=True):
@@ -123,6 +127,8 @@ def reference(
             continue
         ratio = (own[counts].to(dtype) - ref[counts].to(dtype)).sum()
         point = max(float(kl), 0.0)
+        if (ratio - point).isnan() and not (own[counts].isnan() | ref[counts].isnan()).any():
+            continue  # ∞ − ∞
         value = torch.sigmoid(beta * (ratio - point if good else point - ratio))
         losses.append((desirable_weight if good else undesirable_weight) * (1 - value))
         rewards[good].append(beta * ratio.detach())
@@ -149,6 +155,11 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
     for name in ("logp", "ref_logp"):
         hidden[name] = hidden[name].masked_fill(~hidden["mask"], torch.nan)
     yield Sample("an answer of no token, NaN behind the mask", hidden, ("logp",))
+    both = drawn(4, 5)
+    for name in ("logp", "ref_logp"):
+        both[name][1, 0] = -torch.inf
+    both["logp"][2, 0] = -torch.inf
+    yield Sample("impossible tokens, one of them for both models", both, ("logp",))
     alone = drawn(3, 4)
     alone["desirable"] = torch.ones(3, dtype=torch.bool)
     yield Sample("good answers alone", alone, ("logp",))

@@ -50,8 +50,10 @@ def preference_loss(
     plus nll_coef times the mean of −log π over the tokens of the chosen answers. With a label
     smoothing of ε, −log σ(x) becomes −(1 − ε) log σ(x) − ε log σ(−x), as if a share of ε of the
     pairs were the wrong way round. IPO's means over tokens are TRL's, confirmed there by IPO's
-    authors. A pair of which one answer has no token is left out. Plain PyTorch on [2B, T] numbers:
-    what is fused is the head, in ``linear_token_logprobs``.
+    authors. A pair of which one answer has no token is left out, and so is one whose Δ is ∞ − ∞:
+    two answers that the policy cannot give, or a token that neither policy nor reference can give,
+    do not say which is better. A log-prob of NaN stays one. Plain PyTorch on [2B, T] numbers: what
+    is fused is the head, in ``linear_token_logprobs``.
 
     Args:
         logp: [2B, T], log π of the answers' tokens, with gradient: the B chosen answers, then the B
@@ -109,7 +111,9 @@ def preference_loss(
     if loss == "orpo":
         reward = log_odds(reward.masked_fill(~paired, -1.0))
     chosen, rejected = reward.view(2, -1).unbind()
-    gap, kept = chosen - rejected, paired[: len(chosen)]
+    gap = chosen - rejected
+    kept = paired[: len(chosen)] & ~(gap.isnan() & without_nan(logp, ref_logp, mask))
+    gap = gap.masked_fill(~kept, 0.0)  # before what is not linear, or the gradient would be NaN
     if loss == "ipo":
         each = (gap - 1 / (2 * beta)).square()
     elif loss == "orpo":
@@ -123,12 +127,19 @@ def preference_loss(
     def mean(x: Tensor) -> Tensor:
         return x.masked_fill(~kept, 0.0).sum() / pairs
 
-    nll = -logp[: len(chosen)].sum() / mask[: len(chosen)].sum().clamp(min=1)
+    tokens = mask[: len(chosen)] & kept[:, None]
+    nll = -logp[: len(chosen)].masked_fill(~tokens, 0.0).sum() / tokens.sum().clamp(min=1)
     result = mean(each)
     if nll_coef:  # 0·∞ is 0 here
         result = result + nll_coef * nll
     columns = (mean((gap > 0).to(dtype)), mean(chosen), mean(rejected), nll)
     return result, PreferenceStats(*(x.detach() for x in columns))
+
+
+def without_nan(logp: Tensor, ref_logp: Tensor | None, mask: Tensor) -> Tensor:
+    """[B] bool, the pairs of [2B, T] log-probs without a NaN where mask counts."""
+    nan = logp.isnan() if ref_logp is None else logp.isnan() | ref_logp.isnan()
+    return ~(nan & mask).any(1).view(2, -1).any(0)
 
 
 def log_odds(logp: Tensor) -> Tensor:
@@ -175,6 +186,11 @@ def reference(
         else:
             p = [ratio.mean().exp() for _, ratio in pair]
             chosen, rejected = (torch.log(x / (1 - x)) for x in p)
+        given = [
+            x[row][mask[row]] for x in (logp, ref_logp) if x is not None for row in (i, size + i)
+        ]
+        if (chosen - rejected).isnan() and not torch.cat(given).isnan().any():
+            continue  # ∞ − ∞
         right = torch.sigmoid(chosen - rejected - margin)
         wrong = torch.sigmoid(rejected - chosen + margin)
         if loss == "ipo":
@@ -188,7 +204,7 @@ def reference(
         rows.append(torch.stack([(chosen > rejected).to(dtype), chosen, rejected]).detach())
         tokens.append(pair[0][0])
     if not losses:
-        zero = logp.to(dtype).masked_fill(~mask, 0.0).sum() * 0.0
+        zero = logp[:0].to(dtype).sum()
         none = zero.detach()
         return zero, PreferenceStats(none, none, none, none)
     nll = -torch.cat(tokens).mean()
@@ -220,6 +236,15 @@ def samples(generator: torch.Generator) -> Iterator[Sample]:
         hidden[name] = hidden[name].masked_fill(~hidden["mask"], torch.nan)
     yield Sample("an answer of no token, NaN behind the mask", hidden, ("logp",))
     yield Sample("no pairs", drawn(0, 4), ("logp",))
+    for loss in LOSSES:
+        given = drawn(4, 5, loss, nll_coef=0.5)
+        given["logp"][[0, 4], 0] = -torch.inf
+        yield Sample(f"{loss}, two impossible answers", given, ("logp",))
+    for loss in ("dpo", "ipo"):
+        both = drawn(3, 5, loss)
+        for name in ("logp", "ref_logp"):
+            both[name][1, 0] = -torch.inf
+        yield Sample(f"{loss}, a token that neither model can give", both, ("logp",))
     empty = drawn(2, 3, "orpo")
     empty["mask"] = torch.zeros_like(empty["mask"])
     yield Sample("all masked", empty, ("logp",))
