@@ -7,15 +7,16 @@ A field is a flag (`--learning_rate` or `--learning-rate`) and a key of the YAML
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from rlhf_fast.ops.options import HELD, LOSSES, PolicyOptions
+from rlhf_fast.ops.options import PolicyOptions
 from rlhf_fast.ops.rollout_correction import LEVELS, REJECTIONS
 
+from . import contradictions
 from .checks import (
     above_zero,
     at_least,
@@ -30,6 +31,7 @@ from .checks import (
     seed_in_range,
     texts_of_a_config,
 )
+from .contradictions import refuse
 from .errors import InputError
 
 
@@ -230,6 +232,7 @@ class RewardConfig(RunConfig):
                     "dataset or split of their own, or drawn from data"
                 )
         refuse_same_data(self, "pairs")
+        refuse(self, contradictions.REWARD)
 
 
 def refuse_same_data(config: Any, rows: str) -> None:
@@ -691,7 +694,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
             )
         self.check_reward()
         refuse_same_data(self, "prompts")
-        self.refuse_contradictions()
+        refuse(self, contradictions.PPO)
         try:
             PolicyOptions(**self.policy_options(self.beta)).check(torch.float32)
         except (TypeError, ValueError) as error:
@@ -736,167 +739,20 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     def whitens_advantages(self) -> bool:
         if self.whiten_advantages is not None:
             return self.whiten_advantages
-        return self.estimator not in (*GROUPED, "remax")
+        return not self.is_grouped and self.estimator != "remax"
 
-    def refuse_contradictions(self) -> None:
-        grouped = self.estimator in GROUPED
-        for contradict, names, reason in (
-            (
-                self.missing_eos_score is not None and self.missing_eos_penalty,
-                ("missing_eos_score", "missing_eos_penalty"),
-                "an answer without an end is scored by one of them",
-            ),
-            (
-                self.lora_r is not None and self.trainable_layers is not None,
-                ("lora_r", "trainable_layers"),
-                "either adapters learn or the top layers do",
-            ),
-            (
-                self.lora_target_modules is not None and self.lora_r is None,
-                ("lora_target_modules", "lora_r"),
-                "without a rank there are no adapters",
-            ),
-            (
-                self.value_model is not None and self.estimator in CRITIC_FREE,
-                ("value_model", "estimator"),
-                "this estimator has no critic",
-            ),
-            *(
-                (
-                    self.estimator in CRITIC_FREE and getattr(self, name) not in (None, 0),
-                    (name, "estimator"),
-                    "this estimator has no critic",
-                )
-                for name in ("lam_critic", "lam_length_alpha", "critic_warmup_steps")
-            ),
-            (
-                (grouped or self.estimator == "reinforce_baseline") and self.samples_per_prompt < 2,
-                ("estimator", "samples_per_prompt"),
-                "an answer needs others to its prompt to be compared with",
-            ),
-            (
-                self.dynamic_sampling_rounds > 0 and self.samples_per_prompt < 2,
-                ("dynamic_sampling_rounds", "samples_per_prompt"),
-                "the scores of one answer have no spread",
-            ),
-            (
-                self.dynamic_sampling_rounds > 0 and self.estimator == "remax",
-                ("dynamic_sampling_rounds", "estimator"),
-                "remax compares with a greedy answer and not with the group",
-            ),
-            (
-                self.environment is not None and self.estimator == "remax",
-                ("environment", "estimator"),
-                "remax asks for one greedy answer, of one turn",
-            ),
-            (
-                self.environment is None and "environment" in (self.reward or ()),
-                ("reward", "environment"),
-                "there is no environment that gives rewards",
-            ),
-            (
-                self.overlong_cache is not None and self.overlong_cache > self.max_new_tokens,
-                ("overlong_cache", "max_new_tokens"),
-                "the answer is not that long",
-            ),
-            (
-                grouped and self.whiten_rewards,
-                ("estimator", "whiten_rewards"),
-                "this estimator has no rewards per token",
-            ),
-            (
-                self.kl_in == "loss" and self.kl_estimator == "k1" and not self.unbiased_kl,
-                ("kl_in", "kl_estimator"),
-                "k1's gradient is zero on average: choose k2 or k3, or unbiased_kl",
-            ),
-            (
-                self.ratio not in LOSSES.get(self.policy_loss, self.ratio),
-                ("ratio", "policy_loss"),
-                "this loss has no such ratio",
-            ),
-            (
-                self.dual_clip is not None and self.policy_loss != "ppo",
-                ("dual_clip", "policy_loss"),
-                "only ppo has a dual clip",
-            ),
-            (
-                self.delta is not None and self.policy_loss not in HELD,
-                ("delta", "policy_loss"),
-                "this loss holds no ratio",
-            ),
-            (
-                self.unbiased_kl and self.kl_in != "loss",
-                ("unbiased_kl", "kl_in"),
-                "only the loss has a KL with a gradient",
-            ),
-            (
-                self.clip_high is not None and self.policy_loss in ("reinforce", "sapo", "vespo"),
-                ("clip_high", "policy_loss"),
-                "this loss has no clip",
-            ),
-            *self.contradictions_of_the_correction(),
-            (
-                self.adaptive_kl_target is not None and self.beta == 0,
-                ("adaptive_kl_target", "beta"),
-                "multiplying 0 leaves 0",
-            ),
-            (
-                self.adaptive_kl_target is not None and 0.2 * self.batch_size >= self.kl_horizon,
-                ("kl_horizon", "batch_size"),
-                "a KL of 0 would take beta to 0 or below, choose a horizon above batch_size/5",
-            ),
-            (
-                self.attn_implementation == "flash_attention_2" and not self.bf16,
-                ("attn_implementation", "bf16"),
-                "flash attention has no float32",
-            ),
-        ):
-            if contradict:
-                raise InputError(
-                    " and ".join(f"{name}={getattr(self, name)}" for name in names)
-                    + f" contradict each other: {reason}"
-                )
+    @property
+    def is_grouped(self) -> bool:
+        return self.estimator in GROUPED
 
-    def contradictions_of_the_correction(self) -> Iterator[tuple[bool, tuple[str, ...], str]]:
-        """(whether it is one, the options, the reason)."""
-        corrects = self.correction["mode"] is not None
-        bounds = self.rollout_ratio_min, self.tis_cap
-        yield (
-            corrects and bounds == (None, None),
-            ("rollout_correction", "tis_cap"),
-            "a bound is missing, tis_cap or rollout_ratio_min",
-        )
-        yield (
-            None not in bounds and bounds[0] >= bounds[1],
-            ("rollout_ratio_min", "tis_cap"),
-            "nothing lies between them",
-        )
-        for name, default in (
-            ("rollout_correction_level", "token"),
-            ("rollout_ratio_min", None),
-            ("rollout_normalize", False),
-        ):
-            yield (
-                getattr(self, name) != default and not corrects,
-                (name, "rollout_correction"),
-                "there are no weights without a tis_cap or a rollout_correction",
-            )
-        yield (
-            (self.rollout_reject is None) != (self.rollout_reject_above is None),
-            ("rollout_reject", "rollout_reject_above"),
-            "each needs the other",
-        )
-        yield (
-            self.bypass and self.top_entropy_quantile < 1,
-            ("bypass", "top_entropy_quantile"),
-            "no pass measures the entropies of the old policy",
-        )
-        for name in ("tis_cap", "rollout_correction", "rollout_reject", "rollout_veto"):
-            yield (
-                self.bypass and getattr(self, name) is not None,
-                ("bypass", name),
-                "where the rollout's log-probs are the old ones, there is nothing to correct",
-            )
+    @property
+    def has_critic(self) -> bool:
+        return self.estimator not in CRITIC_FREE
+
+    @property
+    def corrects(self) -> bool:
+        """Whether there are weights for what the rollout engine's log-probs are off by."""
+        return self.correction["mode"] is not None
 
     def check_reward(self) -> None:
         if self.reward is None:
@@ -959,6 +815,7 @@ class GenerateConfig:
         at_least(self, 0, "temperature", "top_k", "min_p")
         above_zero(self, "top_p")
         at_most(self, 1, "top_p", "min_p")
+        refuse(self, contradictions.GENERATE)
 
 
 @dataclass(kw_only=True)
@@ -971,6 +828,7 @@ class WatchConfig:
 
     def __post_init__(self) -> None:
         above_zero(self, "every")
+        refuse(self, contradictions.WATCH)
 
 
 @dataclass(kw_only=True)

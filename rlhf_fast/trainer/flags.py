@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from .contradictions import PPO, useless
 from .errors import InputError
 from .recipes import FILES
 
@@ -102,7 +103,7 @@ def flag_parser(config_class: type, *, prog: str) -> FlagParser:
 def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     """Flags, and the YAML file they name with --config, -> a checked config."""
     parser = flag_parser(config_class, prog=prog)
-    argv = list(argv)
+    argv, recipe = list(argv), []
     if not {"-h", "--help"} & set(argv):
         file = FlagParser(add_help=False, allow_abbrev=False)
         file.add_argument("--config")
@@ -114,7 +115,8 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
         if named.config is not None:  # the file's values come first, so later flags win
             argv = yaml_flags(Path(named.config), config_class) + argv
         if getattr(named, "recipe", None) is not None:
-            argv = below(argv, named.recipe, config_class) + argv
+            recipe = below(argv, named.recipe, config_class)
+            argv = recipe + argv
 
     required = [action for action in parser._actions if action.required]
     for action in required:  # asked for below, after misspelt flags: one of those may be the cause
@@ -128,17 +130,29 @@ def parse(config_class: type[C], argv: Sequence[str], *, prog: str) -> C:
     values = vars(namespace)
     for name in ("config", "recipe"):
         values.pop(name, None)
+    if recipe:
+        without_effect(recipe, values, config_class)
+        if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+            print(f"recipe {named.recipe}: {' '.join(flag.removeprefix('--') for flag in recipe)}")
     return config_class(**values)
 
 
 def below(argv: Sequence[str], recipe: str, config_class: type) -> list[str]:
-    """The recipe's flags that argv does not give; says which they are."""
+    """The recipe's flags that argv does not give."""
     given = {word.split("=")[0].lstrip("-").replace("-", "_") for word in argv if word[:2] == "--"}
     flags = yaml_flags(FILES[recipe], config_class)
-    flags = [flag for flag in flags if flag.split("=")[0].removeprefix("--") not in given]
-    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
-        print(f"recipe {recipe}: {' '.join(flag.removeprefix('--') for flag in flags)}")
-    return flags
+    return [flag for flag in flags if name_of(flag) not in given]
+
+
+def without_effect(recipe: list[str], values: dict[str, Any], config_class: type) -> None:
+    """Take what the user's flags leave without an effect out of the recipe's and out of values."""
+    there = set(map(name_of, recipe)) & set(useless(config_class, values, PPO))
+    values |= {f.name: f.default for f in fields(config_class) if f.name in there}
+    recipe[:] = [flag for flag in recipe if name_of(flag) not in there]
+
+
+def name_of(flag: str) -> str:
+    return flag.split("=")[0].removeprefix("--")
 
 
 def yes_or_no(word: str) -> bool:

@@ -23,10 +23,12 @@ from transformers import (
 )
 from transformers.trainer_callback import CallbackHandler
 
-from rlhf_fast.trainer.config import RunConfig
+from rlhf_fast.trainer.config import PPOConfig, RunConfig
+from rlhf_fast.trainer.contradictions import of_callbacks, of_objects, refuse
 from rlhf_fast.trainer.data.read import Rows
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.tokenizer import load_tokenizer
+from rlhf_fast.trainer.rewards.functions import FUNCTION
 
 # The options that objects may stand for.
 OPTIONS = ("model", "data", "eval_data", "reward", "judge", "rollout_engine", "environment")
@@ -63,9 +65,17 @@ class Given:
         models = {n: x for n, x in self.objects.items() if isinstance(x, PreTrainedModel)}
         self.weights = {name: digest_of(model) for name, model in models.items()}
 
-    def check(self, config: RunConfig, sharing: str = "") -> None:
-        """Everything that a run needs is there. sharing: what each of several processes has a part
-        of, in words (see Workers)."""
+    def is_function(self, name: str) -> bool:
+        """Whether that reward is a function: an object, or as a spec says so."""
+        given = self.get(name)
+        if given is not None:
+            return not isinstance(given, PreTrainedModel)
+        return FUNCTION.fullmatch(name) is not None
+
+    def check(self, config: RunConfig, sharing: str = "", *, engine: bool = False) -> None:
+        """Everything that a run needs is there, and what is there has an effect. sharing: what each
+        of several processes has a part of, in words (see Workers). engine: one was given beside the
+        config."""
         if sharing and self.get(config.model) is not None:
             raise InputError(
                 f"model={config.model}: processes share{sharing}, and a loaded model could not be "
@@ -90,6 +100,12 @@ class Given:
             raise InputError(
                 "callbacks: EarlyStoppingCallback waits for evaluations: set eval_every"
             )
+        refuse(config, of_callbacks(bool(self.callbacks)))
+        if isinstance(config, PPOConfig):
+            scorers = [*config.reward, *([config.judge] if config.judge else [])]
+            functions = any(map(self.is_function, scorers))
+            engine = engine or config.rollout_engine is not None
+            refuse(config, of_objects(engine=engine, functions=functions))
 
     def untouched(self) -> str:
         """What is said of a loaded model where nothing is left to train."""

@@ -197,7 +197,7 @@ def test_truncated_weights_and_parts_of_a_minibatch(one_update):
 def test_a_run_has_the_numbers_of_the_two_ops(configured, monkeypatch, loss, ratio):
     options = {
         "steps": 2, "policy_loss": loss, "ratio": ratio, "entropy_coef": 0.01, "temperature": 0.8,
-        "minibatches": 2, "epochs": 2, "micro_batch_size": 3, "tis_cap": 2.0,
+        "minibatches": 2, "epochs": 2, "micro_batch_size": 3,
     }  # fmt: skip
     run = configured("one", **options)
     ppo.train(run)

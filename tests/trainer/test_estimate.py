@@ -66,7 +66,7 @@ def test_lambdas_of_policy_and_critic(old):
     options = {"lam": 0.3, "lam_critic": 1.0, "whiten_advantages": False}
     advantages, returns = estimate(SCORES, old, MASK, 0.1, config(**options))
     assert torch.equal(advantages, plain(0.3)[0]) and torch.equal(returns, plain(1.0)[1])
-    options |= {"lam_length_alpha": 0.5}
+    options = {"lam_critic": 1.0, "whiten_advantages": False, "lam_length_alpha": 0.5}
     advantages, again = estimate(SCORES, old, MASK, 0.1, config(**options))
     assert torch.equal(again, returns)
     for row, length in enumerate(MASK.sum(1).tolist()):

@@ -55,7 +55,8 @@ SAPO, VESPO = {"policy_loss": "sapo"}, {"policy_loss": "vespo", "ratio": "sequen
 BESIDE = {
     "sapo_tau_pos": SAPO, "sapo_tau_neg": SAPO, "vespo_k_pos": VESPO, "vespo_lambda_pos": VESPO,
     "vespo_k_neg": VESPO, "vespo_lambda_neg": VESPO, "unbiased_kl": {"kl_in": "loss"},
-    "rollout_veto": ENGINE, "bypass": ENGINE,
+    "rollout_veto": ENGINE, "bypass": ENGINE, "tis_cap": ENGINE,
+    "critic_warmup_steps": {"steps": 3, "save_every": 1},  # the last step is the policy's
     "rollout_correction": ENGINE | {"tis_cap": 0.01},
     "rollout_ratio_min": ENGINE | {"tis_cap": 2.0},
     "rollout_correction_level": ENGINE | {"tis_cap": 2.0},
@@ -107,7 +108,8 @@ def go_on(begun):
         shutil.copytree(begun.output_dir, folder)
         with pytest.MonkeyPatch.context() as patch:  # drawing takes half of the time
             patch.setattr(ppo, "plot", lambda rows, path: path.touch())
-            ppo.train(replace(begun, output_dir=str(folder), steps=2, resume=True, **options))
+            further = {"output_dir": str(folder), "steps": 2, "resume": True} | options
+            ppo.train(replace(begun, **further))
         state = torch.load(folder / "checkpoints" / "step_2.pt", weights_only=True)
         return [*state["weights"].values(), torch.tensor(state["control"]["beta"])]
 

@@ -24,15 +24,23 @@ def launch_ddp(script: list[str]) -> CompletedProcess:
     return launch(options, script)
 
 
+ENGINE = """
+from rlhf_fast.trainer.rollout.sample import sample
+def off(model, ids, mask, sampling, draws):
+    done = sample(model, ids, mask, sampling, draws)
+    return done._replace(logp=done.logp - 0.5 * (done.tokens % 3) * done.mask)
+"""
 OPTIONS = {"steps": 3, "batch_size": 12, "adaptive_kl_target": 1.0, "save_every": 2}
 
 
 @pytest.mark.long
-def test_the_command_in_two_processes_gives_the_numbers_of_one(configured):
+def test_the_command_in_two_processes_gives_the_numbers_of_one(configured, tmp_path):
+    (tmp_path / "engine.py").write_text(ENGINE)
     # 3 rows a minibatch: the two processes never have the same share of it
     options = OPTIONS | {
         "minibatches": 4, "micro_batch_size": 1, "whiten_rewards": True, "critic_warmup_steps": 1,
         "positive_nll_coef": 0.1, "tis_cap": 2.0, "rollout_normalize": True,
+        "rollout_engine": f"{tmp_path / 'engine.py'}:off",
     }  # fmt: skip
     alone = configured("alone", top_p=0.8, **options)
     device = "cpu" if torch.accelerator.is_available() else "auto"  # auto finds CPUs by itself

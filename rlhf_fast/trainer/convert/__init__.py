@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rlhf_fast.trainer.config import PPOConfig
+from rlhf_fast.trainer.contradictions import PPO, useless
 from rlhf_fast.trainer.convert import trl_grpo, trl_ppo, verl
 from rlhf_fast.trainer.convert.keys import Framework
 from rlhf_fast.trainer.errors import InputError
@@ -102,9 +103,10 @@ def converted(
     values |= made
     order = [f.name for f in fields(PPOConfig)]
     kept = {name: value for name, value in values.items() if value is not None}
-    if kept.get("estimator") != "gae":  # what belongs to a critic
-        for name in ("value_learning_rate", "value_clip", "value_coef", "lam", "value_model"):
-            kept.pop(name, None)
+    of_theirs = {name for key in given if key in of.keys for name in of.keys[key].options}
+    for name in useless(PPOConfig, kept, PPO):
+        if kept.pop(name, None) is not None and name in of_theirs:
+            said.append(f"{name} is left out: it has no effect beside the rest")
     return dict(sorted(kept.items(), key=lambda item: order.index(item[0]))), said
 
 
