@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf_fast import ops as _ops  # noqa: F401  (fills the registry)
+from rlhf_fast.ops.kto_loss import kto_loss
+from rlhf_fast.ops.preference_loss import preference_loss
 from rlhf_fast.ops.registry import OPS as REGISTRY
 from rlhf_fast.ops.registry import Op, Sample
 
@@ -118,27 +120,31 @@ def policy_and_value() -> Op:
     )
 
 
-def head_and_preference(loss: str) -> Op:
-    """A preference loss of B pairs from their hidden states, and the reference's where it has one:
-    what DPO's and SimPO's trainers compute beside the models' bodies."""
-    head, preference = REGISTRY["linear_token_logprobs"], REGISTRY["preference_loss"]
-    referenced = loss == "dpo"
+PREFERENCES = ("dpo", "simpo", "orpo", "kto")
 
-    def total(logprobs: Callable[..., Any], of_pairs: Callable[..., Any]) -> Callable[..., Any]:
+
+def head_and_preference(loss: str) -> Op:
+    """A preference loss of 2B answers from their hidden states, and the reference's where it has
+    one: what the trainers of DPO, SimPO, ORPO and KTO compute beside the models' bodies."""
+    head = REGISTRY["linear_token_logprobs"]
+    op = REGISTRY["kto_loss" if loss == "kto" else "preference_loss"]
+    referenced = loss in ("dpo", "kto")
+
+    def total(logprobs: Callable[..., Any], of_answers: Callable[..., Any]) -> Callable[..., Any]:
         def losses(hidden, weight, labels, mask, ref_hidden, ref_weight):
-            """The loss of the pairs with its statistics."""
+            """The loss of the answers with its statistics."""
             logp, ref_logp = logprobs(hidden, weight, labels).view(mask.shape), None
             if referenced:
                 with torch.no_grad():
                     ref_logp = logprobs(ref_hidden, ref_weight, labels).view(mask.shape)
-            return of_pairs(logp, mask, ref_logp, loss=loss)
+            return of_answers(loss, logp, mask, ref_logp)
 
         return losses
 
     def workload(shape: Shape, *where: Any) -> Sample:
         rows = {**shape, "N": 2 * shape["B"] * shape["T"]}
         drawn, ref = (head.workload(rows, *where).arguments for _ in range(2))
-        mask = preference.workload(shape, *where).arguments["mask"]
+        mask = REGISTRY["preference_loss"].workload(shape, *where).arguments["mask"]
         labels = drawn["labels"].where(mask.flatten(), -100)
         arguments = {"hidden": drawn["hidden"], "weight": drawn["weight"], "labels": labels}
         arguments |= {"mask": mask, "ref_hidden": ref["hidden"], "ref_weight": ref["weight"]}
@@ -153,15 +159,49 @@ def head_and_preference(loss: str) -> Op:
 
     return Op(
         f"linear+preference_loss:{loss}",
-        total(head.function, preference.function),
-        total(head.reference, preference.reference),
-        (*head.kernels, *preference.kernels),
-        preference.samples,
+        total(head.function, our_preference),
+        total(head.reference, plain_preference),
+        (*head.kernels, *op.kernels),
+        op.samples,
         workload,
         ({"B": 2, "T": 128, "H": 576, "V": 49152},),
         counted(head.bytes_moved),
         counted(head.flops),
     )
+
+
+def our_preference(loss: str, logp: Tensor, mask: Tensor, ref_logp: Tensor | None) -> Any:
+    """Of [2B, T] log-probs, the better answers first."""
+    if loss == "kto":
+        desirable = torch.arange(len(mask), device=mask.device) < len(mask) // 2
+        return kto_loss(logp, mask, ref_logp, desirable)
+    nll = {"nll_coef": 1.0} if loss == "orpo" else {}
+    return preference_loss(logp, mask, ref_logp, loss=loss, **nll)
+
+
+def plain_preference(loss: str, logp: Tensor, mask: Tensor, ref_logp: Tensor | None) -> Any:
+    """The same as their authors and the libraries write it, from a sum or a mean an answer. The
+    reference of the op, a loop over pairs, is not what anyone would time."""
+    good = len(mask) // 2
+    answers = (logp * mask).sum(1)
+    if ref_logp is not None:
+        answers = answers - (ref_logp * mask).sum(1)
+    else:
+        answers = answers / mask.sum(1)
+    if loss == "kto":
+        rewards = (0.1 * answers).detach()
+        gain = 0.1 * torch.cat([answers[:good], -answers[good:]])
+        return (1 - torch.sigmoid(gain)).mean(), rewards[:good].mean(), rewards[good:].mean()
+    nll = -(logp * mask)[:good].sum() / mask[:good].sum()
+    if loss == "orpo":
+        answers = answers - torch.log1p(-answers.exp())
+    else:
+        answers = 0.1 * answers
+    chosen, rejected = answers[:good], answers[good:]
+    each = -torch.nn.functional.logsigmoid(chosen - rejected)
+    total = 0.1 * each.mean() + nll if loss == "orpo" else each.mean()
+    stats = ((chosen > rejected).to(logp.dtype), chosen, rejected)
+    return total, *(x.mean().detach() for x in stats), nll.detach()
 
 
 _HEAD = ({"N": 512, "H": 576, "V": 49152},)
@@ -193,7 +233,7 @@ _VARIANTS = (
     ),
     variant("gae", "right-padded", _right_padded),
     policy_and_value(),
-    *(head_and_preference(loss) for loss in ("dpo", "simpo")),
+    *map(head_and_preference, PREFERENCES),
 )
 OPS: dict[str, Op] = REGISTRY | {op.name: op for op in _VARIANTS}
 

@@ -7,7 +7,9 @@ so that a library that is absent, or not for this device, costs its cells and no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from rlhf_fast.ops import policy_loss
 
-from . import foreign
+from . import cases, foreign
 
 Function = Callable[..., Any]
 
@@ -99,6 +101,44 @@ def trl_linear() -> Function:
     return logprobs
 
 
+def trl_preference_loss(loss: str) -> Function:
+    """As its trainers compute it: DPO's and KTO's by its fused head, with arithmetic that is no
+    function of its own; CPO's (SimPO) and ORPO's by its loss functions on log-probs of all logits.
+    """
+    library = trl()
+    head = trl_linear()
+    if loss in ("simpo", "orpo"):
+        name = "cpo" if loss == "simpo" else "orpo"
+        os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+        module = foreign.load(f"trl.experimental.{name}.{name}_trainer")
+
+    def of_answers(
+        hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, ref_hidden: Tensor,
+        ref_weight: Tensor,
+    ) -> Any:  # fmt: skip
+        if loss in ("dpo", "kto"):
+            logp = head(hidden, weight, labels, entropy=False).view(mask.shape)
+            with torch.no_grad():
+                ref = head(ref_hidden, ref_weight, labels, entropy=False).view(mask.shape)
+            return cases.plain_preference(loss, logp, mask, ref)[0]
+        logits = hidden @ weight.T
+        logp = library.selective_log_softmax(logits, labels.clamp(min=0)).view(mask.shape) * mask
+        chosen, rejected = (logp.sum(1) / mask.sum(1)).chunk(2)
+        where = SimpleNamespace(device=hidden.device)
+        if loss == "simpo":
+            them = SimpleNamespace(
+                accelerator=where, alpha=0.0, beta=0.1, label_smoothing=0.0, loss_type="simpo",
+                simpo_gamma=0.0,
+            )  # fmt: skip
+            return module.CPOTrainer.cpo_loss(them, chosen, rejected)[0].mean()
+        them = SimpleNamespace(accelerator=where, beta=0.1)
+        better = len(labels) // 2
+        nll = torch.nn.functional.cross_entropy(logits[:better], labels[:better])
+        return nll - module.ORPOTrainer.odds_ratio_loss(them, chosen, rejected)[0].mean()
+
+    return of_answers
+
+
 # ----------------------------------------------------------------------------------------- Liger
 
 
@@ -143,24 +183,28 @@ def liger_preference_loss(loss: str) -> Function:
     loops here."""
     from liger_kernel import chunked_loss
 
-    if loss == "dpo":
-        module = chunked_loss.LigerFusedLinearDPOLoss(beta=0.1, compiled=False)
-    else:
-        module = chunked_loss.LigerFusedLinearSimPOLoss(
-            beta=0.1, gamma=0.0, compute_nll_loss=False, compiled=False
-        )
+    module = {
+        "dpo": partial(chunked_loss.LigerFusedLinearDPOLoss, beta=0.1),
+        "simpo": partial(
+            chunked_loss.LigerFusedLinearSimPOLoss, beta=0.1, gamma=0.0, compute_nll_loss=False
+        ),
+        "orpo": partial(chunked_loss.LigerFusedLinearORPOLoss, beta=0.1),
+        "kto": partial(chunked_loss.LigerFusedLinearKTOLoss, beta=0.1, use_ref_model=True),
+    }[loss](compiled=False)
 
-    def of_pairs(
+    def of_answers(
         hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, ref_hidden: Tensor,
         ref_weight: Tensor,
     ) -> Tensor:  # fmt: skip
         shape = (*mask.shape, -1)
-        reference = {} if loss == "simpo" else {
-            "ref_input": ref_hidden.view(shape), "ref_weight": ref_weight
-        }  # fmt: skip
-        return module(weight, hidden.view(shape), labels.view(mask.shape), **reference)[0]
+        reference = {"ref_input": ref_hidden.view(shape), "ref_weight": ref_weight}
+        hidden, labels = hidden.view(shape), labels.view(mask.shape)
+        if loss == "kto":
+            good = torch.arange(len(mask), device=mask.device) < len(mask) // 2
+            return module(hidden, weight, labels, preference_labels=good, **reference)[0]
+        return module(weight, hidden, labels, **(reference if loss == "dpo" else {}))[0]
 
-    return of_pairs
+    return of_answers
 
 
 # --------------------------------------------------------- cut-cross-entropy, quack, flash-attn

@@ -97,7 +97,7 @@ def resident_growth(call: Callable[[], Answer]) -> Growth:
         libc.mallopt(_MMAP_THRESHOLD, 64 * 1024)
         libc.mallopt(_ARENA_MAX, 1)
     call()
-    linear._memory.clear()  # the chunk that the linear engine keeps counts, too
+    linear.release_memory()  # what the linear engine keeps, a chunk and a gradient's memory, counts
     gc.collect()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

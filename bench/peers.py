@@ -21,7 +21,7 @@ from torch import Tensor
 from rlhf_fast.ops.registry import Op
 
 from . import foreign, libraries
-from .cases import DENSE
+from .cases import DENSE, PREFERENCES
 from .libraries import both_losses, with_plain_loss
 
 Function = Callable[..., Any]
@@ -114,21 +114,28 @@ def library(
 
 
 _L = libraries
-PAIR = "policy+value_loss"
+PAIR, HEADS = "policy+value_loss", "linear+preference_loss"
 PEERS = {
     peer.name: peer
     for peer in (
         Peer("eager", _eager),
         Peer("torch.compile", _compiled, compiles=True),
         library("F.linear_cross_entropy", None, linear=lambda: _L.torch_linear, entropy=False),
-        library("TRL", "trl", logits=_L.trl_logits, linear=_L.trl_linear),
+        library(
+            "TRL",
+            "trl",
+            logits=_L.trl_logits,
+            linear=_L.trl_linear,
+            others={
+                f"{HEADS}:{loss}": partial(_L.trl_preference_loss, loss) for loss in PREFERENCES
+            },
+        ),
         library(
             "Liger",
             "liger-kernel",
             linear=_L.liger_linear,
             others={
-                f"linear+preference_loss:{loss}": partial(_L.liger_preference_loss, loss)
-                for loss in ("dpo", "simpo")
+                f"{HEADS}:{loss}": partial(_L.liger_preference_loss, loss) for loss in PREFERENCES
             },
         ),
         library(

@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a script: let `bench` be found, after wh
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import machine, plot
-from bench.cases import GPU_HEADLINES, LONG, OPS, VOCABULARIES, Shape
+from bench.cases import GPU_HEADLINES, LONG, OPS, PREFERENCES, VOCABULARIES, Shape
 from bench.inputs import BOTH, FORWARD
 from bench.step import RIVALS
 from bench.table import of_rounds, spelled, time
@@ -132,6 +132,10 @@ def markdown(records: list[Record]) -> str:
         "The linear ops, forward + backward: time over that of the three bare matrix products of "
         "the same run, and MiB of memory beyond inputs, outputs and gradients.",
         "\n".join(_heads(cpu)),
+        "Preference losses from the hidden states, forward + backward: time over ours, and MiB of "
+        "memory beyond inputs, outputs and gradients. Liger's run without torch.compile, TRL's as "
+        "in its trainers.",
+        "\n".join(_preferences(cpu)),
         "Every op: the time of its peers over ours.",
         "\n".join(_ops(cpu)),
         "A whole PPO step, every weight trained:",
@@ -249,6 +253,18 @@ def _head(cell: Record | None, bare: float | None) -> str:
     times = cell.get("ratio", {"median": 1.0})["median"] / bare
     memory = f", {cell['memory']['extra'] / 2**20:.0f} MiB" if "memory" in cell else ""
     return f"{times:.2f}×{memory}"
+
+
+def _preferences(runs: Runs) -> Iterator[str]:
+    yield "| loss | shape | ours | " + " | ".join(HEAD_PEERS) + " |"
+    yield "|---" * (3 + len(HEAD_PEERS)) + "|"
+    for loss in PREFERENCES:
+        op = OPS[f"linear+preference_loss:{loss}"]
+        for shape in op.shapes:
+            row = runs.row(op.name, shape, BOTH)
+            cells = row["cells"] if row else {}
+            texts = [_head(cells.get(name), 1.0) for name in ("ours", *HEAD_PEERS)]
+            yield f"| {loss} | {spelled(shape)} | " + " | ".join(texts) + " |"
 
 
 def _ops(runs: Runs) -> Iterator[str]:

@@ -388,6 +388,23 @@ def test_readme_tables_are_made_of_the_newest_runs(tmp_path, monkeypatch):
     assert text.count("not measured") > both.count("not measured") > 10
     names = {path.name for path in report.draw([new], tmp_path)}
     assert names == {"ops.png", "ops-ceilings.png"}
+    pair = OPS["linear+preference_loss:dpo"]
+    row = kept_row(pair.name, pair.shapes[0], inputs.BOTH, eager=2.0, Liger=3.0)
+    row["cells"]["Liger"]["memory"] = {"extra": 7 * 2**20}
+    line = "1.00× | 2.00× | not measured | not measured | 3.00×, 7 MiB |"
+    assert f"| dpo | B=2 T=128 H=576 V=49152 | {line}" in report.markdown([kept("linear", [row])])
+
+
+@pytest.mark.long  # TRL is imported
+@pytest.mark.parametrize("loss", cases.PREFERENCES)
+def test_preference_losses_of_all_libraries_are_right(loss):
+    """Those that are installed; a library's own sums of log-probs may round as eager PyTorch's."""
+    shape, op = {"B": 3, "T": 9, "H": 16, "V": 50}, OPS[f"linear+preference_loss:{loss}"]
+    peers = [PEERS[name] for name in ("eager", "TRL", "Liger")]
+    rows = suite.compare(op, shape, peers, dataclasses.replace(settings(), timed=False))
+    for cell in (cell for row in rows for cell in row["cells"].values()):
+        assert not {"refused", "failed", "rounded"} & cell.keys(), cell
+    assert len(rows) == 2 and {"ours", "eager"} <= rows[1]["cells"].keys()
 
 
 def test_the_readme_is_what_the_kept_runs_say():
@@ -524,6 +541,21 @@ def test_memory_sees_temporaries_and_not_what_is_held():
     assert growth["held"] == kept
     assert abs(growth["peak"] - passing) < 2**20  # the kernel counts pages in batches
     assert growth["extra"] == growth["peak"] - kept
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+def test_memory_that_is_used_again_counts():
+    """A gradient of the head that lies where the call before had its own."""
+    sample = OPS["linear_token_logprobs"].workload(
+        {"N": 16, "H": 256, "V": 40_000}, torch.Generator(), "cpu", torch.float32
+    )
+    for name in sample.grads:
+        sample.arguments[name].requires_grad_()
+    growth = memory.resident_growth(
+        lambda: inputs.call(OPS["linear_token_logprobs"].function, sample, inputs.BOTH)
+    )
+    assert growth["held"] > 256 * 40_000 * 4
+    assert growth["peak"] > growth["held"]
 
 
 @pytest.mark.long

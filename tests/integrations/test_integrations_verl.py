@@ -167,6 +167,45 @@ def test_clip_cov(mask):
     assert_close(logp.grad, grad)
 
 
+def test_dro_is_reinforce_with_the_old_policy_as_the_reference():
+    config = actor_config(policy_loss=types.SimpleNamespace(dro_beta=0.7))
+    inputs = batch()
+    (theirs, _), grad = run(core.compute_policy_loss_dro, "log_prob", inputs, config=config)
+    logp = inputs["log_prob"].clone().requires_grad_()
+    old, *more = (inputs[x] for x in ("old_log_prob", "advantages", "response_mask"))
+    options = {"loss": "reinforce", "ref_logp": old, "kl_estimator": "k2", "kl_coef": 0.7}
+    ours, _ = rlhf_fast.policy_loss(logp, old, *more, **options)
+    ours.backward(torch.tensor(-1.0))
+    assert_close(ours, theirs)
+    assert_close(logp.grad, grad)
+
+
+@pytest.mark.parametrize("mask", ["padding", "holes", "all"])
+def test_kl_cov_has_the_old_policy_as_the_reference_of_few_tokens(mask):
+    """As docs/objectives.md writes it; the others have themselves, and so no KL and no gradient."""
+    policy_loss = types.SimpleNamespace(kl_cov_ratio=0.2, ppo_kl_coef=0.5)
+    inputs = batch(0.2, mask)
+    (theirs, _), grad = run(
+        core.compute_policy_loss_kl_cov, "log_prob", inputs,
+        config=actor_config(policy_loss=policy_loss),
+    )  # fmt: skip
+    now, old, advantages, counts = (
+        inputs[x] for x in ("log_prob", "old_log_prob", "advantages", "response_mask")
+    )
+    added = (advantages - advantages[counts].mean()) * (now - now[counts].mean())
+    few = max(1, int(0.2 * counts.sum()))
+    chosen = added >= added[counts].topk(few).values[-1]
+    logp = now.clone().requires_grad_()
+    ours, _ = rlhf_fast.policy_loss(
+        logp, old, advantages, counts, clip_low=1.0, clip_high=1e9,
+        ref_logp=torch.where(chosen, old, now), kl_estimator="abs", kl_coef=0.5,
+    )  # fmt: skip
+    ours.backward(torch.tensor(-1.0))
+    assert few > 1 and not chosen[counts].all()
+    assert_close(ours, theirs)
+    assert_close(logp.grad, grad)
+
+
 def test_gpg_is_reinforce_of_centred_scores():
     inputs = batch()
     config = actor_config()
