@@ -23,10 +23,10 @@ rlhf-fast ppo --recipe dapo --model MODEL --data prompts.jsonl --reward f.py:sco
 ```
 
 A recipe gives the [options](options.md) that make up a method. What `--config` and other flags say
-wins over it, and the command prints what is left of the recipe; a run's `config.yaml` has all
-options that it ran with. Sizes of batches and lengths of answers are yours: those of the papers are
-of many GPUs. Each recipe is a file in `rlhf_fast/trainer/recipes/`; `python docs/recipes.py` writes
-this page.
+wins over it, and what of it has no effect beside them is left out; the command prints the rest. A
+run's `config.yaml` has all options that it ran with. Sizes of batches and lengths of answers are
+yours: those of the papers are of many GPUs. Each recipe is a file in
+`rlhf_fast/trainer/recipes/`; `python docs/recipes.py` writes this page.
 
 | recipe | options | source |
 |---|---|---|

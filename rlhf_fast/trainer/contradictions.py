@@ -89,6 +89,14 @@ _LOSS = (
     *no_effect(
         "delta", "policy_loss", lambda c: c.policy_loss not in HELD, "this loss holds no ratio"
     ),
+    Rule(
+        ("delta", "clip_high", "clip"),
+        lambda c: (
+            (c.policy_loss, c.delta is None) == ("ppo", False)
+            and c.delta <= 1 + (c.clip_high or c.clip)
+        ),
+        "the ratio would be held where the clip lets it go on, choose a delta above 1 + clip_high",
+    ),
     *no_effect(
         "clip clip_high", "policy_loss", lambda c: c.policy_loss in UNBOUNDED,
         "this loss has no clip",
@@ -204,6 +212,21 @@ _ANSWERS = (
         ("environment", "estimator"),
         lambda c: c.environment is not None and c.estimator == "remax",
         "remax asks for one greedy answer, of one turn",
+    ),
+    Rule(
+        ("judge", "environment"),
+        lambda c: c.environment is None and c.judge == "environment",
+        "there is no environment that gives rewards",
+    ),
+    Rule(
+        ("judge", "reward"),
+        lambda c: c.judge is not None and c.judge in (c.reward or ()),
+        "the judge is to be another than what is trained on",
+    ),
+    Rule(
+        ("reward_weights", "reward"),
+        lambda c: bool(c.reward_weights) and not any(c.reward_weights),
+        "no score would be learnt from",
     ),
     Rule(
         ("reward", "environment"),

@@ -55,7 +55,7 @@ SAPO, VESPO = {"policy_loss": "sapo"}, {"policy_loss": "vespo", "ratio": "sequen
 BESIDE = {
     "sapo_tau_pos": SAPO, "sapo_tau_neg": SAPO, "vespo_k_pos": VESPO, "vespo_lambda_pos": VESPO,
     "vespo_k_neg": VESPO, "vespo_lambda_neg": VESPO, "unbiased_kl": {"kl_in": "loss"},
-    "rollout_veto": ENGINE, "bypass": ENGINE, "tis_cap": ENGINE,
+    "delta": {"clip_high": 5e-4}, "rollout_veto": ENGINE, "bypass": ENGINE, "tis_cap": ENGINE,
     "critic_warmup_steps": {"steps": 3, "save_every": 1},  # the last step is the policy's
     "rollout_correction": ENGINE | {"tis_cap": 0.01},
     "rollout_ratio_min": ENGINE | {"tis_cap": 2.0},
