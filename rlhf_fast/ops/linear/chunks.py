@@ -23,6 +23,7 @@ from .head import Head
 from .products import accumulate, as_they_are, logits_dtype, product
 
 if TYPE_CHECKING:
+    from .groups import Left
     from .vocab_parallel import Part
 
 # Without a budget. CPU (H=576, V=49152, one pass with gradients, in bare products' time): at N=512
@@ -116,11 +117,17 @@ class Chunk(NamedTuple):
 
 class Memory(NamedTuple):
     """The buffer of a loop over chunks that has ended. After a forward it still holds the logits of
-    the last chunk (without its hidden); the backward that comes with the same norm uses them."""
+    the last chunk (without its hidden), or the gradient of those of a last group; the backward that
+    comes with the same norm uses them."""
 
     whole: Tensor
-    last: Chunk | None = None
+    last: Chunk | Left | None = None
     norm: Tensor | None = None
+
+
+def leave(whole: Tensor, left: Left, norm: Tensor, hidden: Tensor) -> None:
+    """Keep what a forward wrote for its backward, which finds it by ``left_by``."""
+    _memory[hidden.device, logits_dtype(hidden), 0] = Memory(whole, left, norm)
 
 
 def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
@@ -221,7 +228,7 @@ def chunks(
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key, used = (device, dtype, slot), 0
     _forget_others(key, buffers)
-    if memory is None or memory.last is None:
+    if memory is None or not isinstance(memory.last, Chunk):
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None

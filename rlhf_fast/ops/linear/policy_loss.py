@@ -20,7 +20,7 @@ from ..policy_loss import PolicyStats
 from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 from . import chunks as linear
 from . import gradients, logprobs, vocab_parallel
-from .head import HEAD, Head, Lora, check_head, plain
+from .head import HEAD, Head, Lora, check_head, plain, wanted
 from .logprobs import over_support
 
 
@@ -120,11 +120,9 @@ def linear_policy_loss(
     ids = sets.checked(support, counting)
     labels, per_token = check.flat(labels), check.flat(per_token)
     if chosen.ratio == "token" and ids is None:
-        grad = torch.is_grad_enabled()
-        needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
             *head, labels, *constants, constant(ref_logp), normalizer, divisor, per_token, softcap,
-            *how, needs, *values,
+            *how, wanted(head), *values,
         )  # fmt: skip
     else:
         logp, entropy = over_support(
