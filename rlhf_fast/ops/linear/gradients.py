@@ -115,18 +115,19 @@ class Gradients:
         if together is not None:
             self._add(together, alone)
 
-    def add_left(self, memory: Tensor, left: Left, matters: Tensor, grad_logp: Tensor) -> None:
-        """Add rows whose gradient a forward has left in this memory, before all others; matters and
-        grad_logp [N]. What does not matter may be NaN."""
-        keep = matters[left.rows]
-        padded = left.padded.masked_fill_(~keep.unsqueeze(-1), 0.0)
-        tokens, entries = left.at_labels
-        at_labels = AtLabels(tokens, entries.masked_fill(~keep, 0.0))
-        units = grad_logp[left.rows].masked_fill(~keep, 0.0)
-        units = units if left.units is None else units * left.units
-        hidden = rows_of(self.head.hidden, left.rows, keep)
+    def add_left(self, memory: Tensor, left: Left, keep: Tensor | None, grad_logp: Tensor) -> None:
+        """Add rows whose gradient a forward has left in this memory, before all others; keep [n]:
+        others may be NaN (None: there are none); grad_logp [N]."""
+        rows, padded, at_labels, units = left
+        grad_logp = grad_logp[rows]
+        if keep is not None:
+            padded.masked_fill_(~keep.unsqueeze(-1), 0.0)
+            at_labels = at_labels._replace(entries=at_labels.entries.masked_fill(~keep, 0.0))
+            grad_logp = grad_logp.masked_fill(~keep, 0.0)
+        units = grad_logp if units is None else grad_logp * units
         self.group.memory = memory
-        self.group.waiting.append(Rows(left.rows, hidden, padded, at_labels, units))
+        hidden = rows_of(self.head.hidden, rows, keep)
+        self.group.waiting.append(Rows(rows, hidden, padded, at_labels, units))
 
     def _add(self, chunk: Rows, alone: bool) -> None:
         head, at_labels = self.head, chunk.at_labels

@@ -42,11 +42,14 @@ def linear_token_logprobs(
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
-    linear op has run in between and at least two thirds of its rows have a gradient.
+    linear op has run in between and at least two thirds of its rows have a gradient. On a GPU, of
+    16-bit inputs, it is the gradient of the log-probs of the last rows that stays, in 16 bits: of
+    as many as the budget has room for, and where ``weight`` is trained of 2H at least. Of those no
+    logits are made again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
 
     FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
-    less 2nHV where the n rows of the last chunk are used again: 6NHV in all where one chunk holds
-    everything. Rows with a small set of ``support`` take 6NKH and no product of the head at all.
+    less 2nHV where n rows are used again: 6NHV in all where that is all of them. Rows with a small
+    set of ``support`` take 6NKH and no product of the head at all.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -246,7 +249,8 @@ def _backward(
         usable = memory if grad_entropy is None else None  # the entropy's gradient is not in it
         how["plan"] = linear.planned(matters, compact, usable)
         if how["plan"].again:
-            grads.add_left(memory.whole, memory.last, matters, grad_logp)
+            kept = None if how["plan"].complete else matters[memory.last.rows]
+            grads.add_left(memory.whole, memory.last, kept, grad_logp)
         memory = usable = None
     for chunk in linear.chunks(head, matters, **how, memory=memory):
 
@@ -284,7 +288,7 @@ def write(
     labels: Tensor,
     out: Tensor,
 ) -> None:
-    """The gradient of some columns of a chunk's logits [n, V] (``gradients.Write``)."""
+    """The gradient of some columns of a chunk's logits [n, V] (``groups.Write``)."""
     torch.ops.rlhf_fast.token_logprobs_backward(
         g_logp, g_entropy, columns(logits), labels, norm, entropy, temperature, per_token, softcap,
         out,

@@ -50,10 +50,10 @@ def linear_policy_loss(
 
     The loss and statistics of ``policy_loss`` on the log-probs and entropies of
     ``linear_token_logprobs``, for less work. One after the other, those two ops take up to 8NHV:
-    the logits never all exist at once, so the backward computes them a second time (but for the
-    last chunk). Here each chunk of rows goes from logits to loss to gradient before the next one
-    begins. The gradient takes the place of the logits, and the gradients of ``hidden`` and
-    ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
+    the logits never all exist at once, so the backward computes them a second time (but for those
+    that the forward leaves). Here each chunk of rows goes from logits to loss to gradient before
+    the next one begins. The gradient takes the place of the logits, and the gradients of ``hidden``
+    and ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
     gradient. (On a GPU gradients of bfloat16 inputs are rounded to bfloat16 before that
     multiplication, and once more after it unless its factor is a power of two. All others stay in
     float32 until then; a loss scale arrives with the incoming gradient.)
