@@ -157,7 +157,7 @@ def test_the_loss_scale_acts_in_float32(dtype, size, given, as_on_a_gpu):
     as_on_a_gpu(dtype, 100)
     found = []
     if size == "apart":
-        size = torch.full((N,), 1e-3).index_fill(0, torch.tensor([7]), -1e3)
+        size = torch.full((N,), 2.0**-10).index_fill(0, torch.tensor([7]), -(2.0**10))
         given["advantages"] = torch.ones(1, N)
     for wide in (dtype, torch.float64):
         leaves = (given[x].to(dtype).to(wide, copy=True) for x in ("hidden", "weight"))
