@@ -239,12 +239,12 @@ def reference(
     bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
     dual = torch.zeros_like(mask)
     if o.loss == "ppo":
-        surrogate = torch.where(-A * bounded > -A * held, -A * bounded, -A * held)
-        low, high = sides(surrogate > -A * rho, A)
+        taken = worse(held, bounded, A)
+        low, high = (A < 0) & (taken > rho), (A > 0) & (taken < rho)
         if o.dual_clip is not None:
-            most = (A < 0) & (surrogate > -A * o.dual_clip)
-            surrogate = torch.where(most, -A * o.dual_clip, surrogate)
-        dual = surrogate < -A * rho
+            taken = torch.where(A < 0, taken.clamp(max=o.dual_clip), taken)
+        dual = (A < 0) & (taken < rho)
+        surrogate = -A * taken
     elif o.loss == "sapo":
         tau = torch.full_like(A, o.sapo_tau_neg).masked_fill(A > 0, o.sapo_tau_pos)
         surrogate = -A * torch.sigmoid(tau * (rho - 1)) * 4 / tau
@@ -298,6 +298,12 @@ def _k3(log_ratio: Tensor) -> Tensor:
     near = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     rise = torch.expm1(near)
     return (rise - near) + aggregate.times(rise, log_ratio - near)
+
+
+def worse(held: Tensor, bounded: Tensor, A: Tensor) -> Tensor:
+    """The ratio with the larger loss. Ratios are compared, not their products with A: those are
+    rounded apart even where the ratios are the same, inside the clip."""
+    return torch.where(A < 0, torch.maximum(held, bounded), torch.minimum(held, bounded))
 
 
 def sides(cut: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
@@ -374,12 +380,11 @@ def _forward(
     held = rho if o.delta is None else rho.clamp(max=o.delta)
     bounded = rho.clamp(1 - o.clip_low, 1 + o.clip_high)
     if o.loss == "ppo":
-        whole, clipped = -A * rho, -A * bounded
-        surrogate = torch.where(clipped > -A * held, clipped, -A * held)
-        flows = moves & ~(surrogate > whole) & ~(surrogate < whole)
+        taken = worse(held, bounded, A)
+        stopped = (A != 0) & ~A.isnan() & ((taken > rho) | (taken < rho))
         if o.dual_clip is not None:
-            flows &= ~((A < 0) & (whole > -A * o.dual_clip))
-        d_logp = torch.where(flows, whole, 0.0)
+            stopped |= (A < 0) & (rho > o.dual_clip)
+        d_logp = (-A * rho).masked_fill(stopped | ~moves, 0.0)
     elif o.loss == "sapo":
         tau = torch.full_like(A, o.sapo_tau_neg).masked_fill(A > 0, o.sapo_tau_pos)
         gate = torch.sigmoid(tau * (rho - 1))

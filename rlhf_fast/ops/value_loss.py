@@ -114,12 +114,13 @@ def reference(
         return aggregate.masked_means(mask, x)[0].detach()
 
     V, R = kept(values), kept(returns)
-    squared = (V - R) ** 2
-    clipped = squared
+    squared = clipped = (V - R) ** 2
+    larger = torch.zeros_like(mask)
     if clip is not None and old_values is not None:
-        old = kept(old_values)
-        clipped = (torch.minimum(torch.maximum(V, old - clip), old + clip) - R) ** 2
-    larger = clipped > squared
+        bounded = held_near(V, kept(old_values), clip)
+        clipped = (bounded - R) ** 2
+        # rounded apart, the two may differ where the value is the same
+        larger = (bounded != V) & (clipped > squared)
     loss = aggregate.reference(
         0.5 * torch.where(larger, clipped, squared), mask, aggregation, normalizer
     )
@@ -142,6 +143,10 @@ def reference(
     return loss, stats
 
 
+def held_near(values: Tensor, old_values: Tensor, clip: float) -> Tensor:
+    return torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
+
+
 def _forward(
     values: Tensor,
     old_values: Tensor | None,
@@ -156,11 +161,11 @@ def _forward(
         values, old_values, returns, mask, clip=None if old_values is None else clip,
         aggregation=aggregation, normalizer=normalizer,
     )  # fmt: skip
-    error = values - returns
-    d_values = error
+    error = d_values = values - returns
     if old_values is not None:
-        clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
-        d_values = torch.where((clipped - returns) ** 2 > error**2, 0.0, error)
+        bounded = held_near(values, old_values, clip)
+        larger = (bounded != values) & ((bounded - returns) ** 2 > error**2)
+        d_values = error.masked_fill(larger, 0.0)
     c = aggregate.coefficients(mask, aggregation, normalizer, values.dtype).unsqueeze(-1)
     return loss, torch.stack(stats), aggregate.times(c, d_values).masked_fill(~mask, 0.0)
 
