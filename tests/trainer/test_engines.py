@@ -171,7 +171,8 @@ def test_an_engine_that_fails_ends_the_run_with_a_checkpoint_and_is_closed(
         return generate(self, *arguments)
 
     config = configured(steps=3, rollout_engine=engine_file)
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="it is gone"):
+    said = r"the_engines:Plain: generate raised ConnectionError: it is gone .*engines.py, line \d"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=said):
         patch.setattr(Plain, "generate", fails)
         ppo.train(config)
     assert Plain.made[0].calls[-1] == "close"

@@ -174,7 +174,9 @@ class VLLMServerEngine:
                 text = answer.read()
         except HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())[:500]
-            raise RuntimeError(f"the vLLM server refuses {path}: {error.code} {said}") from None
+            raise InputError(
+                f"rollout_engine=vllm-server: the server refuses {path}: {error.code} {said}"
+            ) from None
         except (URLError, OSError, EOFError) as error:
             raise InputError(
                 f"rollout_engine=vllm-server: the server is gone ({error}); its last words: "
