@@ -257,7 +257,7 @@ def seed_of(draws: Tensor) -> int:
     return int((draws.double() * 2**24).sum().item()) % 2**31
 
 
-KINDS = {"tokens": "int64", "mask": "bool", "logp": "float32"}  # and what else is of [B, T]
+KINDS = {"mask": "bool", "tokens": "int64", "logp": "float32"}  # and what else is of [B, T]
 
 
 def check_answers(
