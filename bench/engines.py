@@ -1,6 +1,6 @@
 """Tokens a second of each rollout engine at 1, 16 and 64 rows.
 
-    .venv/vllm/bin/python bench/engines.py [--keep] [--model FOLDER] [--tokens 24] [engine …]
+    .venv/vllm/bin/python bench/engines.py [--keep] [--model FOLDER] [--tokens 16] [engine …]
 
 In one run of one process, an engine after the other, on the same model in float32: the demo's
 SmolLM2-135M, where `python examples/demo/prepare.py` puts it. Prompts have 8 tokens, and no token
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("engines", nargs="*", help=f"unset: all of {', '.join(ENGINES)}")
     parser.add_argument("--model", type=Path, default=DEMO / "smollm2", help="a folder")
-    parser.add_argument("--tokens", type=int, default=24, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=16, help="of an answer")
     parser.add_argument("--keep", action="store_true", help=f"write {report.ENGINES.name}")
     asked = parser.parse_args(argv)
     if unknown := set(asked.engines) - set(ENGINES):

@@ -44,13 +44,13 @@ def refuse(options: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def beside_the_trainer(model: PreTrainedModel) -> dict[str, Any]:
-    """Arguments unless others are asked for: room is left for the trainer, and a CPU does not wait
-    for a compiler. (vLLM reserves this share of the machine's memory on a CPU, too.)"""
-    on_gpu = model.device.type == "cuda"
-    return {
-        "dtype": str(model.dtype).removeprefix("torch."), "enforce_eager": not on_gpu,
-        "gpu_memory_utilization": 0.4 if on_gpu else 0.1,
-    }  # fmt: skip
+    """Arguments unless others are asked for: room is left for the trainer. On a CPU vLLM counts
+    what the trainer holds as its own, so there the cache has a size; and nothing is compiled, which
+    would take minutes."""
+    dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if model.device.type == "cuda":
+        return dtype | {"gpu_memory_utilization": 0.4}
+    return dtype | {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
 
 
 class VLLMEngine:
