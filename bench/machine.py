@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, str | int | float]:
         ),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "rlhf_fast": rlhf_fast.__version__,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 1),
@@ -55,7 +55,8 @@ def _device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """As installed, or none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

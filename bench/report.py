@@ -1,4 +1,5 @@
-"""The tables of docs/performance.md, the README's figures and all plots, from bench/results/.
+"""The tables of docs/performance.md and docs/engines.md, the README's figures and all plots, from
+bench/results/.
 
     python bench/report.py           write them
     python bench/report.py --check   exit with 1 if a page is not what the runs say
@@ -32,6 +33,8 @@ Record = dict[str, Any]
 RESULTS = machine.ROOT / "bench" / "results"
 README = machine.ROOT / "README.md"
 PAGE = machine.ROOT / "docs" / "performance.md"
+ENGINES = RESULTS / "engines.json"  # bench/engines.py
+ENGINES_PAGE = machine.ROOT / "docs" / "engines.md"
 PLOTS = machine.ROOT / "docs" / "bench"
 NOT_MEASURED = "not measured"
 
@@ -430,6 +433,28 @@ def draw(records: list[Record], folder: Path = PLOTS) -> list[Path]:
     return paths
 
 
+def engines(record: Record) -> str:
+    """Tokens a second of the rollout engines, with the machine's line."""
+    lines = [
+        "<!-- written by bench/report.py -->",
+        "",
+        f"{record['model']}, prompts of {record['prompt']} tokens, answers of {record['tokens']}, "
+        f"float32: {_machine_line(record)}.",
+        "",
+        "| tokens a second | 1 row | 16 rows | 64 rows | started in |",
+        "|---|---|---|---|---|",
+        *(engine_line(name, found) for name, found in record["engines"].items()),
+    ]
+    return "\n".join(lines)
+
+
+def engine_line(name: str, found: Record) -> str:
+    if "failed" in found:
+        return f"| {name} | {found['failed']} | | | |"
+    speeds = [f"{row['tokens_per_second']:.0f}" for row in found["rows"].values()]
+    return f"| {name} | {' | '.join(speeds)} | {found['start']:.1f} s |"
+
+
 def _key(op: str, shape: Shape, kind: str) -> str:
     return f"{op} {spelled(dict(sorted(shape.items())))} {kind}"
 
@@ -450,7 +475,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args(argv).check
     records = load()
-    pages = {PAGE: ("bench", markdown(records)), README: ("figures", figures(records))}
+    of_engines = engines(json.loads(ENGINES.read_text())) if ENGINES.exists() else NOT_MEASURED
+    pages = {
+        PAGE: ("bench", markdown(records)),
+        README: ("figures", figures(records)),
+        ENGINES_PAGE: ("engines", of_engines),
+    }
     stale = []
     for path, (marker, text) in pages.items():
         before = path.read_text()

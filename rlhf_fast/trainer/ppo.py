@@ -106,7 +106,8 @@ def train(
     if workers.is_main and make_engine is None:
         warn_of_slow_decoding(policy)
     workers.shard(policy)
-    engine = EmbeddedEngine(policy) if make_engine is None else make_engine(policy)
+    with workers.together():
+        engine = EmbeddedEngine(policy) if make_engine is None else make_engine(policy)
     held_out, prompts = split_prompts(config, policy, rows, eval_rows)
     who = f"environment={config.environment}"
     with_environment(held_out + prompts, make_environment, policy, who)
@@ -170,7 +171,9 @@ def train(
             try:
                 with workers.together():
                     engine.wake()
-                    engine.sync(policy.weights())
+                with workers.together(), workers.in_turns(policy.weights()) as weights_now:
+                    engine.sync(weights_now)
+                with workers.together():
                     rollout = sample_answers(
                         policy, asked, config, generator, share=mine, engine=engine
                     )
@@ -206,7 +209,8 @@ def train(
             rollout, kept = without_lost(rollout, columns["scores"], baseline)
             mask, raw_scores = rollout.mask, columns["scores"]  # [B, T], [B]
 
-            engine.sleep()
+            with interrupts.keeping_what_was_learnt(), workers.together():
+                engine.sleep()
 
             # 4. Advantages and returns from the scores, and the KL they cost.
             scored_as = raw_scores.to(device).masked_fill(~kept, 0.0)

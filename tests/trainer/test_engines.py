@@ -171,7 +171,8 @@ def test_an_engine_that_fails_ends_the_run_with_a_checkpoint_and_is_closed(
         return generate(self, *arguments)
 
     config = configured(steps=3, rollout_engine=engine_file)
-    with monkeypatch.context() as patch, pytest.raises(ConnectionError, match="it is gone"):
+    said = r"the_engines:Plain: generate raised ConnectionError: it is gone .*engines.py, line \d"
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=said):
         patch.setattr(Plain, "generate", fails)
         ppo.train(config)
     assert Plain.made[0].calls[-1] == "close"
@@ -243,6 +244,33 @@ def test_what_cannot_be_an_engine(configured, engine_file, monkeypatch, options,
         ({"logp": torch.full((1, 1), 0.5)}, "log-probs above 0 or not finite"),
         ({"logp": torch.full((1, 1), float("nan"))}, "log-probs above 0 or not finite"),
         ({"mask": torch.ones(2, 1).bool()}, r"mask of shape \(2, 1\), expected \(1, T\)"),
+        ({"mask": torch.ones(1, 1)}, "mask of float32, expected a tensor of bool"),
+        ({"mask": torch.ones(1, 3).bool()[:, None]}, r"shape \(1, 1, 3\), expected \(1, T\)"),
+        ({"tokens": [[1]]}, "tokens of list, expected a tensor of int64"),
+        ({"tokens": torch.full((1, 1), -1)}, "tokens outside of the model's 17"),
+        ({"tokens": torch.ones(1, 1)}, "tokens of float32, expected a tensor of int64"),
+        ({"logp": torch.zeros(1, 1).bfloat16()}, "logp of bfloat16, expected a tensor of float32"),
+        ({"logp": torch.zeros(1, 2)}, r"logp of shape \(1, 2\), expected \(1, T\)"),
+        ({"support": torch.full((1, 1, 2), 3).int()}, "or without the token that was drawn"),
+        ({"support": torch.tensor([[[1, 17]]]).int()}, "support with tokens outside of the model"),
+        ({"support": torch.ones(1, 1).int()}, r"support of shape .* expected \(1, T, K\)"),
+        ({"rewards": torch.zeros(1, 2)}, r"rewards of shape \(1, 2\)"),
+        (
+            {
+                "tokens": torch.ones(1, 3).long(),
+                "logp": torch.zeros(1, 3),
+                "mask": torch.tensor([[True, False, True]]),
+            },
+            "a mask with gaps",
+        ),
+        (
+            {
+                "tokens": torch.ones(1, 5).long(),
+                "logp": torch.zeros(1, 5),
+                "mask": torch.ones(1, 5).bool(),
+            },
+            "T at most 4",
+        ),
     ],
 )
 def test_answers_that_cannot_be_learnt_from(policy, change, message):
@@ -251,6 +279,38 @@ def test_answers_that_cannot_be_learnt_from(policy, change, message):
     check_answers(done, 1, sampling, policy.model)
     with pytest.raises(InputError, match=message):
         check_answers(done._replace(**change), 1, sampling, policy.model)
+
+
+def test_a_function_is_checked_too_and_named_when_it_fails(configured, monkeypatch):
+    def wrong(model, ids, mask, sampling, draws):
+        return sample(model, ids, mask, sampling, draws)._replace(logp=None)
+
+    def fails(model, ids, mask, sampling, draws):
+        return ids.nothing
+
+    functions = SimpleNamespace(wrong=wrong, fails=fails)
+    monkeypatch.setitem(sys.modules, "the_functions", functions)
+    for name, message in {
+        "wrong": "returned logp of NoneType, expected a tensor of float32",
+        "fails": "the_functions:fails: draw raised AttributeError: .* .*test_engines.py, line",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            ppo.train(configured(name, rollout_engine=f"the_functions:{name}", eval_prompts=2))
+
+
+def test_one_that_cannot_be_closed_costs_nothing(configured, engine_file, monkeypatch, capsys):
+    """Not the run that is finished; and an error of the run is not hidden by its own."""
+
+    def fails(self, *arguments):
+        raise OSError("stuck")
+
+    monkeypatch.setattr(Plain, "close", fails)
+    options = {"steps": 1, "eval_prompts": 2, "rollout_engine": engine_file}
+    assert "score_after" in ppo.train(configured("one", **options))
+    assert "Plain could not be closed: OSError: stuck" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(Plain, "sleep", lambda self: 1 / 0)
+    with pytest.raises(InputError, match="Plain: sleep raised ZeroDivisionError"):
+        ppo.train(configured("two", **options))
 
 
 @pytest.mark.parametrize("returned", [3, None, (1, 2, 3)])

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,16 @@ def test_text_goes_on_as_text(policy, tiny_tokenizer):
     assert Echo.seen[0] == "filmgood" and rollout.episodes[0].answer == "good the plotbad"
 
 
+def test_numbers_of_numpy_and_last_words_that_nobody_reads(policy, tiny_tokenizer):
+    class Ends(Echo):
+        def step(self, messages):
+            return None, np.float32(0.5), np.bool_(True)
+
+    asked = [(ids_of(tiny_tokenizer, "user film assistant"), ASK)]
+    rollout = played(policy, scripted([GOOD, END])(policy), asked, environment=Ends)
+    assert rollout.rewards[0].tolist() == [0, 0.5]
+
+
 def test_turns_that_do_not_fit(policy, tiny_tokenizer):
     """Cut off at max_new_tokens; what is said and leaves no room for an answer is not said."""
     asked = [(ids_of(tiny_tokenizer, "user film assistant"), ASK)]
@@ -199,6 +210,30 @@ class Wrong(Asks):
     def step(self, messages):
         return "the plot"
 
+class Five(Asks):
+    def step(self, messages):
+        return "the plot", 0.0, False, False, {}
+
+class NaN(Asks):
+    def step(self, messages):
+        return "the plot", float("nan"), False
+
+class Says(Asks):
+    def step(self, messages):
+        return "the plot", 0.0, "no"
+
+class Nothing(Asks):
+    def step(self, messages):
+        return None, 0.0, False
+
+class NoRole(Asks):
+    async def step(self, messages):
+        return [{"content": "the plot"}], 0.0, False
+
+class Late(Asks):
+    async def reset(self, prompt, **columns):
+        raise KeyError("late")
+
 def also(prompts, completions, environment, **columns):
     assert all(c[-1]["role"] == "assistant" for c in completions)
     return [x / 2 for x in environment]
@@ -246,6 +281,12 @@ def test_it_is_refused_before_a_model_is_loaded(configured, file, monkeypatch, n
     [
         ({"environment": "{file}:Raises"}, r"Raises raised KeyError: 'x' \(.*asks.py, line 14\)"),
         ({"environment": "{file}:Wrong"}, "returned 'the plot' from step, expected .observation"),
+        ({"environment": "{file}:Five"}, "returned .'the plot', 0.0, False, False, .* from step"),
+        ({"environment": "{file}:NaN"}, "returned .'the plot', nan, False. from step, expected"),
+        ({"environment": "{file}:Says"}, "returned .'the plot', 0.0, 'no'. from step, .* true or"),
+        ({"environment": "{file}:Nothing"}, "returned .None, 0.0, False. from step: .* a message"),
+        ({"environment": "{file}:NoRole"}, "from step: expected text, .* with role and content"),
+        ({"environment": "{file}:Late"}, "Late cannot begin: KeyError: 'late'"),
         ({"environment": "{file}:Exits"}, r"Exits raised SystemExit: bye \(.*asks.py, line 18\)"),
         ({"reward": ["environment"]}, "there is no environment that gives rewards"),
         ({"environment": "{file}:Asks", "estimator": "remax"}, "contradict each other: remax"),

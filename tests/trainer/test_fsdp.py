@@ -97,6 +97,73 @@ def test_two_processes_give_the_numbers_of_one(
     assert_same_run(alone, by_one)
 
 
+FAILS = """
+import os
+import torch
+from rlhf_fast.trainer.data.rows import pad
+from rlhf_fast.trainer.rollout.sample import sample
+
+class Fails:
+    def __init__(self, model, tokenizer, where, taken=0):
+        self.model, self.where, self.taken, self.steps = model, where, taken, 0
+    def fail(self, where):
+        if self.where == where and self.steps == 2 and os.environ["RANK"] == "1":
+            raise ConnectionError("it is gone")
+    def generate(self, prompts, sampling, seed):
+        self.fail("generate")
+        ids, mask = pad([list(p) for p in prompts], side="left")
+        draws = torch.rand(len(ids), sampling.max_new_tokens)
+        done = sample(self.model, ids, mask, sampling, draws)
+        return done._replace(trunk=None, hidden=None)
+    def sync(self, weights):
+        for _ in range(self.taken):
+            next(weights)
+        self.fail("sync")
+        for _ in weights:
+            pass
+    def sleep(self):
+        self.fail("sleep")
+    def wake(self):
+        self.steps += 1
+        self.fail("wake")
+    def close(self):
+        self.fail("close")
+"""
+
+
+@pytest.mark.long
+def test_an_engine_that_fails_in_one_process_ends_both(configured, tmp_path):
+    """In one line that is the same in both, with a checkpoint; weights that all must gather leave
+    nobody waiting, wherever one stops to ask for them."""
+    (tmp_path / "fails.py").write_text(FAILS)
+    runs = []
+    for where, taken in (("wake", 0), ("sync", 0), ("sync", 2), ("generate", 0), ("sleep", 0)):
+        name, options = f"{where}_{taken}", [f"where={where}", f"taken={taken}"]
+        config = configured(
+            name, steps=3, batch_size=12, eval_prompts=2, epochs=1, minibatches=1, save_every=9,
+            rollout_engine=f"{tmp_path}/fails.py:Fails", rollout_engine_options=options,
+        )  # fmt: skip
+        runs.append((config, {"refused": str(tmp_path / f"{name}.said")}))
+    ends = configured(
+        "ends", steps=2, batch_size=12, eval_prompts=2, epochs=1, minibatches=1,
+        rollout_engine=f"{tmp_path}/fails.py:Fails", rollout_engine_options=["where=close"],
+    )  # fmt: skip
+    wrapped = {"fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
+    file = runs_file(tmp_path, [*runs, (ends, {})])
+    done = fsdp_launch(tmp_path, [RANKS, "fsdp", file], **wrapped)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for config, _ in runs:
+        folder = Path(config.output_dir)
+        said = {(tmp_path / f"{folder.name}.said.{rank}").read_text() for rank in range(2)}
+        where = folder.name.partition("_")[0]
+        assert len(said) == 1 and "\n" not in (line := said.pop())
+        assert f"Fails: {where} raised ConnectionError: it is gone" in line
+        assert "(in process 1)" in line
+        assert (folder / "checkpoints" / "step_1.pt").is_file(), where
+    assert (Path(ends.output_dir) / "summary.json").is_file()
+    assert "Fails could not be closed: ConnectionError: it is gone" in " ".join(done.stdout.split())
+
+
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [

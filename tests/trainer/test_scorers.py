@@ -413,7 +413,7 @@ def test_a_function_with_an_alarm_of_its_own(scored, tmp_path):
 # ------------------------------------------------------------------- functions that wait for others
 
 WAITING = """
-import asyncio
+import asyncio, time
 running = most = 0
 calls = []
 
@@ -429,12 +429,28 @@ async def judge(text):
     running -= 1
     if text == "hangs":
         await asyncio.sleep(30)
+    while text == "stubborn":
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            pass
+    if text == "blocks":
+        time.sleep(30)
+    if text == "exits":
+        raise SystemExit("bye")
+    if text == "cancelled":
+        raise asyncio.CancelledError
+    if text == "nested":
+        return asyncio.sleep(0)
     if text == "fails" or text == "fails once" and sum("fails once" in c for c in calls) < 2:
         raise ConnectionError("no route")
     return len(text)
 
 def some(prompts, completions, **columns):
     return [0.5 if c == "known" else judge(c) for c in completions]
+
+async def tasks(prompts, completions, **columns):
+    return [asyncio.ensure_future(judge(c)) for c in completions]
 
 def fewer(prompts, completions, **columns):
     return [judge(c) for c in completions[1:]]
@@ -481,6 +497,34 @@ def test_what_fails_or_hangs_costs_its_answers(waiting, capsys):
         waiting("judged", ["fails"])  # nothing would be left
     with pytest.raises(InputError, match="returned 1 scores, expected a list of 2"):
         waiting("fewer", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("stubborn", "it took longer than reward_timeout=0.5 seconds"),
+        ("blocks", "it took longer than reward_timeout=0.5 seconds without letting others go on"),
+        ("exits", "SystemExit: bye"),
+        ("cancelled", "it was cancelled"),
+    ],
+)
+def test_nothing_that_an_awaitable_does_costs_more_than_its_answer(waiting, capsys, answer, why):
+    """Not the time of one that takes no notice of it, or blocks the loop; nor the run."""
+    began = time.monotonic()
+    scores = waiting("judged", ["abc", answer, "ab"], timeout=0.5)
+    assert scores[0] == 3 and scores[2] == 2 and math.isnan(scores[1])
+    assert time.monotonic() - began < 10
+    assert f"failed for 1 of 3 answers, which are left out: {why}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'sleep' was never awaited")
+def test_awaitables_that_cannot_be_scores(waiting):
+    with pytest.raises(InputError, match="judged returned <coroutine object sleep .* for row 1"):
+        waiting("judged", ["abc", "nested"])
+    with pytest.raises(InputError, match="tasks failed for 2 of 2 answers: it was cancelled"):
+        waiting("tasks", ["abc", "ab"])  # a task ends with the loop that it was made in
 
 
 def test_only_what_failed_is_tried_again(waiting):

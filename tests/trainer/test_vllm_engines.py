@@ -170,7 +170,7 @@ def test_truth_values_as_the_server_takes_them():
 
 
 def test_what_the_server_refuses_and_a_server_that_is_gone(engine):
-    with pytest.raises(RuntimeError, match="the vLLM server refuses /v1/completions: 400"):
+    with pytest.raises(InputError, match="server: the server refuses /v1/completions: 400"):
         engine.generate([[2]], Sampling(2, 1.0, []), 0)
     (engine.folder / "log").write_text("fine\nOutOfMemoryError: 3 GB\nbye\n")
     engine.stub.shutdown()

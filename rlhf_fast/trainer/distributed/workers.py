@@ -21,7 +21,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -222,6 +222,23 @@ class Workers:
             if error is not None:
                 raise error
 
+    @contextmanager
+    def in_turns(self, items: Iterator[Any]) -> Iterator[Iterator[Any]]:
+        """Items that under FSDP all processes must make together, as whole weights are: a use that
+        ends early in one of them, or fails there, does not leave the others waiting."""
+        if self.sharder is None:
+            yield items
+            return
+        turns = Turns(items, self.largest)
+        try:
+            yield turns
+        except Ended:  # a signal's
+            raise
+        except (Exception, SystemExit):
+            turns.sit_out()
+            raise
+        turns.sit_out()
+
     def attempt(self, action: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What action returns in each process; if it fails in one, all raise its error."""
         with self.together():
@@ -272,6 +289,36 @@ class Workers:
     def end(self) -> None:
         for tracker in self.accelerator.trackers:
             self.track(tracker.finish)
+
+
+class Turns:
+    """An iterator that is there in every process: an item is made if any of them asks for it, and
+    those that do not help to make it."""
+
+    def __init__(self, items: Iterator[Any], largest: Callable[[int], int]) -> None:
+        self.items, self.largest, self.over = items, largest, False
+
+    def __iter__(self) -> Turns:
+        return self
+
+    def __next__(self) -> Any:
+        return self.turn(asks=True)
+
+    def sit_out(self) -> None:
+        """Until nobody asks any more, or there are no more items."""
+        while not self.over:
+            with suppress(StopIteration):
+                self.turn(asks=False)
+
+    def turn(self, *, asks: bool) -> Any:
+        if self.over or not self.largest(int(asks)):
+            self.over = True
+            raise StopIteration
+        try:
+            return next(self.items)
+        except StopIteration:
+            self.over = True
+            raise
 
 
 def tracker_names(config: RunConfig) -> list[str]:

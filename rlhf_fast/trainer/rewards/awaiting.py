@@ -10,14 +10,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
-from collections.abc import Awaitable, Callable
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from rich.markup import escape
 
 from rlhf_fast.trainer.errors import Ended, InputError
-from rlhf_fast.trainer.rewards.functions import awaited, call, named_if_slow, reason_of
+from rlhf_fast.trainer.rewards.functions import (
+    TimedOut,
+    alarm,
+    awaited,
+    call,
+    can_ring,
+    named_if_slow,
+    reason_of,
+)
 from rlhf_fast.trainer.run.console import console
 
 
@@ -83,25 +94,73 @@ def called(function: Callable, arguments: dict[str, Any], who: str, patience: Pa
 
 def side_by_side(scores: list[Any], function: Callable, who: str, patience: Patience) -> list[Any]:
     """The scores, with those that are awaitables awaited, so many at a time."""
+    seconds = patience.timeout
+    late = f"it took longer than reward_timeout={seconds} seconds"
+    beat = Beat(seconds)
+
+    async def score_of(score: Awaitable[Any]) -> Any:
+        try:
+            return await score
+        except Ended:  # a signal's
+            raise
+        except TimedOut:
+            return Lost(f"{late} without letting others go on (it waits where it should await)")
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
+            return Lost(reason_of(error, function))
 
     async def one(score: Awaitable[Any], turn: asyncio.Semaphore) -> Any:
         async with turn:
-            try:
-                return await asyncio.wait_for(score, patience.timeout)
-            except asyncio.TimeoutError:
-                return Lost(f"it took longer than reward_timeout={patience.timeout} seconds")
-            except Ended:  # a signal's
-                raise
-            except (Exception, SystemExit) as error:  # whatever the user's function raises
-                return Lost(reason_of(error, function))
+            task = asyncio.ensure_future(score_of(score))
+            # Not wait_for, which would wait for one that takes no notice of being cancelled.
+            await asyncio.wait({task}, timeout=seconds)
+            if not task.done():
+                task.cancel()
+                return Lost(late)
+            return Lost("it was cancelled") if task.cancelled() else task.result()
 
     async def all_of_them() -> list[Any]:
         turn = asyncio.Semaphore(patience.concurrency)
         waiting = [one(x, turn) if inspect.isawaitable(x) else known(x) for x in scores]
-        return await asyncio.gather(*waiting)
+        beats = asyncio.ensure_future(beat.beats())
+        try:
+            return await asyncio.gather(*waiting)
+        finally:
+            beats.cancel()
+            beat.at = math.inf
 
     async def known(score: Any) -> Any:
         return score
 
-    with named_if_slow(who):
-        return awaited(all_of_them())
+    try:
+        with named_if_slow(who), beat.watched():
+            return awaited(all_of_them())
+    except TimedOut:  # between two awaitables
+        raise InputError(f"{who} failed: {late}") from None
+
+
+class Beat:
+    """Sees that the loop goes on: an awaitable that waits without awaiting stops all of them, and
+    their timeouts, too. After so many seconds it is ended by TimedOut."""
+
+    def __init__(self, seconds: float | None) -> None:
+        self.seconds, self.at = seconds, 0.0
+
+    async def beats(self) -> None:
+        while self.seconds is not None:
+            self.at = time.monotonic()
+            await asyncio.sleep(self.seconds / 10)
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Where there are alarms: not in a notebook's thread."""
+        if self.seconds is None or not can_ring():
+            yield
+            return
+        self.at = time.monotonic()
+        with alarm(self.seconds, self.seconds / 10, self.ring):
+            yield
+
+    def ring(self) -> None:
+        if time.monotonic() - self.at > self.seconds:
+            self.at = time.monotonic()  # the next one has as long
+            raise TimedOut

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
@@ -26,6 +26,7 @@ from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.run.console import console
 
 FUNCTION = re.compile(r"(.+):([A-Za-z_]\w*)")
+LAST_WORDS = 1.0  # seconds that what is cancelled has to end
 PATIENCE = 60.0  # seconds until a call that does not return is named; then twice as long each time
 
 folders: set[Path] = set()  # of the files that were run: what lies beside one, it can import
@@ -170,9 +171,27 @@ def awaited(result: Any) -> Any:
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(wait())
+        return run(wait())
     with ThreadPoolExecutor(1) as pool:  # a notebook's loop runs already, and one thread has one
-        return pool.submit(asyncio.run, wait()).result()
+        return pool.submit(run, wait()).result()
+
+
+def run(main: Coroutine[Any, Any, Any]) -> Any:
+    """asyncio.run, but tasks and threads that do not end when they are told to are left behind:
+    that would wait for them as long as they like."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=LAST_WORDS))
+        for task in asyncio.all_tasks(loop):
+            task._log_destroy_pending = False  # as asyncio.gather says it of its own
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
 
 
 @contextmanager
@@ -205,14 +224,27 @@ def at_most(seconds: float | None) -> Iterator[None]:
     if seconds is None:
         yield
         return
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+    if not can_ring():
         raise InputError("reward_timeout needs Unix and training in the process's main thread")
 
-    def ring(number: int, frame: Any) -> None:
+    def ring() -> None:
         raise TimedOut
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    with alarm(seconds, 0, ring):
+        yield
+
+
+def can_ring() -> bool:
+    in_main = threading.current_thread() is threading.main_thread()
+    return in_main and hasattr(signal, "SIGALRM")
+
+
+@contextmanager
+def alarm(seconds: float, again: float, ring: Callable[[], None]) -> Iterator[None]:
+    """Calls ring in the main thread, whatever that does, after so many seconds, and again after
+    that so often."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: ring())
+    signal.setitimer(signal.ITIMER_REAL, seconds, again)
     try:
         yield
     finally:

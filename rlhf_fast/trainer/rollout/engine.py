@@ -12,21 +12,23 @@ from typing import Any
 
 import torch
 import yaml
+from rich.markup import escape
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf_fast.trainer.config import PPOConfig
 from rlhf_fast.trainer.data.rows import pad
-from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.policy import Policy
-from rlhf_fast.trainer.rewards.functions import load_function
+from rlhf_fast.trainer.rewards.functions import load_function, reason_of
 from rlhf_fast.trainer.rollout.protocol import (
     Completions,
     RolloutEngine,
     RolloutFunction,
     Sampling,
 )
+from rlhf_fast.trainer.run.console import console
 
 # Name -> (file beside this one, its class, the package that must be installed beside it).
 ENGINES = {
@@ -48,7 +50,9 @@ def load_engine(
     """What makes the engine: everything that can be said without the policy is said here. None
     where the trainer decodes by itself. engine: one that is there."""
     if engine is not None:
-        return lambda policy: engine if is_engine(engine) else FunctionEngine(policy, engine)
+        if is_engine(engine):
+            return lambda policy: Named(engine, f"engine={type(engine).__name__}")
+        return lambda policy: Named(FunctionEngine(policy, engine), "engine")
     name = config.rollout_engine
     if name is None:
         return None
@@ -62,10 +66,11 @@ def load_engine(
             f"rollout_engine_options={config.rollout_engine_options}: rollout_engine={name} is no "
             "class, and takes none"
         )
+    who = f"rollout_engine={name}"
     if is_engine(found):  # the caller's, who closes it
-        return lambda policy: found
+        return lambda policy: Named(found, who)
     check_function(found, name)
-    return partial(FunctionEngine, function=found)
+    return lambda policy: Named(FunctionEngine(policy, found), who)
 
 
 def named(name: str, given: Given) -> Any:
@@ -111,17 +116,27 @@ def make(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         raise InputError(f"rollout_engine={name} cannot be started: {reason}") from error
     made_here.append(engine)
-    return engine
+    return Named(engine, f"rollout_engine={name}")
 
 
 @contextmanager
 def engines_closed() -> Iterator[None]:
-    """Around a training: what it made is closed, whatever happens. Also a decorator."""
+    """Around a training: what it made is closed, whatever happens. Also a decorator.
+
+    One that cannot be closed is said to be: that must not hide the error that ended the run, nor
+    make a failure of one that is finished.
+    """
     try:
         yield
     finally:
         while made_here:
-            made_here.pop().close()
+            engine = made_here.pop()
+            try:
+                engine.close()
+            except Exception as error:  # whatever the library under it raises
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+                text = f"{type(engine).__name__} could not be closed: {reason}"
+                console.print(f"[bold yellow]{escape(text)}[/]")
 
 
 def engine_options(words: Sequence[str] | None) -> dict[str, Any]:
@@ -138,6 +153,25 @@ def engine_options(words: Sequence[str] | None) -> dict[str, Any]:
         except yaml.YAMLError:
             options[name] = text
     return options
+
+
+class Named:
+    """An engine whose errors are one line that says whose they are, and where."""
+
+    def __init__(self, engine: RolloutEngine, who: str) -> None:
+        for method in (*METHODS, "draw"):
+            if (function := getattr(engine, method, None)) is not None:
+                own = getattr(engine, "function", function)  # of a FunctionEngine
+                setattr(self, method, partial(said, function, own, f"{who}: {method}"))
+
+
+def said(function: Callable[..., Any], own: Callable[..., Any], who: str, *arguments: Any) -> Any:
+    try:
+        return function(*arguments)
+    except (InputError, Ended):  # one that says everything; a signal's
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's engine raises
+        raise InputError(f"{who} raised {reason_of(error, own)[:500]}") from error
 
 
 def is_engine(given: Any) -> bool:
@@ -162,7 +196,8 @@ class FunctionEngine:
         self.policy, self.function = policy, function
 
     def draw(self, ids: Tensor, mask: Tensor, sampling: Sampling, draws: Tensor) -> Completions:
-        return self.function(self.policy.model, ids, mask, sampling, draws)
+        done = self.function(self.policy.model, ids, mask, sampling, draws)
+        return received(done, len(ids), sampling, self.policy.model)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int
@@ -200,9 +235,15 @@ def ask(
         return completions(draw(ids, mask, sampling, draws))
     rows = zip(ids.tolist(), mask.tolist(), strict=True)
     prompts = [[t for t, real in zip(row, kept, strict=True) if real] for row, kept in rows]
-    done = completions(engine.generate(prompts, sampling, seed_of(draws)))
-    check_answers(done, len(prompts), sampling, model)
-    return Completions(*(None if x is None else x.to(ids.device) for x in done))
+    return received(
+        engine.generate(prompts, sampling, seed_of(draws)), len(prompts), sampling, model
+    )
+
+
+def received(done: Any, batch: int, sampling: Sampling, model: PreTrainedModel) -> Completions:
+    """An engine's answers, checked, on the model's device."""
+    check_answers(completions(done), batch, sampling, model)
+    return Completions(*(None if x is None else x.to(model.device) for x in done))
 
 
 def completions(done: Any) -> Completions:
@@ -216,22 +257,47 @@ def seed_of(draws: Tensor) -> int:
     return int((draws.double() * 2**24).sum().item()) % 2**31
 
 
+KINDS = {"mask": "bool", "tokens": "int64", "logp": "float32"}  # and what else is of [B, T]
+
+
 def check_answers(
     done: Completions, batch: int, sampling: Sampling, model: PreTrainedModel
 ) -> None:
     """What an engine gave can be learnt from: shapes, tokens that exist, log-probs of
     probabilities."""
+    who = "the rollout engine returned"
     vocabulary = model.get_output_embeddings().weight.size(0)
+    for name, kind in KINDS.items():
+        x = getattr(done, name)
+        came = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+        if came != kind:
+            raise InputError(f"{who} {name} of {came}, expected a tensor of {kind}")
     steps = done.mask.size(1) if done.mask.ndim == 2 else -1
-    for name in ("tokens", "mask", "logp"):
-        came = tuple(getattr(done, name).shape)
-        if came != (batch, steps) or steps > sampling.max_new_tokens:
+    for name in (*KINDS, "loss_mask", "rewards", "support"):
+        x = getattr(done, name)
+        if x is None:
+            continue
+        came, more = tuple(x.shape), (", K" if name == "support" else "")
+        if (
+            came[:2] != (batch, steps)
+            or x.ndim != 2 + bool(more)
+            or steps > sampling.max_new_tokens
+        ):
             raise InputError(
-                f"the rollout engine returned {name} of shape {came}, expected ({batch}, T) with "
-                f"T at most {sampling.max_new_tokens}"
+                f"{who} {name} of shape {came}, expected ({batch}, T{more}) with T at most "
+                f"{sampling.max_new_tokens}"
             )
+    if (done.mask[:, 1:] & ~done.mask[:, :-1]).any():
+        raise InputError(f"{who} a mask with gaps: an answer's tokens stand at its beginning")
     tokens, logp = done.tokens[done.mask], done.logp[done.mask]
     if ((tokens < 0) | (tokens >= vocabulary)).any():
-        raise InputError(f"the rollout engine returned tokens outside of the model's {vocabulary}")
+        raise InputError(f"{who} tokens outside of the model's {vocabulary}")
     if not ((logp <= 1e-3) & (logp > -torch.inf)).all():
-        raise InputError("the rollout engine returned log-probs above 0 or not finite")
+        raise InputError(f"{who} log-probs above 0 or not finite")
+    if done.support is not None:
+        among = done.support[done.mask]
+        if (among >= vocabulary).any() or not (among == tokens[:, None]).any(1).all():
+            raise InputError(
+                f"{who} a support with tokens outside of the model's {vocabulary}, or without the "
+                "token that was drawn"
+            )

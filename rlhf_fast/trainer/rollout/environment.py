@@ -12,8 +12,10 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -23,7 +25,12 @@ from rlhf_fast.trainer.data.rows import Prompt, Text, pad, render, start, tokeni
 from rlhf_fast.trainer.errors import Ended, InputError
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.models.policy import Policy
-from rlhf_fast.trainer.rewards.functions import awaited, load_function, reason_of
+from rlhf_fast.trainer.rewards.functions import (
+    awaited,
+    load_function,
+    named_if_slow,
+    reason_of,
+)
 from rlhf_fast.trainer.rollout.engine import ask
 from rlhf_fast.trainer.rollout.protocol import Completions, RolloutEngine, Sampling, completions
 from rlhf_fast.trainer.rollout.sample import Rollout, put_behind
@@ -36,7 +43,7 @@ MARK = "\u241fthe answer\u241f"  # stands for an answer where a template is aske
 class Environment(Protocol):
     """What answers the policy. One is made for each answer, by calling what the option names.
 
-    Both methods get copies. `step` may be async: the steps of a batch are then awaited together.
+    Both methods get copies. Both may be async: the steps of a batch are then awaited together.
     """
 
     def reset(self, prompt: Text, **columns: Any) -> None:
@@ -220,7 +227,10 @@ def play(
 def begin(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, who: str) -> Episode:
     try:
         environment = prompt.environment()
-        environment.reset(copy.deepcopy(prompt.prompt), **copy.deepcopy(prompt.columns))
+        with named_if_slow(who):
+            begun = environment.reset(copy.deepcopy(prompt.prompt), **copy.deepcopy(prompt.columns))
+            if inspect.isawaitable(begun):
+                awaited(begun)
     except Ended:  # a signal's
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises
@@ -255,35 +265,57 @@ def answered(episodes: list[Episode], who: str) -> list[tuple[Said, float, bool]
         return []
     step = type(episodes[0].environment).step
     try:
-        results = [e.environment.step(copy.deepcopy(e.messages)) for e in episodes]
-        if any(map(inspect.isawaitable, results)):
-            results = awaited(together(results))
+        with named_if_slow(who):
+            results = [e.environment.step(copy.deepcopy(e.messages)) for e in episodes]
+            if any(map(inspect.isawaitable, results)):
+                results = awaited(together(results))
     except Ended:  # a signal's
         raise
     except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise InputError(f"{who} raised {reason_of(error, step)}") from error
-    for result in results:
-        known = (
-            isinstance(result, tuple) and len(result) == 3 and isinstance(result[1], int | float)
-        )
-        if not known or not math.isfinite(result[1]):
-            raise InputError(
-                f"{who} returned {' '.join(repr(result).split())[:80]} from step, expected "
-                "(observation, a finite reward, whether it is over)"
-            )
-    return [(said, float(reward), bool(over)) for said, reward, over in results]
+    return [
+        checked(result, isinstance(episode.messages, str), who)
+        for result, episode in zip(results, episodes, strict=True)
+    ]
 
 
 async def together(results: list[Any]) -> list[Any]:
-    return await asyncio.gather(*results)
+    return await asyncio.gather(*(x if inspect.isawaitable(x) else known(x) for x in results))
+
+
+async def known(result: Any) -> Any:
+    return result
+
+
+def checked(result: Any, is_text: bool, who: str) -> tuple[Said, float, bool]:
+    """What a step returned, if it can be gone on from."""
+    came = " ".join(repr(result).split())[:80]
+    said, reward, over = result if isinstance(result, tuple) and len(result) == 3 else (None,) * 3
+    kinds = isinstance(reward, Real) and isinstance(over, bool | int | np.bool_)
+    if not kinds or not math.isfinite(reward):
+        raise InputError(
+            f"{who} returned {came} from step, expected (observation, a finite reward, whether it "
+            "is over: true or false)"
+        )
+    messages = said if isinstance(said, list) else [said]
+    if is_text:
+        expected, fits = "text, as the prompt is text", isinstance(said, str)
+    else:
+        expected = "text, a message or a list of messages, each with role and content"
+        fits = isinstance(said, str) or all(map(is_message, messages))
+    if not (fits or over):  # nobody reads the last words
+        raise InputError(f"{who} returned {came} from step: expected {expected}, to be said")
+    return said, float(reward), bool(over)
+
+
+def is_message(said: Any) -> bool:
+    return isinstance(said, dict) and all(isinstance(said.get(k), str) for k in ("role", "content"))
 
 
 def listen(episode: Episode, said: Said, policy: Policy, steps: int, who: str) -> None:
     """What is said to the policy comes behind its turn; an episode that has no room for that and
     an answer is over."""
     if isinstance(episode.messages, str):
-        if not isinstance(said, str):
-            raise InputError(f"{who} said {said!r:.60}, expected text, as the prompt is text")
         ids = tokenize(said, True, policy.tokenizer)
         messages: Text = episode.messages + said
         whole = ""

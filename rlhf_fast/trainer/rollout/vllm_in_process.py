@@ -43,6 +43,16 @@ def refuse(options: dict[str, Any], names: Sequence[str]) -> None:
             raise InputError(f"rollout_engine_options={name}={options[name]}: the engine's own")
 
 
+def beside_the_trainer(model: PreTrainedModel) -> dict[str, Any]:
+    """Arguments unless others are asked for: room is left for the trainer. On a CPU vLLM counts
+    what the trainer holds as its own, so there the cache has a size; and nothing is compiled, which
+    would take minutes."""
+    dtype = {"dtype": str(model.dtype).removeprefix("torch.")}
+    if model.device.type == "cuda":
+        return dtype | {"gpu_memory_utilization": 0.4}
+    return dtype | {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
+
+
 class VLLMEngine:
     """options: arguments of vLLM's LLM."""
 
@@ -53,10 +63,7 @@ class VLLMEngine:
         from vllm import LLM
 
         on_gpu = model.device.type == "cuda"
-        given = {
-            "dtype": str(model.dtype).removeprefix("torch."), "enforce_eager": not on_gpu,
-            "enable_sleep_mode": on_gpu, "gpu_memory_utilization": 0.4 if on_gpu else 0.1,
-        }  # fmt: skip
+        given = beside_the_trainer(model) | {"enable_sleep_mode": on_gpu}
         self.adapter, self.request = adapter_of(model, options), None
         if self.adapter is not None:
             given |= self.adapter.options
@@ -136,7 +143,19 @@ class VLLMEngine:
 
         if not torch.distributed.is_initialized() or os.environ.get("WORLD_SIZE", "1") == "1":
             cleanup_dist_env_and_memory()
+        end_compilers()
         gc.collect()
+
+
+def end_compilers() -> None:
+    """Threads and processes of torch's compiler, which what vLLM has compiled would leave behind
+    where no cache had it. They start again where they are needed."""
+    from torch._inductor.async_compile import AsyncCompile, shutdown_compile_workers
+
+    shutdown_compile_workers()
+    if AsyncCompile.pool.cache_info().currsize:
+        AsyncCompile.pool().shutdown()
+        AsyncCompile.pool.cache_clear()
 
 
 def parameters(sampling: Sampling, vocabulary: int) -> dict[str, Any]:

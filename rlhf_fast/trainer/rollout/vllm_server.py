@@ -33,7 +33,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.rollout.adapters import adapter_of
 from rlhf_fast.trainer.rollout.protocol import Completions, Sampling, check_prompts
-from rlhf_fast.trainer.rollout.vllm_in_process import ALL, OURS, drawn, parameters, refuse
+from rlhf_fast.trainer.rollout.vllm_in_process import (
+    ALL,
+    OURS,
+    beside_the_trainer,
+    drawn,
+    parameters,
+    refuse,
+)
 
 # What `vllm serve` calls. That asks for a package named vllm, and the CPU build has another name.
 SERVE = "vllm.entrypoints.openai.api_server"
@@ -57,8 +64,9 @@ class VLLMServerEngine:
         self.folder = Path(tempfile.mkdtemp(prefix="vllm_server_"))
         model.config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
-        self.python, self.start_timeout, self.options = python, start_timeout, options
-        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.python, self.start_timeout = python, start_timeout
+        adapters = self.adapter.options if self.adapter else {}
+        self.options = beside_the_trainer(model) | adapters | options
         self.vocabulary = model.get_input_embeddings().weight.size(0)
         self.server: subprocess.Popen | None = None
         self.port = 0
@@ -136,11 +144,9 @@ class VLLMServerEngine:
             self.port = free.getsockname()[1]
         arguments = {
             "host": "127.0.0.1", "port": self.port, "served-model-name": POLICY,
-            "dtype": self.dtype, "max-logprobs": ALL, "logprobs-mode": "processed_logprobs",
-            "generation-config": "vllm",
+            "max-logprobs": ALL, "logprobs-mode": "processed_logprobs", "generation-config": "vllm",
         }  # fmt: skip
-        options = self.options if self.adapter is None else self.adapter.options | self.options
-        arguments |= {name.replace("_", "-"): value for name, value in options.items()}
+        arguments |= {name.replace("_", "-"): value for name, value in self.options.items()}
         words = [word for name, value in arguments.items() for word in flag(name, value)]
         command = [self.python, "-m", SERVE, "--model", str(self.folder)]
         self.log = open(self.folder / "log", "w")
@@ -168,7 +174,9 @@ class VLLMServerEngine:
                 text = answer.read()
         except HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())[:500]
-            raise RuntimeError(f"the vLLM server refuses {path}: {error.code} {said}") from None
+            raise InputError(
+                f"rollout_engine=vllm-server: the server refuses {path}: {error.code} {said}"
+            ) from None
         except (URLError, OSError, EOFError) as error:
             raise InputError(
                 f"rollout_engine=vllm-server: the server is gone ({error}); its last words: "

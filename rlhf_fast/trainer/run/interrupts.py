@@ -71,6 +71,16 @@ def keep_what_was_learnt() -> None:
 
 
 @contextmanager
+def keeping_what_was_learnt() -> Iterator[None]:
+    """Before an update: what others' code raises must not cost what was learnt."""
+    try:
+        yield
+    except BaseException:
+        keep_what_was_learnt()
+        raise
+
+
+@contextmanager
 def saving_at_an_error(save: Callable[[], Any]) -> Iterator[None]:
     """After an update: a reward or a callback that fails must not cost what was learnt."""
     try:
