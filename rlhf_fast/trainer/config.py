@@ -18,19 +18,18 @@ from rlhf_fast.ops.rollout_correction import LEVELS, REJECTIONS
 
 from .checks import (
     above_zero,
+    as_annotated,
     at_least,
     at_most,
     below_one,
     finite,
     in_ranges,
-    kinds_as_annotated,
     no_objects,
-    one_of,
     paths_as_text,
     seed_in_range,
-    texts_of_a_config,
 )
 from .errors import InputError
+from .flags import without_eval
 
 
 def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
@@ -148,9 +147,8 @@ class RunConfig:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
-        texts_of_a_config(self)
-        kinds_as_annotated(self)
-        one_of(self)
+        self.metric_for_best_model = without_eval(self.metric_for_best_model)
+        as_annotated(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
         seed_in_range(self)
@@ -952,8 +950,7 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
-        texts_of_a_config(self)
+        as_annotated(self)
         seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", "min_p")
@@ -970,6 +967,7 @@ class WatchConfig:
     every: float = option("run", 2.0, help="seconds from one look into the folder to the next")
 
     def __post_init__(self) -> None:
+        as_annotated(self)
         above_zero(self, "every")
 
 
@@ -982,6 +980,9 @@ class ReportConfig:
     output: str | None = option(
         "run", None, help="HTML file to write [unset: report.html in the run's folder]"
     )
+
+    def __post_init__(self) -> None:
+        as_annotated(self)
 
 
 @dataclass(kw_only=True)
@@ -1002,7 +1003,7 @@ class ConvertConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of(self)
+        as_annotated(self)
         at_least(self, 1, "processes")
 
 
@@ -1014,6 +1015,9 @@ class PlotConfig:
     output: str | None = option(
         "run", None, help="PNG to write [unset: plot.png in the run's folder]"
     )
+
+    def __post_init__(self) -> None:
+        as_annotated(self)
 
 
 # What each command's flags are; `info` has its own.

@@ -94,6 +94,8 @@ def flag_parser(config_class: type, *, prog: str) -> FlagParser:
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
             action.type = lambda word: word == "auto" or yes_or_no(word)
+        elif action.dest == "metric_for_best_model":
+            action.type = without_eval
         elif action.type is string_to_bool:
             action.type = yes_or_no
     return parser
@@ -139,6 +141,11 @@ def below(argv: Sequence[str], recipe: str, config_class: type) -> list[str]:
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(f"recipe {recipe}: {' '.join(flag.removeprefix('--') for flag in flags)}")
     return flags
+
+
+def without_eval(metric: Any) -> Any:
+    """transformers knows a metric with and without the prefix."""
+    return metric.removeprefix("eval_") if isinstance(metric, str) else metric
 
 
 def yes_or_no(word: str) -> bool:
