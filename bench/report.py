@@ -94,13 +94,16 @@ HEAD_PEERS = ("eager", "torch.compile", "TRL", "Liger")
 
 
 class Runs:
-    """The rows of all kept runs on CPUs, or of those on GPUs, each with its run."""
+    """The rows of all kept runs on CPUs, or of those on GPUs, each with its run; of a CPU's those
+    of one dtype."""
 
-    def __init__(self, records: list[Record], gpu: bool) -> None:
+    def __init__(self, records: list[Record], gpu: bool, dtype: str = "float32") -> None:
         self.records = [r for r in records if is_gpu(r) == gpu]
         self.rows: dict[str, tuple[Record, Record]] = {}
         for record in self.records:
             for row in record["rows"]:
+                if not gpu and row["dtype"] not in ("", dtype):
+                    continue
                 self.rows[_key(row["op"], row["shape"], row["pass"])] = (row, record)
 
     def row(self, op: str, shape: Shape, kind: str) -> Record | None:
@@ -125,6 +128,7 @@ def is_gpu(record: Record) -> bool:
 def markdown(records: list[Record]) -> str:
     timed = [record for record in records if record["suite"] != "accuracy"]
     cpu, gpu = Runs(timed, gpu=False), Runs(timed, gpu=True)
+    cpu_16 = Runs([r for r in timed if "trainers" not in r], gpu=False, dtype="bfloat16")
     parts = [
         "<!-- written by bench/report.py -->",
         "On the CPU, float32: " + ("; ".join(cpu.machines()) or NOT_MEASURED) + ".",
@@ -132,6 +136,8 @@ def markdown(records: list[Record]) -> str:
         "The linear ops, forward + backward: time over that of the three bare matrix products of "
         "the same run, and MiB of memory beyond inputs, outputs and gradients.",
         "\n".join(_heads(cpu)),
+        "Of bfloat16 operands: " + ("; ".join(cpu_16.machines()) or NOT_MEASURED) + ".",
+        "\n".join(_heads(cpu_16)),
         "Every op: the time of its peers over ours.",
         "\n".join(_ops(cpu)),
         "A whole PPO step, every weight trained:",

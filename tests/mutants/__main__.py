@@ -50,14 +50,15 @@ def build(tree: Path) -> bool:
 
 
 def passes(tree: Path, tests: str) -> bool:
-    """Whether these tests run and pass; one that was selected by no test is a mistake of ours."""
+    """Whether these tests run and pass (one may end the interpreter by a write out of bounds); one
+    that was selected by no test is a mistake of ours."""
     interpreted = {"TRITON_INTERPRET": "1"} if "triton_interpreter" in tests else {}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, *shlex.split(tests)], cwd=tree, env=environment(tree, **interpreted),
         capture_output=True, text=True,
     )  # fmt: skip
-    if done.returncode not in (0, 1):
+    if done.returncode > 1:
         raise SystemExit(f"pytest {tests}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.returncode == 0
 

@@ -24,7 +24,7 @@ from drawing import arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 triton = pytest.importorskip("triton", reason="no triton on this machine: not compiled")
@@ -135,7 +135,7 @@ class Specializations:
     def collect(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch, InLaunchersOnly():
             patch.setattr(JITFunction, "run", lambda fn, *a, **k: self.catch(fn, *a, **k))
-            patch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+            patch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
             for i in range(len(BACKWARD_CONFIGS)):
                 patch.setattr(tuning, "fastest", lambda configs, *_, i=i: configs[i])
                 for self.large, op, sample, dtype in calls():

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rlhf_fast as rf
 from rlhf_fast.ops import registry
 from rlhf_fast.ops.linear import chunks as linear
-from rlhf_fast.ops.linear import gradients, products
+from rlhf_fast.ops.linear import groups, products
 from rlhf_fast.ops.linear.head import Head
 from rlhf_fast.ops.registry import KERNELS
 
@@ -371,7 +371,7 @@ LINEAR_OPS = ["linear_token_logprobs", "linear_policy_loss", "linear_token_kl"]
 def test_a_gradient_in_16_bits_takes_no_pass_of_its_own(op: str, monkeypatch) -> None:
     """All that goes over a chunk of float32 logits are the row kernels, the products, and what puts
     a 0 at each row's label."""
-    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
     _, mode = gradients_of_float32_logits(op, trained=False)
     assert mode.passes == [("scatter_", torch.bfloat16)]
 
@@ -395,11 +395,11 @@ def test_engines_say_that_a_cuda_graph_cannot_hold_them() -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("op", LINEAR_OPS)
 def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, monkeypatch) -> None:
-    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
     options = {"deterministic": deterministic, "trained": True}
     with rf.chunk_budget(20 * V * 4):  # the last chunk is smaller than the others
         ours, _ = gradients_of_float32_logits(op, **options)
-        monkeypatch.setattr(gradients, "Gradients", RoundedAfterwards)
+        monkeypatch.setattr(groups, "Group", RoundedAfterwards)
         rounded, _ = gradients_of_float32_logits(op, **options)
     for got, want in zip(ours, rounded, strict=True):
         assert torch.equal(got, want) and got.any()
@@ -407,7 +407,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(op, deterministic, mon
 
 def test_float32_logits_of_16_bit_operands_have_bias_and_adapter(monkeypatch) -> None:
     """The numbers of the same operands in float32."""
-    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
     generator = torch.Generator().manual_seed(2)
     hidden, weight, labels = inputs(requires_grad=False)
     shapes = (V,), (3, H), (V, 3)

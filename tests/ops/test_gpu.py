@@ -19,7 +19,7 @@ from rounding import RoundedAfterwards
 from torch import Tensor
 
 from rlhf_fast import chunk_budget, token_logprobs
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 PRETENDED = os.environ.get("RLHF_FAST_TESTS_GPU") == "pretended"
@@ -211,7 +211,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
         arguments = on_cuda(sample, dtype)
         with chunk_budget(budget), monkeypatch.context() as patch:
             ours = results(OPS[name].function, arguments, sample.grads)
-            patch.setattr(gradients, "Gradients", RoundedAfterwards)
+            patch.setattr(groups, "Group", RoundedAfterwards)
             rounded = results(OPS[name].function, arguments, sample.grads)
         for x, y in zip(ours, rounded, strict=True):
             assert torch.equal(x, y)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_fast.ops import check
-from rlhf_fast.ops.linear import gradients, products
+from rlhf_fast.ops.linear import gradients, groups, products
 
 LAYOUTS = ("rows", "columns", "rows with gaps", "columns with gaps")
 SHAPES = [(5, 7, 9), (1, 1, 1), (1, 8, 5), (8, 5, 1), (33, 1, 17), (0, 4, 5), (4, 0, 5), (4, 5, 0)]
@@ -70,7 +70,7 @@ def test_only_labels_of_this_part_are_taken_out() -> None:
         assert of.tolist() == [[0, check.ELSEWHERE, check.IGNORE_INDEX]]  # of one column
         out.fill_(7.0)
 
-    taken = gradients.taken_out(dlogits, labels, write)
+    taken = groups.taken_out(dlogits, labels, write)
     assert taken.entries.tolist() == [7.0, 0.0, 0.0] and taken.entries.dtype == torch.float32
     left = logits.clone()
     left[0, 2] = 0.0

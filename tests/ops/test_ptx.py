@@ -17,7 +17,7 @@ import torch
 from drawing import few_for_all_options
 from kernel_calls import run
 
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 from rlhf_fast.ops.support import drawn
 
@@ -106,7 +106,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     made = Launches()
     monkeypatch.setattr(JITFunction, "run", lambda fn, *args, **how: made.run(fn, *args, **how))
     # on a GPU the gradient of 16-bit operands' logits has 16 bits
-    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
     return made
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_fast.ops import check
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.options import PolicyOptions
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
@@ -453,7 +453,7 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(vocab, apart, out_apar
 )
 def test_engines_with_float32_logits_of_16_bit_operands(name, sample, monkeypatch) -> None:
     """As on a GPU."""
-    monkeypatch.setattr(gradients, "dlogits_dtype", lambda hidden: hidden.dtype)
+    monkeypatch.setattr(groups, "dlogits_dtype", lambda hidden: hidden.dtype)
     run(sample, OPS[name], torch.bfloat16)
 
 

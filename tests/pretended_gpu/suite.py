@@ -15,7 +15,7 @@ from rlhf_fast.kernels import tuning
 from torch import Tensor
 
 from rlhf_fast.ops.linear import chunks as linear
-from rlhf_fast.ops.linear import gradients
+from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.registry import OPS, Sample
 
 
@@ -69,7 +69,7 @@ def test_memory_is_that_of_a_chunk_and_the_gradients(name: str, dtype: torch.dty
 def test_a_large_weight_has_no_gradient_in_float32(name: str, monkeypatch) -> None:
     """N=8192 H=4096 V=131072 in bfloat16 takes 2.3 GiB beside inputs and results: every size here
     is a 64th of that."""
-    monkeypatch.setattr(gradients, "LARGE", 1)
+    monkeypatch.setattr(groups, "LARGE", 1)
     n, width, vocab, gib = 8192 // 64, 4096 // 64, 131072 // 64, 2**30 // 64**2
     extra = most_memory(name, n, width, vocab, torch.bfloat16, gib)
     results = 2 * (n + vocab) * width

@@ -23,6 +23,7 @@ from .head import Head
 from .products import accumulate, as_they_are, logits_dtype, product
 
 if TYPE_CHECKING:
+    from .groups import Left
     from .vocab_parallel import Part
 
 # Without a budget. CPU (H=576, V=49152, one pass with gradients, in bare products' time): at N=512
@@ -45,11 +46,10 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     and cost time: each chunk reads and writes the whole [V, H] weight gradient once. Results do
     not change beyond rounding. Without a budget a chunk is at most 512 rows on CPU and 1 GiB on a
     GPU. Logits are float32. Of 16-bit inputs their gradient has memory of its own where it is of 16
-    bits too: on a CPU with AMX half as much again; on a GPU as much as the logits that the forward
-    left, or, where it left none, four times the logits, which then are made in parts. (There the
-    gradients of all rows may take what a float32 gradient of ``weight`` would, which then is not
-    needed.) A chunk's memory is kept: on CPU for the next call, on a GPU from a forward to its
-    backward, which uses the logits in it again.
+    bits too: on a CPU with AMX half as much again; on a GPU four times the logits, which then are
+    made in parts. (There the gradients of all rows may take what a float32 gradient of ``weight``
+    would, which then is not needed.) A chunk's memory is kept: on CPU for the next call, on a GPU
+    from a forward to its backward, which uses the logits in it again or their gradient.
     ``release_memory`` gives it back.
     """
     check.number("n_bytes", n_bytes, low=1)
@@ -116,11 +116,17 @@ class Chunk(NamedTuple):
 
 class Memory(NamedTuple):
     """The buffer of a loop over chunks that has ended. After a forward it still holds the logits of
-    the last chunk (without its hidden); the backward that comes with the same norm uses them."""
+    the last chunk (without its hidden), or the gradient of those of a last group; the backward that
+    comes with the same norm uses them."""
 
     whole: Tensor
-    last: Chunk | None = None
+    last: Chunk | Left | None = None
     norm: Tensor | None = None
+
+
+def leave(whole: Tensor, left: Left, norm: Tensor, hidden: Tensor) -> None:
+    """Keep what a forward wrote for its backward, which finds it by ``left_by``."""
+    _memory[hidden.device, logits_dtype(hidden), 0] = Memory(whole, left, norm)
 
 
 def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
@@ -155,6 +161,7 @@ class Plan(NamedTuple):
     """What a loop over chunks has to compute; making it is what the host waits for a GPU for."""
 
     again: bool  # begin with the chunk in memory
+    complete: bool  # and all of its rows are known to be kept
     keep: Tensor  # [N]: the rows to keep; where that chunk was the last slice of rows, up to it
     listed: Tensor | None  # of those to keep beyond that chunk; None: all of keep
 
@@ -168,16 +175,17 @@ def planned(keep: Tensor, compact: bool, memory: Memory | None) -> Plan:
     """The chunk in memory comes first, unless more than a third of its rows are not kept: the
     gradients of all its n rows, 4nHV, would then cost more than the logits and gradients of those
     kept, 6HV each."""
-    again = False
+    again = complete = False
     if memory is not None and memory.last is not None:
         rows = memory.last.rows
         kept = keep[rows]
-        again = not compact or 3 * int(kept.sum()) >= 2 * kept.numel()
+        number = int(kept.sum()) if compact else 0
+        again, complete = not compact or 3 * number >= 2 * len(kept), number == len(kept)
         if again:
             keep = (
                 keep[: rows.start] if isinstance(rows, slice) else keep.index_fill(0, rows, False)
             )
-    return Plan(again, keep, kept_rows(keep) if compact else None)
+    return Plan(again, complete, keep, kept_rows(keep) if compact else None)
 
 
 def take(x: Tensor, rows: Tensor | slice) -> Tensor:
@@ -221,7 +229,7 @@ def chunks(
     vocab, device, dtype = head.weight.shape[0], keep.device, logits_dtype(head.hidden)
     key, used = (device, dtype, slot), 0
     _forget_others(key, buffers)
-    if memory is None or memory.last is None:
+    if memory is None or not isinstance(memory.last, Chunk):
         memory = _memory.pop(key, None)  # nobody else can have it until it is put back
         if device.type != "cpu":  # torch knows which stream it belongs to
             memory = None

@@ -145,6 +145,7 @@ def plain(
     return logits, temperature
 
 
-def needs_gradient(head: Head) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head)
+def wanted(head: Head) -> list[bool]:
+    """Which gradients a backward pass may be asked for."""
+    grad = torch.is_grad_enabled()
+    return [grad and x is not None and x.requires_grad for x in head]

@@ -17,7 +17,7 @@ from ..registry import Op, Sample, define_kernel, register, save_for_backward, z
 from . import chunks as linear
 from . import gradients, vocab_parallel
 from . import support as few
-from .head import HEAD, Head, Lora, check_head, needs_gradient, plain, product_dtype
+from .head import HEAD, Head, Lora, check_head, plain, product_dtype, wanted
 
 DIRECTIONS = ("reverse", "forward")
 
@@ -122,7 +122,7 @@ def linear_token_kl(
     def whole_heads(labels: Tensor) -> tuple[Tensor, ...]:
         found: tuple[Tensor, ...] = torch.ops.rlhf_fast.linear_token_kl(
             *head, *own, labels, divisor, per_token, softcap, ids, reverse, compact, deterministic,
-            ranks, needs_gradient(head),
+            ranks, any(wanted(head)),
         )[:3]  # fmt: skip
         return found
 

@@ -15,9 +15,9 @@ from .. import support as sets
 from .. import token_logprobs as from_logits
 from ..registry import Op, Sample, define_kernel, register, save_for_backward, zeros_unless_given
 from . import chunks as linear
-from . import gradients, vocab_parallel
+from . import gradients, groups, vocab_parallel
 from . import support as few
-from .head import HEAD, Head, Lora, check_head, needs_gradient, plain
+from .head import HEAD, Head, Lora, check_head, plain, wanted
 
 
 def linear_token_logprobs(
@@ -42,11 +42,14 @@ def linear_token_logprobs(
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
-    linear op has run in between and at least two thirds of its rows have a gradient.
+    linear op has run in between and at least two thirds of its rows have a gradient. On a GPU, of
+    16-bit inputs, it is the gradient of the log-probs of the last rows that stays, in 16 bits: of
+    as many as the budget has room for, and where ``weight`` is trained of 2H at least. Of those no
+    logits are made again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
 
     FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
-    less 2nHV where the n rows of the last chunk are used again: 6NHV in all where one chunk holds
-    everything. Rows with a small set of ``support`` take 6NKH and no product of the head at all.
+    less 2nHV where n rows are used again: 6NHV in all where that is all of them. Rows with a small
+    set of ``support`` take 6NKH and no product of the head at all.
 
     Args:
         hidden: [..., H], float32, bfloat16, float16 or float64.
@@ -118,7 +121,7 @@ def over_support(
     def whole_head(labels: Tensor, ids: Tensor | None) -> tuple[Tensor, Tensor]:
         logp, entropy_, _ = torch.ops.rlhf_fast.linear_token_logprobs(
             *head, labels, temperature, per_token, softcap, ids, entropy, compact, deterministic,
-            group, needs_gradient(head),
+            group, wanted(head),
         )  # fmt: skip
         return logp, entropy_
 
@@ -173,9 +176,10 @@ def _forward(
     compact: bool,
     deterministic: bool,
     group: str | None,
-    backward_follows: bool,
+    needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored."""
+    """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored. needs: the
+    gradients that a backward will be asked for (``gradients.Needs``)."""
     part, labels = vocab_parallel.part_of(weight, labels, group)
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
@@ -183,20 +187,29 @@ def _forward(
     head, keep = Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
     how["support"] = few.of_part(support, part)
-    for chunk in linear.chunks(head, keep, **how, leave_for=norm if backward_follows else None):
+    left = None  # deterministic: every product has the same shape, a group's has not
+    if any(needs) and groups.in_groups(hidden) and not deterministic:
+        left = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype)
+        how["parts"] = groups.PARTS
+    elif any(needs):
+        how["leave_for"] = norm
+    for chunk in linear.chunks(head, keep, **how):
         rows = chunk.rows
+        targets = linear.take(labels, rows)[None]
+        divisors = None if per_token is None else linear.take(per_token, rows)[None]
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
-            chunk.logits[None],
-            linear.take(labels, rows)[None],
-            temperature,
-            None if per_token is None else linear.take(per_token, rows)[None],
-            softcap,
-            entropy,
-            part,
+            chunk.logits[None], targets, temperature, divisors, softcap, entropy, part
         )
         logp[rows], norm[:, rows] = logp_[0], norm_[:, 0]
         if entropy:
             H[rows] = entropy_[0]
+        if left is not None and left.has_room_for_all(chunk):
+            divided = temperature if divisors is None else divisors
+            (ones, _), units = groups.fitted(hidden, (torch.ones_like(logp_), None), divided)
+            of_rows = ones, None, norm_, None, temperature, divisors, softcap
+            left.add(chunk, targets, partial(write, chunk.logits, *of_rows), units)
+    if left is not None and left.memory is not None:
+        linear.leave(left.memory, left.left(), norm, hidden)
     return logp, H, norm
 
 
@@ -231,7 +244,15 @@ def _backward(
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
     how |= {"support": few.of_part(support, vocabulary), "parts": grads.parts}
-    for chunk in linear.chunks(head, matters, **how, memory=linear.left_by(norm, hidden)):
+    memory = linear.left_by(norm, hidden)
+    if memory is not None and isinstance(memory.last, groups.Left):
+        usable = memory if grad_entropy is None else None  # the entropy's gradient is not in it
+        how["plan"] = linear.planned(matters, compact, usable)
+        if how["plan"].again:
+            kept = None if how["plan"].complete else matters[memory.last.rows]
+            grads.add_left(memory.whole, memory.last, kept, grad_logp)
+        memory = usable = None
+    for chunk in linear.chunks(head, matters, **how, memory=memory):
 
         def part(x: Tensor | None, rows: Tensor | slice = chunk.rows) -> Tensor | None:
             return None if x is None else linear.take(x, rows)[None]
@@ -267,7 +288,7 @@ def write(
     labels: Tensor,
     out: Tensor,
 ) -> None:
-    """The gradient of some columns of a chunk's logits [n, V] (``gradients.Write``)."""
+    """The gradient of some columns of a chunk's logits [n, V] (``groups.Write``)."""
     torch.ops.rlhf_fast.token_logprobs_backward(
         g_logp, g_entropy, columns(logits), labels, norm, entropy, temperature, per_token, softcap,
         out,
@@ -396,7 +417,7 @@ def flops(shape: dict[str, int], element_size: int) -> tuple[int, int]:
 FORWARD = define_kernel(
     f"linear_token_logprobs({HEAD}, Tensor labels, float temperature, Tensor? per_token, "
     "float? softcap, Tensor? support, bool entropy, bool compact, bool deterministic, "
-    "str? group, bool backward_follows) "
+    "str? group, bool[] needs) "
     "-> (Tensor, Tensor, Tensor)",
     fallback=_forward,
     fake=_forward_fake,

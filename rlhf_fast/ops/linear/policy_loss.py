@@ -20,7 +20,7 @@ from ..policy_loss import PolicyStats
 from ..registry import Op, Sample, define_kernel, graph_is_kept, register
 from . import chunks as linear
 from . import gradients, logprobs, vocab_parallel
-from .head import HEAD, Head, Lora, check_head, plain
+from .head import HEAD, Head, Lora, check_head, plain, wanted
 from .logprobs import over_support
 
 
@@ -50,10 +50,10 @@ def linear_policy_loss(
 
     The loss and statistics of ``policy_loss`` on the log-probs and entropies of
     ``linear_token_logprobs``, for less work. One after the other, those two ops take up to 8NHV:
-    the logits never all exist at once, so the backward computes them a second time (but for the
-    last chunk). Here each chunk of rows goes from logits to loss to gradient before the next one
-    begins. The gradient takes the place of the logits, and the gradients of ``hidden`` and
-    ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
+    the logits never all exist at once, so the backward computes them a second time (but for those
+    that the forward leaves). Here each chunk of rows goes from logits to loss to gradient before
+    the next one begins. The gradient takes the place of the logits, and the gradients of ``hidden``
+    and ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
     gradient. (On a GPU gradients of bfloat16 inputs are rounded to bfloat16 before that
     multiplication, and once more after it unless its factor is a power of two. All others stay in
     float32 until then; a loss scale arrives with the incoming gradient.)
@@ -120,11 +120,9 @@ def linear_policy_loss(
     ids = sets.checked(support, counting)
     labels, per_token = check.flat(labels), check.flat(per_token)
     if chosen.ratio == "token" and ids is None:
-        grad = torch.is_grad_enabled()
-        needs = [grad and x is not None and x.requires_grad for x in head]
         total, stats, *_ = torch.ops.rlhf_fast.linear_policy_loss(
             *head, labels, *constants, constant(ref_logp), normalizer, divisor, per_token, softcap,
-            *how, needs, *values,
+            *how, wanted(head), *values,
         )  # fmt: skip
     else:
         logp, entropy = over_support(
