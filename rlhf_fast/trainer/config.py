@@ -147,7 +147,6 @@ class RunConfig:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
-        self.metric_for_best_model = without_eval(self.metric_for_best_model)
         as_annotated(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
@@ -217,6 +216,7 @@ class RewardConfig(RunConfig):
     length: ClassVar[str] = "epochs"
 
     def __post_init__(self) -> None:
+        self.metric_for_best_model = without_eval(self.metric_for_best_model)
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
         at_least(self, 0, "center_coef", "warmup_steps", "trunk_cache_mib")
@@ -651,6 +651,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     }  # fmt: skip
 
     def __post_init__(self) -> None:
+        self.metric_for_best_model = without_eval(self.metric_for_best_model)
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
