@@ -143,7 +143,7 @@ class Callbacks:
             said = "  ".join(f"{name[5:]} {value:.3g}" for name, value in metrics.items())
             console.print(f"step {step} evaluated: {said}")
         self.log({"step": step, **metrics})
-        self.event("on_evaluate", metrics=metrics)
+        self.event("on_evaluate", metrics=dict(metrics))
         if self.better(metrics[self.metric]):
             self.state.best_metric = metrics[self.metric]
             self.state.best_global_step = step

@@ -21,7 +21,7 @@ from .flags import COMMAS
 PATHS = {
     "model", "data", "eval_data", "output_dir", "value_model", "reward", "judge", "rollout_engine",
     "environment",
-    "run", "output",
+    "run", "output", "file",
 }  # fmt: skip
 
 
@@ -82,6 +82,14 @@ def no_objects(config: Any) -> None:
                     f"{name}={kind}: expected text in a config; PPOTrainer and RewardTrainer take "
                     "models, datasets and functions (from rlhf_fast.trainer import PPOTrainer)"
                 )
+
+
+def as_annotated(config: Any) -> None:
+    """What every config is checked for: text that is there, the kinds and choices of its fields."""
+    paths_as_text(config)
+    texts_of_a_config(config)
+    kinds_as_annotated(config)
+    one_of(config)
 
 
 # What an annotation asks for; a bool is no number here, though Python counts with it.

@@ -19,20 +19,19 @@ from rlhf_fast.ops.rollout_correction import LEVELS, REJECTIONS
 from . import contradictions
 from .checks import (
     above_zero,
+    as_annotated,
     at_least,
     at_most,
     below_one,
     finite,
     in_ranges,
-    kinds_as_annotated,
     no_objects,
-    one_of,
     paths_as_text,
     seed_in_range,
-    texts_of_a_config,
 )
 from .contradictions import refuse
 from .errors import InputError
+from .flags import without_eval
 
 
 def option(group: str, default: Any = MISSING, *, help: str, choices: Sequence[str] = ()) -> Any:
@@ -150,9 +149,7 @@ class RunConfig:
         if self.resume not in (True, False, "auto"):
             raise InputError(f"resume={self.resume}: expected true, false or auto")
         self.resume = bool(self.resume)
-        texts_of_a_config(self)
-        kinds_as_annotated(self)
-        one_of(self)
+        as_annotated(self)
         at_least(self, 1, "max_rows", "trainable_layers", "micro_batch_size", "save_every")
         at_least(self, 1, "save_total_limit", "max_skipped_updates")
         seed_in_range(self)
@@ -221,6 +218,7 @@ class RewardConfig(RunConfig):
     length: ClassVar[str] = "epochs"
 
     def __post_init__(self) -> None:
+        self.metric_for_best_model = without_eval(self.metric_for_best_model)
         super().__post_init__()
         at_least(self, 1, "eval_pairs", "epochs", "batch_size", "max_tokens")
         at_least(self, 0, "center_coef", "warmup_steps", "trunk_cache_mib")
@@ -656,6 +654,7 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
     }  # fmt: skip
 
     def __post_init__(self) -> None:
+        self.metric_for_best_model = without_eval(self.metric_for_best_model)
         super().__post_init__()
         at_least(self, 1, "steps", "batch_size", "minibatches", "epochs", "max_prompt_tokens")
         at_least(self, 1, "max_new_tokens", "eval_prompts", "log_every", "sample_every")
@@ -814,8 +813,7 @@ class GenerateConfig:
     )
 
     def __post_init__(self) -> None:
-        paths_as_text(self)
-        texts_of_a_config(self)
+        as_annotated(self)
         seed_in_range(self)
         at_least(self, 1, "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", "min_p")
@@ -833,6 +831,7 @@ class WatchConfig:
     every: float = option("run", 2.0, help="seconds from one look into the folder to the next")
 
     def __post_init__(self) -> None:
+        as_annotated(self)
         above_zero(self, "every")
         refuse(self, contradictions.WATCH)
 
@@ -846,6 +845,9 @@ class ReportConfig:
     output: str | None = option(
         "run", None, help="HTML file to write [unset: report.html in the run's folder]"
     )
+
+    def __post_init__(self) -> None:
+        as_annotated(self)
 
 
 @dataclass(kw_only=True)
@@ -866,7 +868,7 @@ class ConvertConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of(self)
+        as_annotated(self)
         at_least(self, 1, "processes")
 
 
@@ -878,6 +880,9 @@ class PlotConfig:
     output: str | None = option(
         "run", None, help="PNG to write [unset: plot.png in the run's folder]"
     )
+
+    def __post_init__(self) -> None:
+        as_annotated(self)
 
 
 # What each command's flags are; `info` has its own.

@@ -95,6 +95,8 @@ def flag_parser(config_class: type, *, prog: str) -> FlagParser:
     for action in parser._actions:
         if action.dest == "resume":  # a switch that also takes the word other trainers have for it
             action.type = lambda word: word == "auto" or yes_or_no(word)
+        elif action.dest == "metric_for_best_model":
+            action.type = without_eval
         elif action.type is string_to_bool:
             action.type = yes_or_no
     return parser
@@ -153,6 +155,11 @@ def without_effect(recipe: list[str], values: dict[str, Any], config_class: type
 
 def name_of(flag: str) -> str:
     return flag.split("=")[0].removeprefix("--")
+
+
+def without_eval(metric: Any) -> Any:
+    """transformers knows a metric with and without the prefix."""
+    return metric.removeprefix("eval_") if isinstance(metric, str) else metric
 
 
 def yes_or_no(word: str) -> bool:

@@ -182,11 +182,11 @@ class Given:
             )
         return self.add(given)
 
-    def call(self, callbacks: Iterable[Any]) -> None:
+    def call(self, callbacks: Iterable[Any] | None) -> None:
         """Callbacks of transformers, or their classes."""
         if isinstance(callbacks, TrainerCallback | type):
             callbacks = [callbacks]
-        for given in callbacks:
+        for given in callbacks or ():
             callback = made(given)
             if not isinstance(callback, TrainerCallback) or isinstance(callback, CallbackHandler):
                 raise wrong("callbacks", given, "a TrainerCallback of transformers")

@@ -23,7 +23,7 @@ Data = str | PathLike[str] | datasets.Dataset | Sequence[dict[str, Any]]
 Function = Callable[..., Sequence[float | None]]
 Classifier = PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
 Reward = str | PathLike[str] | Function | Classifier
-Callbacks = Sequence[TrainerCallback | type[TrainerCallback]]
+Callbacks = Sequence[TrainerCallback | type[TrainerCallback]] | None  # Trainer's default
 
 C = TypeVar("C", bound=RunConfig)
 

@@ -356,6 +356,18 @@ def test_callbacks_that_cannot_work(config):
             train(replace(config, **options), *given)
 
 
+def test_a_callback_may_change_what_it_is_given(config):
+    class Empties(TrainerCallback):
+        def on_log(self, args, state, control, logs, **kwargs):
+            logs.clear()
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            metrics.clear()
+
+    summary = train(replace(config, steps=1, eval_every=1, load_best_model_at_end=True), Empties())
+    assert summary["best_score"] == summary["score_after"]
+
+
 def test_a_checkpoint_of_before_there_were_callbacks(config):
     train(replace(config, steps=1))
     folder = Path(config.output_dir)

@@ -1,11 +1,19 @@
 import dataclasses
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
-from rlhf_fast.trainer.config import GenerateConfig, PlotConfig, PPOConfig, RewardConfig
+from rlhf_fast.trainer.config import (
+    ConvertConfig,
+    GenerateConfig,
+    PlotConfig,
+    PPOConfig,
+    ReportConfig,
+    RewardConfig,
+    WatchConfig,
+)
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.flags import GROUPS, parse
 
@@ -335,6 +343,37 @@ def test_a_value_of_another_kind(kind, options, message):
     """As a Python program may give it; flags are read by their kind."""
     with pytest.raises(InputError, match=message):
         kind(model="m", data="d", output_dir="o", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (GenerateConfig, {"model": "m", "prompt": "p", "samples": "3"}, "samples='3': expected"),
+        (GenerateConfig, {"model": "m", "prompt": 3}, "prompt=3: expected text"),
+        (WatchConfig, {"run": "r", "every": "2"}, "every='2': expected a number"),
+        (WatchConfig, {"run": ""}, "run is empty: expected text"),
+        (ReportConfig, {"run": 3}, "run=3: expected text"),
+        (PlotConfig, {"run": "r", "output": 3}, "output=3: expected text or unset"),
+        (ConvertConfig, {"file": None}, "file=None: expected text"),
+        (ConvertConfig, {"file": "f", "processes": 1.5}, "processes=1.5: expected a whole number"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_kind_in_the_other_commands(kind, options, message):
+    with pytest.raises(InputError, match=message):
+        kind(**options)
+
+
+def test_paths_of_the_other_commands_are_taken_as_their_text():
+    assert WatchConfig(run=Path("r")).run == "r" and ConvertConfig(file=Path("f")).file == "f"
+
+
+@pytest.mark.parametrize(("command", "metric"), [(PPOConfig, "kl"), (RewardConfig, "loss")])
+def test_a_metric_with_transformers_prefix(command, metric):
+    names = ["--model=m", "--data=d", "--output_dir=o"]
+    names += ["--reward=r"] if command is PPOConfig else []
+    config = parse(command, [*names, f"--metric_for_best_model=eval_{metric}"], prog="p")
+    assert config.metric_for_best_model == metric
+    assert replace(config, metric_for_best_model=f"eval_{metric}").metric_for_best_model == metric
 
 
 def test_one_stands_for_a_list_of_one():

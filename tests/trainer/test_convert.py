@@ -129,6 +129,12 @@ def test_trl_grpo(tmp_path, given, expected):
     assert (config.samples_per_prompt, config.max_new_tokens) == (8, 256)
 
 
+def test_a_quoted_true_is_true(tmp_path):
+    given = TLDR | {"whiten_rewards": "true", "use_peft": "False", "lora_r": 8}
+    made = yaml.safe_load(convert(file_of(tmp_path, given)))
+    assert made["whiten_rewards"] is True and "lora_r" not in made
+
+
 def test_verl(tmp_path):
     config, text = ours(tmp_path, GSM8K)
     assert (config.batch_size, config.minibatches, config.micro_batch_size) == (1024, 4, 16)

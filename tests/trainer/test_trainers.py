@@ -134,7 +134,14 @@ def test_several_rewards_an_engine_and_held_out_rows(config, policy, tiny_tokeni
     held_out = [{"prompt": "the film", "number": 7.0}, {"prompt": "the plot", "number": 7.0}]
     config.reward_weights = [1.0, 0.0, 2.0]
     PPOTrainer(
-        policy, rewards, ROWS, held_out, config=config, tokenizer=tiny_tokenizer, engine=says_good
+        policy,
+        rewards,
+        ROWS,
+        held_out,
+        config=config,
+        tokenizer=tiny_tokenizer,
+        engine=says_good,
+        callbacks=None,
     ).train()
     row = json.loads((Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()[0])
     assert row["objective/scores/share"] == 1 and row["objective/scores"] == 3
@@ -160,7 +167,7 @@ def test_resume_knows_objects_again(config, policy, tiny_policy_folder, tiny_tok
 
     train(policy, [share, closure], ROWS, 1)
     capsys.readouterr()
-    with pytest.raises(InputError, match="model=<LlamaForCausalLM> has changed"):
+    with pytest.raises(InputError, match="model=<LlamaForCausalLM> has changed.* Load it again"):
         train(policy, [share, closure], ROWS, 2)  # it is the trained one by now
     with pytest.raises(InputError, match="data has changed"):
         train(fresh(), [share, closure], Dataset.from_list(ROWS[1:] + ROWS[:1]).to_list(), 2)

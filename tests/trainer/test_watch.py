@@ -26,9 +26,9 @@ def held(folder: Path, **other) -> None:
     (folder / lock.NAME).write_text(json.dumps(holder))
 
 
-def shown(folder: Path, *, terminal: bool = False, **options) -> str:
+def shown(folder: Path, *, terminal: bool = False, width: int = 80, **options) -> str:
     file = io.StringIO()
-    console = Console(file=file, width=80, force_terminal=terminal, highlight=False)
+    console = Console(file=file, width=width, force_terminal=terminal, highlight=False)
     watch.watch(folder, console, **options)
     return file.getvalue()
 
@@ -42,6 +42,15 @@ def test_a_finished_run_is_shown_once(tmp_path):
     assert "held out, after step 60: score 1  kl 6  length 12" in text
     assert "! the entropy has collapsed" in text and "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_narrow_terminal_keeps_the_names(tmp_path):
+    folder = a_ppo_run(tmp_path / "run")
+    lines = shown(folder, width=40).splitlines()
+    rows = {line.split()[0]: line.split() for line in lines if line}
+    assert rows["kl"][1] == "5.9" and rows["kl"][-1][-1] == "█"
+    assert {watch.name_of(key) for key, _ in read(folder).panels} <= rows.keys()
+    assert max(map(len, lines)) <= 40
 
 
 def test_a_run_that_goes_on(tmp_path):

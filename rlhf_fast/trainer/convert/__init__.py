@@ -45,7 +45,7 @@ def settings(path: Path) -> dict[str, Any]:
         raise InputError(f"file={path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(found, dict) or not found:
         raise InputError(f"file={path}: expected lines of `key: value`")
-    return {key: as_number(value) for key, value in flat(found)}
+    return {key: as_meant(value) for key, value in flat(found)}
 
 
 def flat(found: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
@@ -56,9 +56,13 @@ def flat(found: dict[Any, Any], above: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{above}{key}", value
 
 
-def as_number(value: Any) -> Any:
-    """1e-5 is a number in their files, and text in YAML 1.1."""
-    if not isinstance(value, str) or not any(sign.isdigit() for sign in value):
+def as_meant(value: Any) -> Any:
+    """1e-5 is a number in their files, and text in YAML 1.1; a quoted "true" is true."""
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not any(sign.isdigit() for sign in value):
         return value
     try:
         number = float(value)

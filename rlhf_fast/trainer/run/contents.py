@@ -41,9 +41,11 @@ def check_contents(run: Run, named: dict[str, Any], given: Given) -> dict[str, s
             name = escape(name.removesuffix(":code"))
             console.print(f"{name}: its code has changed since the run began")
             continue
+        trained = isinstance(given.get(name.partition("=")[2]), PreTrainedModel)
+        how = "Load it again, as it was then" if trained else "Bring them back"
         raise InputError(
             f"{name} has changed since the run in output_dir={run.folder} began: its contents are "
-            "others under the same name. Bring them back, begin again with --overwrite, or delete "
+            f"others under the same name. {how}, begin again with --overwrite, or delete "
             f"{run.folder / CONTENTS} to go on with what is there now"
         )
     return now

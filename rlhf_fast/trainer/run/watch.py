@@ -116,8 +116,9 @@ def seconds_left(record: Record) -> float | None:
 def figures(record: Record, width: int) -> Table:
     table = Table(box=None, pad_edge=False)
     room = width - max(len(name_of(key)) for key, _ in record.panels or [("metric", "")]) - 34
-    table.add_column("metric")
-    for name in ("last", "least", "most"):
+    wide = room >= LEAST  # else least and most go: a figure needs its name
+    table.add_column("metric", no_wrap=True)
+    for name in ("last", "least", "most") if wide else ("last",):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column(f"steps 1 … {record.step}", no_wrap=True)
     for key, _ in record.panels:
@@ -125,7 +126,8 @@ def figures(record: Record, width: int) -> Table:
         known = [value for value in values if not math.isnan(value)] or [math.nan]
         shown = (values[-1], min(known), max(known))
         curve = sparkline(values, max(LEAST, min(MOST, room)))
-        table.add_row(name_of(key), *(f"{value:.3g}" for value in shown), curve)
+        cells = [f"{value:.3g}" for value in (shown if wide else shown[:1])]
+        table.add_row(name_of(key), *cells, curve)
     return table
 
 
