@@ -238,11 +238,9 @@ def configured(undrawn, write_jsonl, tiny_policy_folder, tmp_path, reward):
         defaults = {
             "model": tiny_policy_folder, "data": data, "reward": reward("share"), "steps": 4,
             "batch_size": 16, "minibatches": 2, "epochs": 2, "max_new_tokens": 6,
-            "eval_prompts": 8, "learning_rate": 3e-3,
+            "eval_prompts": 8, "learning_rate": 3e-3, "value_learning_rate": 1e-2,
             "missing_eos_penalty": 0.0, "device": "cpu", "output_dir": str(tmp_path / output),
         }  # fmt: skip
-        if options.get("estimator", "gae") == "gae":  # the others have no critic
-            defaults["value_learning_rate"] = 1e-2
         return PPOConfig(**(defaults | options))
 
     return make

@@ -691,12 +691,6 @@ class PPOConfig(policy_flags(PolicyOptions), RunConfig):  # type: ignore[misc]
             raise InputError(
                 f"rollout_engine_options={self.rollout_engine_options}: set rollout_engine, too"
             )
-        for name in ("top_k", "min_p"):
-            if getattr(self, name) == 1:
-                raise InputError(
-                    f"{name}={getattr(self, name)}: expected more than one token to draw from, a "
-                    "log-prob of 0 has no gradient"
-                )
         self.check_reward()
         refuse_same_data(self, "prompts")
         refuse(self, contradictions.PPO)

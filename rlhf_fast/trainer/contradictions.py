@@ -1,9 +1,11 @@
 """Options that contradict each other, or have no effect beside others: a table for each command.
 
 An option that has no effect is one that its user believes in. What is refused is a value other than
-the default, wherever it comes from: a flag, a file, Python. Two things are no contradiction: a
-weight of 0 beside options of what it weighs (sweeps begin there, and `--recipe grpo --beta 0` must
-work), and steps between this and that which are longer than a short trial of a run.
+the default, wherever it comes from: a flag, a file, Python. No contradiction are a weight of 0
+beside options of what it weighs (sweeps begin there, and `--recipe grpo --beta 0` must work), a
+step size or a horizon of what is not there, steps between this and that which are longer than a
+short trial of a run, and a bound that this run cannot reach: a correction of our own decoding,
+whose log-probs are the trainer's, or a `target_kl` of a step's only update.
 """
 
 from __future__ import annotations
@@ -89,14 +91,6 @@ _LOSS = (
     *no_effect(
         "delta", "policy_loss", lambda c: c.policy_loss not in HELD, "this loss holds no ratio"
     ),
-    Rule(
-        ("delta", "clip_high", "clip"),
-        lambda c: (
-            (c.policy_loss, c.delta is None) == ("ppo", False)
-            and c.delta <= 1 + (c.clip_high or c.clip)
-        ),
-        "the ratio would be held where the clip lets it go on, choose a delta above 1 + clip_high",
-    ),
     *no_effect(
         "clip clip_high", "policy_loss", lambda c: c.policy_loss in UNBOUNDED,
         "this loss has no clip",
@@ -108,11 +102,6 @@ _LOSS = (
     *no_effect(
         "vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg", "policy_loss",
         lambda c: c.policy_loss != "vespo", "only vespo has this weight",
-    ),
-    *no_effect(
-        "target_kl", "epochs minibatches",
-        lambda c: c.epochs * c.minibatches == 1 and not c.bypass,
-        "the only update of a step begins with the policy that sampled",
     ),
     Rule(
         ("top_entropy_quantile", "batch_size", "max_new_tokens"),
@@ -136,10 +125,6 @@ _KL = (
         lambda c: c.adaptive_kl_target is not None and c.beta == 0,
         "multiplying 0 leaves 0",
     ),
-    *no_effect(
-        "kl_horizon", "adaptive_kl_target", lambda c: c.adaptive_kl_target is None,
-        "beta stays as it is",
-    ),
     Rule(
         ("kl_horizon", "batch_size"),
         lambda c: c.adaptive_kl_target is not None and 0.2 * c.batch_size >= c.kl_horizon,
@@ -149,7 +134,7 @@ _KL = (
 
 _ADVANTAGES = (
     *no_effect(
-        "value_model value_clip value_coef value_learning_rate lam lam_critic lam_length_alpha "
+        "value_model value_clip value_coef lam lam_critic lam_length_alpha "
         "critic_warmup_steps",
         "estimator", lambda c: not c.has_critic, "this estimator has no critic",
     ),
@@ -217,11 +202,6 @@ _ANSWERS = (
         ("judge", "environment"),
         lambda c: c.environment is None and c.judge == "environment",
         "there is no environment that gives rewards",
-    ),
-    Rule(
-        ("judge", "reward"),
-        lambda c: c.judge is not None and c.judge in (c.reward or ()),
-        "the judge is to be another than what is trained on",
     ),
     Rule(
         ("reward_weights", "reward"),
@@ -302,28 +282,14 @@ GENERATE = tuple(
 WATCH = tuple(no_effect("every", "once", lambda c: c.once, "there is one look"))
 
 
-def of_objects(*, engine: bool, functions: bool) -> tuple[Rule, ...]:
-    """Of what may be an object of a Python program, so that a config alone cannot tell: whether an
-    engine samples, whether a function scores."""
-
-    def of_our_own(config: Any) -> bool:
-        """Whether rollout and trainer have the same log-probs, but for float32's rounding."""
-        return not engine and not config.bf16
-
-    return (
-        *no_effect(
-            "tis_cap rollout_correction rollout_reject rollout_veto", "rollout_engine", of_our_own,
-            "our own decoding has the trainer's log-probs, there is nothing to correct",
-        ),
-        *no_effect(
-            "off_policy_mask_threshold", "rollout_engine epochs minibatches",
-            lambda c: of_our_own(c) and c.epochs * c.minibatches == 1,
-            "the only update of a step begins with the policy that sampled",
-        ),
-        *no_effect(
+def of_functions(functions: bool) -> tuple[Rule, ...]:
+    """A reward or a judge may be an object of a Python program, so that a config alone cannot tell
+    whether one is a function."""
+    return tuple(
+        no_effect(
             "reward_timeout reward_concurrency reward_retries reward_failures", "reward judge",
             lambda c: not functions, "there is no function to wait for",
-        ),
+        )
     )  # fmt: skip
 
 

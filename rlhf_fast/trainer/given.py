@@ -24,7 +24,7 @@ from transformers import (
 from transformers.trainer_callback import CallbackHandler
 
 from rlhf_fast.trainer.config import PPOConfig, RunConfig
-from rlhf_fast.trainer.contradictions import of_callbacks, of_objects, refuse
+from rlhf_fast.trainer.contradictions import of_callbacks, of_functions, refuse
 from rlhf_fast.trainer.data.read import Rows
 from rlhf_fast.trainer.errors import InputError
 from rlhf_fast.trainer.models.tokenizer import load_tokenizer
@@ -72,10 +72,9 @@ class Given:
             return not isinstance(given, PreTrainedModel)
         return FUNCTION.fullmatch(name) is not None
 
-    def check(self, config: RunConfig, sharing: str = "", *, engine: bool = False) -> None:
+    def check(self, config: RunConfig, sharing: str = "") -> None:
         """Everything that a run needs is there, and what is there has an effect. sharing: what each
-        of several processes has a part of, in words (see Workers). engine: one was given beside the
-        config."""
+        of several processes has a part of, in words (see Workers)."""
         if sharing and self.get(config.model) is not None:
             raise InputError(
                 f"model={config.model}: processes share{sharing}, and a loaded model could not be "
@@ -103,9 +102,7 @@ class Given:
         refuse(config, of_callbacks(bool(self.callbacks)))
         if isinstance(config, PPOConfig):
             scorers = [*config.reward, *([config.judge] if config.judge else [])]
-            functions = any(map(self.is_function, scorers))
-            engine = engine or config.rollout_engine is not None
-            refuse(config, of_objects(engine=engine, functions=functions))
+            refuse(config, of_functions(any(map(self.is_function, scorers))))
 
     def untouched(self) -> str:
         """What is said of a loaded model where nothing is left to train."""

@@ -88,7 +88,7 @@ def train(
     """
     given = given or Given()
     workers = Workers(config)
-    given.check(config, workers.sharing, engine=engine is not None)
+    given.check(config, workers.sharing)
     check_push(config)
     run = Run(config, writes=workers.is_main)
     workers.wait()  # all have seen what was there before one of them writes

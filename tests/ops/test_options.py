@@ -119,7 +119,7 @@ def test_an_option_is_named_where_it_means_something_and_nowhere_else() -> None:
     assert naming == {
         "rlhf_fast/ops/options.py", "rlhf_fast/ops/policy_loss.py", "kernels/policy_loss.py",
         "csrc/policy_loss_cpu.cpp", "rlhf_fast/ops/linear/policy_loss.py",  # a sample
-        "rlhf_fast/trainer/config.py",  # what it contradicts
+        "rlhf_fast/trainer/contradictions.py",
         "rlhf_fast/integrations/verl.py", "rlhf_fast/integrations/openrlhf.py",
         "rlhf_fast/trainer/convert/verl.py",
     }  # fmt: skip

@@ -147,9 +147,8 @@ def test_conversations(configured, reward, starts):
     assert 0 <= summary["score_before"] <= 1
 
 
-def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, tmp_path):
-    judge = shutil.copytree(tiny_reward_folder, tmp_path / "judge")
-    config = configured(reward=tiny_reward_folder, judge=judge, steps=1)
+def test_reward_model_as_reward_and_judge(configured, tiny_reward_folder, reward):
+    config = configured(reward=tiny_reward_folder, judge=tiny_reward_folder, steps=1)
     ppo.train(config)
     (row,) = metrics(config)
     assert row["objective/scores"] == row["objective/judge"] != 0
