@@ -309,6 +309,20 @@ def test_killed_while_it_overwrites(make, monkeypatch):
     assert moments > 5
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_that_lost_its_metrics_keeps_its_checkpoints(make, resume):
+    advance(make("lost"))
+    folder = Path(make("lost").output_dir)
+    (folder / "metrics.jsonl").unlink()
+    before = sorted(folder.rglob("*.pt"))
+    assert before
+    with pytest.raises(InputError, match="holds checkpoints and no metrics.jsonl: bring it back"):
+        Run(make("lost", resume=resume))
+    assert sorted(folder.rglob("*.pt")) == before
+    advance(make("lost", resume=False, overwrite=True))
+    check_finished(make("lost"))
+
+
 def test_resume_is_a_switch_and_takes_auto(make):
     assert make(resume="auto").resume is True
     with pytest.raises(InputError, match="resume=later: expected true, false or auto"):

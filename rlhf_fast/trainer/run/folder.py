@@ -74,6 +74,10 @@ class Run:
         # Metrics begin when the first step does: a run refused before that is no run yet.
         found = self.metrics.is_file() and (self.owned.begun or self.of_an_earlier_version())
         self.exists = found and not config.overwrite
+        # There from before the first deletion of an --overwrite until after its last.
+        self.overwriting = self.folder / ".overwriting"
+        if not (found or config.overwrite or self.overwriting.exists()):
+            self.check_metrics_are_there()
         if self.exists and not config.resume:
             raise InputError(
                 f"output_dir={self.folder} holds a run already: continue it with --resume, delete "
@@ -97,6 +101,14 @@ class Run:
         except (OSError, ValueError, yaml.YAMLError):
             return False
         return isinstance(earlier, dict) and {"model", "data", "output_dir"} <= earlier.keys()
+
+    def check_metrics_are_there(self) -> None:
+        """Or a run that has lost them would count as none, and its checkpoints be deleted."""
+        if self.owned.begun and self.checkpoints():
+            raise InputError(
+                f"output_dir={self.folder} holds checkpoints and no metrics.jsonl: bring it back, "
+                "or begin again with --overwrite"
+            )
 
     def changed_options(self) -> dict[str, tuple[Any, Any]]:
         """{name: (before, now)} of the options that were changed, all of which may be."""
@@ -203,8 +215,10 @@ class Run:
             self.owned.begin()
             self.tidy()
             if not self.exists:  # a checkpoint left by a deleted run must not be resumed from
+                self.overwriting.touch()
                 for name in RESULTS:
                     self.delete(name)
+            self.overwriting.unlink(missing_ok=True)
             remove(self.folder / "summary.json")  # of a run whose end was moved
         text = yaml.safe_dump(asdict(self.config), sort_keys=False, allow_unicode=True)
         self.write("config.yaml", lambda path: path.write_text(text, encoding="utf-8"))
