@@ -292,8 +292,8 @@ def check_answers(
     tokens, logp = done.tokens[done.mask], done.logp[done.mask]
     if ((tokens < 0) | (tokens >= vocabulary)).any():
         raise InputError(f"{who} tokens outside of the model's {vocabulary}")
-    if not ((logp <= 1e-3) & (logp > -torch.inf)).all():
-        raise InputError(f"{who} log-probs above 0 or not finite")
+    if not logp.isfinite().all():
+        raise InputError(f"{who} log-probs that are not finite")
     if done.support is not None:
         among = done.support[done.mask]
         if (among >= vocabulary).any() or not (among == tokens[:, None]).any(1).all():
