@@ -133,10 +133,11 @@ def head_and_preference(loss: str) -> Op:
     def total(logprobs: Callable[..., Any], of_answers: Callable[..., Any]) -> Callable[..., Any]:
         def losses(hidden, weight, labels, mask, ref_hidden, ref_weight):
             """The loss of the answers with its statistics."""
-            logp, ref_logp = logprobs(hidden, weight, labels).view(mask.shape), None
-            if referenced:
+            ref_logp = None
+            if referenced:  # first: then the backward finds what the policy's forward left
                 with torch.no_grad():
                     ref_logp = logprobs(ref_hidden, ref_weight, labels).view(mask.shape)
+            logp = logprobs(hidden, weight, labels).view(mask.shape)
             return of_answers(loss, logp, mask, ref_logp)
 
         return losses

@@ -42,7 +42,8 @@ def linear_token_logprobs(
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
-    linear op has run in between and at least two thirds of its rows have a gradient. On a GPU, of
+    linear op has run in between (so a reference model's log-probs come before the policy's) and at
+    least two thirds of its rows have a gradient. On a GPU, of
     16-bit inputs, it is the gradient of the log-probs of the last rows that stays, in 16 bits: of
     as many as the budget has room for, and where ``weight`` is trained of 2H at least. Of those no
     logits are made again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
