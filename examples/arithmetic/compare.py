@@ -39,12 +39,10 @@ COLORS = {"ppo": "#0277bd", "grpo": "#d32f2f", "dapo": "#7b1fa2", "reinforce_plu
 # The same for all, whatever a recipe says: what a small model on two cores needs.
 COMMON = ("--batch_size=128", "--minibatches=2", "--max_new_tokens=6",
           "--missing_eos_penalty=0.0", "--eval_every=10", "--eval_prompts=512",
-          "--learning_rate=3e-5", "--log_every=20", "--device=cpu")  # fmt: skip
-# The critic's step size; a cache of a fifth of the longest answer, and groups of GRPO's size.
-OWN = {
-    "ppo": ("--value_learning_rate=3e-5",),
-    "dapo": ("--overlong_cache=1", "--samples_per_prompt=8"),
-}
+          "--learning_rate=3e-5", "--value_learning_rate=3e-5",
+          "--log_every=20", "--device=cpu")  # fmt: skip
+# A cache of a fifth of the longest answer, and groups of GRPO's size.
+OWN = {"dapo": ("--overlong_cache=1", "--samples_per_prompt=8")}
 
 
 class Budget(TrainerCallback):

@@ -46,7 +46,7 @@ def main() -> None:
     args, further = parser.parse_known_args()
 
     settings = yaml.safe_load((HERE / "ppo.yaml").read_text(encoding="utf-8"))
-    del settings["adaptive_kl_target"], settings["kl_horizon"]
+    del settings["adaptive_kl_target"]
     args.runs.mkdir(parents=True, exist_ok=True)
     config = args.runs / "ppo.yaml"
     config.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

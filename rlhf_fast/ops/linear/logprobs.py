@@ -43,10 +43,10 @@ def linear_token_logprobs(
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
     linear op has run in between (so a reference model's log-probs come before the policy's) and at
-    least two thirds of its rows have a gradient. On a GPU, of
-    16-bit inputs, it is the gradient of the log-probs of the last rows that stays, in 16 bits: of
-    as many as the budget has room for, and where ``weight`` is trained of 2H at least. Of those no
-    logits are made again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
+    least two thirds of its rows have a gradient. On a GPU, of 16-bit inputs, it is the gradient of
+    the log-probs of the last rows that stays, in 16 bits: of as many as the budget has room for,
+    and of bfloat16 with a large trained ``weight`` of 2H at least. Of those no logits are made
+    again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
 
     FLOPs: 2NHV forward; 6·N'HV backward, N' the rows with gradient (4·N'HV for a frozen weight),
     less 2nHV where n rows are used again: 6NHV in all where that is all of them. Rows with a small
