@@ -297,7 +297,7 @@ def _ops_suite(gpu: bool, quick: bool) -> Iterator[tuple[str, Shape]]:
     for name, op in OPS.items():
         if name == "gae" or (":" in name and name != "gae:right-padded"):
             continue
-        most = {"N": 256, "V": 32000} if quick and name.startswith("linear") else {}
+        most = {"N": 128, "V": 32000} if quick else {}
         yield name, {key: min(size, most.get(key, size)) for key, size in op.shapes[0].items()}
 
 

@@ -96,6 +96,8 @@ def _troubles(record: Record, console: Console) -> None:
                 skipped.setdefault(cell["skipped"], {})[name] = None
         if "memory_failed" in row:
             found.setdefault(f"memory not measured: {row['memory_failed']}", []).append(where)
+    if record.get("left_out"):
+        console.print(f"{', '.join(record['left_out'])}: left out by --quick", highlight=False)
     for reason, peers in skipped.items():
         console.print(f"{', '.join(peers)}: {reason}", highlight=False)
     for reason, rows in found.items():

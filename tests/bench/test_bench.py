@@ -641,6 +641,27 @@ def test_an_interrupted_run_keeps_what_it_has_measured(tmp_path, monkeypatch):
     assert row["op"] == "gae" and "seconds" in row["cells"]["ours"]
 
 
+def test_a_quick_run_leaves_out_what_it_has_no_time_for(tmp_path, monkeypatch, capsys):
+    """3 minutes are promised on any machine: the clock is here at their end after the first row."""
+    monkeypatch.setattr(measure, "ceilings", lambda *_: QUIET)
+    monkeypatch.setattr(run.machine, "bound_memory", lambda: None)  # it would bound pytest
+    measured, late = suite.compare, run.QUICK_SECONDS
+
+    def compare(*arguments):
+        monkeypatch.setattr(run, "QUICK_SECONDS", -1)
+        return measured(*arguments)
+
+    monkeypatch.setattr(suite, "compare", compare)
+    arguments = ["--op", "gae", "value_loss", "--peers", "eager", "--shape", "B=4,T=8", "B=2,T=9"]
+    for quick, rows, told in ((["--quick"], {"gae"}, True), ([], {"gae", "value_loss"}, False)):
+        monkeypatch.setattr(run, "QUICK_SECONDS", late)
+        assert run.main([*arguments, *quick, "--out", str(tmp_path)]) == 0
+        record = json.loads((tmp_path / "ops.json").read_text())
+        assert {row["op"] for row in record["rows"]} == rows
+        out = capsys.readouterr().out
+        assert ("gae, value_loss: left out by --quick" in out) is told
+
+
 @pytest.mark.long
 def test_runs_as_a_script():
     script = [sys.executable, str(ROOT / "bench" / "run.py"), "--op", "nothing"]
