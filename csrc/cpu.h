@@ -24,16 +24,4 @@ __attribute__((target("arch=x86-64-v3"), noinline)) void on_avx2(F f) {
 #define RLHF_X86_LEVELS 0
 #endif
 
-template <class F>
-inline void on_this_cpu(F f) {
-#if RLHF_X86_LEVELS
-  if (cpu == kAvx512) return on_avx512(f);
-  if (cpu == kAvx2) return on_avx2(f);
-#endif
-  f();
-}
-
 }  // namespace rlhf_fast
-
-#define RLHF_ON_THIS_CPU(...) \
-  on_this_cpu([=]() __attribute__((always_inline)) { __VA_ARGS__; })

@@ -1,8 +1,9 @@
 // A vector of floats or doubles at a time, in GCC's and Clang's portable vector types.
 //
-// RLHF_VECTOR_BYTES is 32 unless a file says otherwise before it includes this. With 64 (AVX-512)
-// token_logprobs is 1.6x faster on Zen 4; but GCC 12 has no 64-byte comparison that gives a
+// RLHF_VECTOR_BYTES is 32 unless a file says otherwise before it includes this. With 64, for AVX-512
+// alone, token_logprobs is 1.6x faster on Zen 4; but GCC 12 has no 64-byte comparison that gives a
 // vector, and takes one that is used twice apart lane by lane: policy_loss is 4x slower with 64.
+// (Without AVX-512 it takes all of them apart: token_logprobs was 8x slower with 64 than with 32.)
 //
 // RLHF_ON_THIS_CPU(call) compiles what it is given for AVX-512, AVX2+FMA and plain x86-64 and runs
 // the one that this CPU has (cpu.h), so one binary runs anywhere. Everything here is always_inline:
@@ -30,7 +31,23 @@
 #endif
 
 namespace rlhf_fast {
-inline namespace RLHF_VECTORS {  // files of either width can be linked together
+namespace RLHF_VECTORS {  // files of either width can be linked together
+
+#define RLHF_ON_THIS_CPU(...) \
+  on_this_cpu([=]() __attribute__((always_inline)) { __VA_ARGS__; })
+
+template <class F>
+inline void on_this_cpu(F f) {
+#if RLHF_X86_LEVELS && RLHF_VECTOR_BYTES == 64
+  return on_avx512(f);
+#elif RLHF_X86_LEVELS
+#ifndef RLHF_AVX512_ELSEWHERE
+  if (cpu == kAvx512) return on_avx512(f);
+#endif
+  if (cpu == kAvx2) return on_avx2(f);
+#endif
+  f();
+}
 
 constexpr int kBytes = RLHF_VECTOR_BYTES;
 constexpr int kFloats = kBytes / 4, kDoubles = kBytes / 8;
@@ -145,16 +162,16 @@ struct Exponential {
   V minus_one;
 };
 
-// Both to about 1 ulp for -87.3 <= x <= 88; below that e^x is 0 (-inf included); NaN stays NaN.
+// Both to about 1 ulp for -87.3 <= x <= 88; NaN stays NaN.
 // Cody-Waite reduction x = n ln 2 + r, |r| <= ln 2 / 2; then t = e^r - 1 = r + r^2 q(r), q the
 // degree-4 minimax fit (relative error 3e-9, a twentieth of half an ulp). The large constant
 // rounds x / ln 2 to an integer in the low mantissa bits, biased for the exponent field of 2^n.
-RLHF_INLINE Exponential<Floats> exponential(Floats x) {
+constexpr float kLeastExponent = -87.3f;
+RLHF_INLINE Exponential<Floats> exponential_of_normal(Floats x) {
   constexpr float magic = 0x1.8p23f + 127.0f;
-  const Floats bounded = x < -87.3f ? Floats{} - 87.3f : x;  // keeps NaN
-  const Floats shifted = bounded * 0x1.715476p0f + magic;
+  const Floats shifted = x * 0x1.715476p0f + magic;
   const Floats n = shifted - magic;
-  Floats r = bounded - n * 0x1.62e4p-1f;
+  Floats r = x - n * 0x1.62e4p-1f;
   r = r - n * 0x1.7f7d1cp-20f;
   Floats q = 0x1.6a21acp-10f * r + 0x1.123b6ap-7f;
   q = q * r + 0x1.5558fap-5f;
@@ -166,7 +183,13 @@ RLHF_INLINE Exponential<Floats> exponential(Floats x) {
   bits = bits << 23;
   Floats scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return {x < -87.3f ? Floats{} : (t + 1.0f) * scale, t * scale + (scale - 1.0f)};
+  return {(t + 1.0f) * scale, t * scale + (scale - 1.0f)};
+}
+// Below -87.3, -inf included, e^x is 0.
+RLHF_INLINE Exponential<Floats> exponential(Floats x) {
+  const Floats bounded = x < kLeastExponent ? Floats{} + kLeastExponent : x;  // keeps NaN
+  const Exponential<Floats> e = exponential_of_normal(bounded);
+  return {x < kLeastExponent ? Floats{} : e.exp, e.minus_one};
 }
 RLHF_INLINE Exponential<Doubles> exponential(Doubles x) {
   Exponential<Doubles> e;
@@ -177,10 +200,13 @@ RLHF_INLINE Exponential<Doubles> exponential(Doubles x) {
   return e;
 }
 RLHF_INLINE Floats exp(Floats x) { return exponential(x).exp; }
+RLHF_INLINE Floats exp_of_normal(Floats x) { return exponential_of_normal(x).exp; }
 RLHF_INLINE Doubles exp(Doubles x) {
   for (int i = 0; i < kDoubles; ++i) x[i] = std::exp(x[i]);
   return x;
 }
+
+RLHF_INLINE Doubles exp_of_normal(Doubles x) { return exp(x); }
 
 RLHF_INLINE Floats logarithm(Floats x) {
   for (int i = 0; i < kFloats; ++i) x[i] = std::log(x[i]);
@@ -203,6 +229,10 @@ RLHF_INLINE Doubles tanh(Doubles x) {
 template <class V>
 RLHF_INLINE V max(V a, V b) {
   return a > b ? a : b;
+}
+template <class V>
+RLHF_INLINE V min(V a, V b) {
+  return a < b ? a : b;
 }
 // x held in [low, high]; NaN stays NaN.
 template <class V>
@@ -230,6 +260,11 @@ RLHF_INLINE auto largest(V v) {
   auto m = v[0];
   for (unsigned i = 1; i < sizeof(V) / sizeof(m); ++i) m = v[i] > m ? v[i] : m;
   return m;
+}
+
+template <class V>
+RLHF_INLINE auto smallest(V v) {
+  return -largest(-v);
 }
 
 // The first n (1 to a vector) elements, the rest `fill`.
@@ -313,4 +348,15 @@ RLHF_INLINE V times(V a, V b) {
 }
 
 }  // namespace RLHF_VECTORS
+using namespace RLHF_VECTORS;
+
+// Of an op compiled at either width, the one for this CPU.
+template <auto of_32_bytes, auto of_64_bytes>
+struct OfThisCpu;
+template <class R, class... A, R (*of_32_bytes)(A...), R (*of_64_bytes)(A...)>
+struct OfThisCpu<of_32_bytes, of_64_bytes> {
+  static R run(A... arguments) {
+    return (cpu == kAvx512 ? of_64_bytes : of_32_bytes)(arguments...);
+  }
+};
 }  // namespace rlhf_fast

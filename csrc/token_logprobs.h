@@ -4,7 +4,7 @@
 #include "ops.h"
 
 namespace rlhf_fast {
-inline namespace RLHF_VECTORS {
+namespace RLHF_VECTORS {
 
 // z = softcap tanh(x / softcap) / temperature, and dz/dx; softcap 0 means none. D is S for the
 // temperature of one row, or a vector where each lane is a row of its own.

@@ -10,7 +10,7 @@
 #include "token_logprobs.h"
 
 namespace rlhf_fast {
-inline namespace RLHF_VECTORS {
+namespace RLHF_VECTORS {
 
 constexpr int64_t kVocabUnit = 2048;
 constexpr int64_t kTile = 16;
