@@ -55,10 +55,12 @@ struct KlGradient {
   D max, log_sum, ref_max, ref_log_sum, grad_logp, grad_kl;
   D kl;  // 0 where g_kl is 0, so that an infinite one is not multiplied by it
 
-  template <bool kReverse, class V>
+  template <bool kReverse, bool kCapped, class V>
   RLHF_INLINE_MEMBER V at(V x, V y, V hit) const {
-    const V log_p = (scale.apply(x) - max) - log_sum, p = exp(log_p);
-    const V log_q = (scale.apply(y) - ref_max) - ref_log_sum;
+    const auto [z, slope] = Scaled<V>::template of<kCapped>(x, scale);
+    const V log_p = (z - max) - log_sum, p = exp(log_p);
+    const V ref_z = Scaled<V>::template of<kCapped>(y, scale).z;
+    const V log_q = (ref_z - ref_max) - ref_log_sum;
     V d_kl;
     if constexpr (kReverse) {
       // bounded, since 0 * inf is 0 here; a p of 0 bounds all
@@ -67,7 +69,7 @@ struct KlGradient {
     } else {
       d_kl = p - exp(log_q);
     }
-    return scale.slope(x) * (grad_logp * (hit - p) + grad_kl * d_kl);
+    return slope * (grad_logp * (hit - p) + grad_kl * d_kl);
   }
 };
 
@@ -112,8 +114,12 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
         const T *at_a = a.x + (start + i) * a.stride + c, *at_b = b.x + (start + i) * b.stride + c;
         __builtin_prefetch(at_a + kTile * a.stride);  // the next tile; past the end it does nothing
         __builtin_prefetch(at_b + kTile * b.stride);
-        za[i] = scale.apply(load_some(at_a, n - c, 0.0f));
-        zb[i] = scale.apply(load_some(at_b, n - c, 0.0f));
+        za[i] = load_some(at_a, n - c, 0.0f);
+        zb[i] = load_some(at_b, n - c, 0.0f);
+      }
+      scale.apply(za, length);
+      scale.apply(zb, length);
+      for (int64_t i = 0; i < length; ++i) {
         top_a = max(za[i], top_a);
         top_b = max(zb[i], top_b);
       }
@@ -131,7 +137,7 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
         const V e = exp(da);
         sum_a += e;
         sum_b += exp(db);
-        gap += e * (da < S(-87.3) ? V{} : da - db);  // where p is 0, q does not matter
+        gap += e * (da < kLeastExponent ? V{} : da - db);  // where p is 0, q does not matter
       }
       accumulate(&sums.sum_a[c], sum_a);
       accumulate(&sums.sum_b[c], sum_b);
@@ -141,7 +147,7 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
 }
 
 // out (the policy's logits themselves, or a tensor that lies the same way) <- their gradient.
-template <bool kReverse, class T, class Out, class S = typename Lane<T>::Scalar>
+template <bool kReverse, bool kCapped, class T, class Out, class S = typename Lane<T>::Scalar>
 RLHF_INLINE void grad_pairs(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin,
                             int64_t end, int64_t n, const ColumnKlGradient<S>& gradients) {
   using V = typename Lane<T>::Vector;
@@ -156,7 +162,7 @@ RLHF_INLINE void grad_pairs(Columns<const T> x, Columns<const T> ref, Out* out, 
         __builtin_prefetch(x.x + at + kTile * x.stride);
         __builtin_prefetch(at_ref + kTile * ref.stride);
         const V z = load_some(x.x + at, n - c, 0.0f), y = load_some(at_ref, n - c, 0.0f);
-        store_some(out + at, gradient.template at<kReverse>(z, y, V{}), n - c);
+        store_some(out + at, gradient.template at<kReverse, kCapped>(z, y, V{}), n - c);
       }
     }
   }
@@ -167,25 +173,30 @@ void sum_two(Columns<const T> a, Columns<const T> b, int64_t begin, int64_t end,
              const ColumnScale<S>* scale, PairSums<S>* sums) {
   RLHF_ON_THIS_CPU(sum_pairs(a, b, begin, end, n, *scale, *sums));
 }
-template <class T, class Out, class S>
-void grad_reverse(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin, int64_t end,
-                  int64_t n, const ColumnKlGradient<S>* gradient) {
-  RLHF_ON_THIS_CPU(grad_pairs<true>(x, ref, out, begin, end, n, *gradient));
+template <bool kReverse, class T, class Out, class S>
+void grad_two(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin, int64_t end,
+              int64_t n, const ColumnKlGradient<S>* gradient) {
+  if (gradient->scale.softcap != 0) {
+    RLHF_ON_THIS_CPU(grad_pairs<kReverse, true>(x, ref, out, begin, end, n, *gradient));
+  } else {
+    RLHF_ON_THIS_CPU(grad_pairs<kReverse, false>(x, ref, out, begin, end, n, *gradient));
+  }
 }
-template <class T, class Out, class S>
-void grad_forward(Columns<const T> x, Columns<const T> ref, Out* out, int64_t begin, int64_t end,
-                  int64_t n, const ColumnKlGradient<S>* gradient) {
-  RLHF_ON_THIS_CPU(grad_pairs<false>(x, ref, out, begin, end, n, *gradient));
-}
-template <class Out, class S>
-RLHF_INLINE void grad_one(Out* out, S x, S y, bool reverse, const KlGradient<S, S>& row) {
+template <bool kReverse, class Out, class S>
+RLHF_INLINE void grad_one(Out* out, S x, S y, const KlGradient<S, S>& row) {
   using V = typename Lane<Out>::Vector;
   const V z = V{} + x, r = V{} + y, hit = V{} + 1;
-  store_some(out, reverse ? row.template at<true>(z, r, hit) : row.template at<false>(z, r, hit), 1);
+  const V gradient = row.scale.softcap != 0 ? row.template at<kReverse, true>(z, r, hit)
+                                            : row.template at<kReverse, false>(z, r, hit);
+  store_some(out, gradient, 1);
 }
 template <class Out, class S>
 void grad_label(Out* out, S x, S y, bool reverse, const KlGradient<S, S>* row) {
-  RLHF_ON_THIS_CPU(grad_one(out, x, y, reverse, *row));
+  if (reverse) {
+    RLHF_ON_THIS_CPU(grad_one<true>(out, x, y, *row));
+  } else {
+    RLHF_ON_THIS_CPU(grad_one<false>(out, x, y, *row));
+  }
 }
 
 // f(first, n) over runs of rows that lie side by side in both tensors: all rows, or one at a time.
@@ -313,9 +324,9 @@ void logits_kl_backward(const Tensor& grad_logp, const Tensor& grad_kl, const Te
       }
       parallel_vocabulary(n, vocab, [&](int64_t, int64_t begin, int64_t end) {
         if (reverse) {
-          grad_reverse(x, ref, to, begin, end, n, &gradient);
+          grad_two<true>(x, ref, to, begin, end, n, &gradient);
         } else {
-          grad_forward(x, ref, to, begin, end, n, &gradient);
+          grad_two<false>(x, ref, to, begin, end, n, &gradient);
         }
         for (int64_t k = 0; k < n; ++k) {
           if (!dead[k]) continue;

@@ -134,8 +134,13 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
       for (int64_t i = 0; i < length; ++i) {
         const T* at = tile + i * stride + c;
         __builtin_prefetch(at + kTile * stride);  // the next tile; past the end it does nothing
-        z[i] = scale.apply(load_some(at, n - c, 0.0f));
+        z[i] = load_some(at, n - c, 0.0f);
+      }
+      scale.apply(z, length);
+      V low = z[0];
+      for (int64_t i = 0; i < length; ++i) {
         top = max(z[i], top);
+        low = min(z[i], low);
       }
       if (std::memcmp(&top, &before, sizeof top) != 0) {
         for (int k = 0; k < width; ++k) {
@@ -145,12 +150,7 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
       // Nothing but -inf (or NaN) so far: any finite reference gives e^(-inf) = 0.
       const V reference = max(top, V{} + std::numeric_limits<S>::lowest());
       V sum = V{}, weighted = V{};
-      for (int64_t i = 0; i < length; ++i) {
-        const V d = z[i] - reference;
-        const V e = exp(d);
-        sum += e;
-        weighted += e * (d < S(-87.3) ? V{} : d);  // 0 * -inf is 0 here; NaN stays NaN
-      }
+      add_exponentials(z, length, reference, low, sum, weighted);
       accumulate(&sums.sum[c], sum);
       accumulate(&sums.weighted[c], weighted);
     }
@@ -158,7 +158,7 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
 }
 
 // out (x itself, or a tensor that lies the same way) <- the gradient of tokens [begin, end).
-template <class T, class Out, class S = typename Lane<T>::Scalar>
+template <bool kCapped, class T, class Out, class S = typename Lane<T>::Scalar>
 RLHF_INLINE void grad_columns(const T* x, Out* out, int64_t stride, int64_t begin, int64_t end,
                               int64_t n, const ColumnGradient<S>& gradients) {
   using V = typename Lane<T>::Vector;
@@ -170,7 +170,8 @@ RLHF_INLINE void grad_columns(const T* x, Out* out, int64_t stride, int64_t begi
       for (int64_t i = 0; i < length; ++i) {
         const int64_t at = (start + i) * stride + c;
         __builtin_prefetch(x + at + kTile * stride);
-        store_some(out + at, gradient.at(load_some(x + at, n - c, 0.0f), V{}), n - c);
+        const V values = load_some(x + at, n - c, 0.0f);
+        store_some(out + at, gradient.template at<kCapped>(values, V{}), n - c);
       }
     }
   }

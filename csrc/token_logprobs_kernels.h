@@ -32,9 +32,11 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
     const int64_t vectors = (length + width - 1) / width;
     V block_max = V{} - inf, block_min = V{} + inf;
     for (int64_t i = 0; i < vectors; ++i) {
-      const int64_t left = length - i * width;
-      z[i] = scale.apply(load_some(x + start + i * width, left, 0.0f));
-      for (int64_t k = std::max<int64_t>(left, 0); k < width; ++k) z[i][k] = -inf;
+      z[i] = load_some(x + start + i * width, length - i * width, 0.0f);
+    }
+    scale.apply(z, vectors);
+    for (int64_t k = length; k < vectors * width; ++k) z[vectors - 1][k % width] = -inf;
+    for (int64_t i = 0; i < vectors; ++i) {
       block_max = max(z[i], block_max);
       block_min = min(z[i], block_min);
     }
@@ -49,39 +51,34 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
     }
     row.max = top;
     V sum_ = V{}, weighted = V{};
-    if (smallest(block_min) - reference >= kLeastExponent) {  // nearly always: 8 % faster
-      for (int64_t i = 0; i < vectors; ++i) {
-        const V d = z[i] - reference;
-        const V e = exp_of_normal(d);
-        sum_ += e;
-        weighted += e * d;
-      }
-    } else {
-      for (int64_t i = 0; i < vectors; ++i) {
-        const V d = z[i] - reference;
-        const V e = exp(d);
-        sum_ += e;
-        weighted += e * (d < kLeastExponent ? V{} : d);  // 0 * -inf is 0 here; NaN stays NaN
-      }
-    }
+    add_exponentials(z, vectors, reference, block_min, sum_, weighted);
     row.sum += sum(sum_);
     row.weighted += sum(weighted);
   }
   return row;
 }
 
+template <bool kCapped, class T, class Out, class S>
+RLHF_INLINE void grad_vectors(const T* x, Out* out, int64_t vocab, const Gradient<S, S>& row) {
+  using V = typename Lane<T>::Vector;
+  for (int64_t i = 0; i < vocab; i += Lane<T>::width) {
+    const V values = load_some(x + i, vocab - i, 0.0f);
+    store_some(out + i, row.template at<kCapped>(values, V{}), vocab - i);
+  }
+}
+
 // out may be x.
 template <class T, class Out, class S = typename Lane<T>::Scalar>
 RLHF_INLINE void grad_row(const T* x, Out* out, int64_t vocab, int64_t label, Gradient<S, S> row) {
   using V = typename Lane<T>::Vector;
-  constexpr int width = Lane<T>::width;
   const V at_label = V{} + static_cast<S>(label == kElsewhere ? 0.0 : widen(x[label]));
-  for (int64_t i = 0; i < vocab; i += width) {
-    const V values = load_some(x + i, vocab - i, 0.0f);
-    store_some(out + i, row.at(values, V{}), vocab - i);
+  if (row.scale.softcap != 0) {
+    grad_vectors<true>(x, out, vocab, row);
+  } else {
+    grad_vectors<false>(x, out, vocab, row);
   }
   // The label's own entry once more, so that 1 - p is not rounded to out's dtype twice.
-  if (label != kElsewhere) store_some(out + label, row.at(at_label, V{} + 1), 1);
+  if (label != kElsewhere) store_some(out + label, row.at_label(at_label), 1);
 }
 
 template <class T, class S>
@@ -95,7 +92,7 @@ void grad_one(const T* x, Out* out, int64_t vocab, int64_t label, const Gradient
 template <class Out, class S>
 void grad_label(Out* out, S x, const Gradient<S, S>* row) {
   using V = typename Lane<Out>::Vector;
-  RLHF_ON_THIS_CPU(store_some(out, row->at(V{} + x, V{} + 1), 1));
+  RLHF_ON_THIS_CPU(store_some(out, row->at_label(V{} + x), 1));
 }
 template <class T, class S>
 void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end, int64_t n,
@@ -105,7 +102,11 @@ void sum_side_by_side(const T* x, int64_t stride, int64_t begin, int64_t end, in
 template <class T, class Out, class S>
 void grad_side_by_side(const T* x, Out* out, int64_t stride, int64_t begin, int64_t end, int64_t n,
                        const ColumnGradient<S>* gradient) {
-  RLHF_ON_THIS_CPU(grad_columns(x, out, stride, begin, end, n, *gradient));
+  if (gradient->scale.softcap != 0) {
+    RLHF_ON_THIS_CPU(grad_columns<true>(x, out, stride, begin, end, n, *gradient));
+  } else {
+    RLHF_ON_THIS_CPU(grad_columns<false>(x, out, stride, begin, end, n, *gradient));
+  }
 }
 
 // Rows of a [B, T, V] tensor whose last dimension is contiguous.

@@ -300,16 +300,23 @@ def chunk_buffer(
     N=512, H=576, V=49152. (Fresh pages of 2 MiB were no way out: 2 % in a good round, 20 % in every
     other one on a virtual machine that hands free ones back to its host.)
     """
-    width = vocab if device.type == "cpu" else aligned(vocab)
-    if whole is None or whole.numel() < rows * width:
+    on_cpu = device.type == "cpu"
+    lines, width = (vocab, apart(rows)) if on_cpu else (rows, aligned(vocab))
+    if whole is None or whole.numel() < lines * width:
         with torch.inference_mode(False):  # or no later call could write to it
-            whole = torch.empty(rows * width, dtype=dtype, device=device)
-    used = whole[: rows * width]
-    if device.type == "cpu":
-        return whole, used.view(vocab, rows).t()
-    by_row = used.view(rows, width)
-    by_row[:, vocab:] = 0.0  # what a load of 16 bytes at a row's end may read
-    return whole, by_row[:, :vocab]
+            whole = torch.empty(lines * width, dtype=dtype, device=device)
+    used = whole[: lines * width].view(lines, width)
+    if on_cpu:
+        return whole, used[:, :rows].t()
+    used[:, vocab:] = 0.0  # what a load of 16 bytes at a row's end may read
+    return whole, used[:, :vocab]
+
+
+def apart(rows: int) -> int:
+    """The distance of two tokens of a chunk on a CPU. At a multiple of 1 KiB those that a row
+    kernel reads at a time, 16, would share few lines of the cache: 512 rows took 1.2 times as long
+    (AMD EPYC, AVX2); the products take no notice."""
+    return rows + 16 if rows and rows % 256 == 0 else rows
 
 
 def aligned(vocab: int) -> int:
