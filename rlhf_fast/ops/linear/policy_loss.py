@@ -299,16 +299,22 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    # loss.backward() comes with exactly 1: then dW needs no second copy, unless the next backward
-    # needs this one. Looking costs a host sync on a GPU, and cannot be traced or batched.
+    # Unless the next backward needs them, too, the saved gradients are what is returned: a second dW
+    # would be new memory, which takes longer than all else here. loss.backward() comes with exactly
+    # 1. Looking costs a host sync on a GPU, and cannot be traced or batched.
     looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
     looked_at = looked_at and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
-    one = looked_at and not graph_is_kept() and grad.item() == 1
-    scaled = [
-        (g if one else g * grad).to(ctx.dtype) if needed else None
+    ours = looked_at and not graph_is_kept()
+    one = ours and grad.item() == 1
+
+    def scaled(g: Tensor) -> Tensor:
+        return g if one else g.mul_(grad) if ours else g * grad
+
+    grads = (
+        scaled(g).to(ctx.dtype) if needed else None
         for g, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:5], strict=True)
-    ]
-    return *scaled, *(None,) * (len(ctx.needs_input_grad) - 5)
+    )
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - 5)
 
 
 def samples(generator: torch.Generator) -> Iterator[Sample]:
