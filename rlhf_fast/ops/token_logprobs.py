@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from . import check
+from . import check, pages
 from . import support as sets
 from .registry import (
     Op,
@@ -306,7 +306,7 @@ def _autograd(ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _
     if inplace:
         out = logits.detach()
     else:  # contiguous, since rows of the logits may overlap in memory
-        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        out = pages.empty_like(logits)
     torch.ops.rlhf_fast.token_logprobs_backward(
         grad_logp.contiguous(),
         None if grad_entropy is None else grad_entropy.contiguous(),

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import check
+from .. import check, pages
 from ..support import outside
-from . import pages
 from .head import Head
 from .products import accumulate, as_they_are, logits_dtype, product
 
@@ -74,7 +73,7 @@ def within(of_forward: int | None) -> contextlib.AbstractContextManager[None]:
 
 def release_memory() -> None:
     """Give back the memory that the linear ops keep between calls: the last call's chunk of logits
-    and, on CPU, that of a large gradient of ``weight`` that is gone.
+    and, on CPU, that of a large gradient of ``weight`` or of logits that is gone.
 
     A backward that would have used those logits again computes them anew. On CPU the memory goes
     back to the system, on a GPU to torch's allocator (``torch.cuda.empty_cache`` frees it there).

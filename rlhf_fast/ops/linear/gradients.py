@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import check
-from . import groups, pages
+from .. import check, pages
+from . import groups
 from .chunks import Chunk, rows_of
 from .groups import AtLabels, Left, Rows, Write
 from .head import Head

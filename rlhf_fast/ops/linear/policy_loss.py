@@ -299,9 +299,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, grad: Tensor, *_: Any) -> Any:
-    # Unless the next backward needs them, too, the saved gradients are what is returned: a second dW
-    # would be new memory, which takes longer than all else here. loss.backward() comes with exactly
-    # 1. Looking costs a host sync on a GPU, and cannot be traced or batched.
+    # Unless the next backward needs them, too, the saved gradients are what is returned: a second
+    # dW would be new memory, which takes longer than all else here. loss.backward() comes with
+    # exactly 1. Looking costs a host sync on a GPU, and cannot be traced or batched.
     looked_at = grad.device.type == "cpu" and detect_fake_mode([grad]) is None
     looked_at = looked_at and not torch._C._functorch.is_functorch_wrapped_tensor(grad)
     ours = looked_at and not graph_is_kept()

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import check
+from .. import check, pages
 from ..registry import define_kernel, save_for_backward
 from ..support import capped, positions
-from . import pages, vocab_parallel
+from . import vocab_parallel
 from .head import Head
 from .products import as_they_are
 
