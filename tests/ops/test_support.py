@@ -206,3 +206,4 @@ def test_a_gradient_of_logits_lies_where_the_last_one_lay(like: Tensor) -> None:
     assert kept.data_ptr() == where
     other = gradient()
     assert other.data_ptr() != where and torch.equal(kept, other)
+    assert len(pages._blocks) == 2
