@@ -68,7 +68,7 @@ CPP = [
            "applied<drops>(one, shifted<1>(X, next), delta)",
            f"{NUMBERS} gae"),
     Mutant("token_logprobs: what is beyond the row counts", "csrc/token_logprobs_kernels.h",
-           "for (int64_t k = std::max<int64_t>(left, 0); k < width; ++k) z[i][k] = -inf;", "",
+           "for (int64_t k = length; k < vectors * width; ++k) z[vectors - 1][k % width] = -inf;", "",
            f"{NUMBERS} token_logprobs"),
     Mutant("token_logprobs: entropy not moved to the new maximum", "csrc/token_logprobs_kernels.h",
            "row.weighted = factor * (row.weighted + shift * row.sum);",
