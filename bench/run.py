@@ -37,8 +37,8 @@ from bench.peers import PEERS, Peer, versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}  # fmt: skip
-# --quick ends within 3 minutes: 10 s are for ceilings, memory and plots after the last row.
-QUICK_SECONDS = 150
+# --quick ends within 3 minutes. What is begun by then is finished: a slow row, ceilings, plots.
+QUICK_SECONDS = 110
 QUICK_COMPILING = 30  # by then it is to be through with compiling
 OUT = machine.ROOT / "bench" / "out"
 # Elsewhere all of them. Who compiles would do so at every point of a curve and in every dtype.
