@@ -65,7 +65,9 @@ def main() -> None:
                 [python.with_name("rlhf-fast"), "ppo", "--help"], capture_output=True, text=True
             )
             assert refused.returncode == 2, refused
-            assert refused.stderr.count("\n") == 1 and "rlhf_fast[train]" in refused.stderr, refused
+            # the last line: torch 2.10 warns of a NumPy that is not there in lines of its own
+            assert "rlhf_fast[train]" in refused.stderr.splitlines()[-1], refused
+            assert "Traceback" not in refused.stderr, refused
             run(python.with_name("rlhf-fast"), "info")
     print("the wheel works beside", *torches)
 
