@@ -3,7 +3,8 @@
 // RLHF_VECTOR_BYTES is 32 unless a file says otherwise before it includes this. With 64, for AVX-512
 // alone, token_logprobs is 1.6x faster on Zen 4; but GCC 12 has no 64-byte comparison that gives a
 // vector, and takes one that is used twice apart lane by lane: policy_loss is 4x slower with 64.
-// (Without AVX-512 it takes all of them apart: token_logprobs was 8x slower with 64 than with 32.)
+// (Without AVX-512 it takes all of them apart: token_logprobs was 8x slower with 64 than with 32 on an
+// AMD EPYC with AVX2.)
 //
 // RLHF_ON_THIS_CPU(call) compiles what it is given for AVX-512, AVX2+FMA and plain x86-64 and runs
 // the one that this CPU has (cpu.h), so one binary runs anywhere. Everything here is always_inline:

@@ -42,7 +42,7 @@ void check_temperature(const S* divisors, const int64_t* label, int64_t rows) {
 
 // sum += e^(z - m) and weighted += e^(z - m) (z - m) over a block of n vectors; low: the least of
 // each lane. Nearly always all are far above where e^x becomes 0, and nothing need be held there:
-// 14 % faster.
+// 14 % faster (AMD EPYC, AVX2).
 template <bool kNormal, class V, class M>
 RLHF_INLINE void add_exponentials(const V* block, int64_t n, M m, V& sum, V& weighted) {
   for (int64_t i = 0; i < n; ++i) {

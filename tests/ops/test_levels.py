@@ -80,8 +80,10 @@ def seconds(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 @pytest.mark.parametrize("side_by_side", [False, True], ids=["rows", "columns"])
 def test_vectors_are_not_taken_apart(side_by_side: bool) -> None:
     """A compiler does that, lane by lane, with vectors wider than an instruction set has: a logit
-    took 8 to 14 ns with AVX2, now .7, where exp alone takes .5."""
-    if "SSE2" in registry.extension.build_info()["SIMD"]:
+    took 8 to 14 ns with AVX2, as without it, now .5 to .9 (AMD EPYC). Vectors of
+    twice SSE2's lanes take half the time; taken apart, the same: 1.5 lies between."""
+    level = os.environ.get(registry.CPU_VARIABLE, registry.extension.use_cpu("nothing"))
+    if level == "default":
         pytest.skip("no AVX2 here, or none wanted")
     n, vocab = 16, 20000
     x, y = torch.randn(2, 1, n, vocab, generator=torch.Generator().manual_seed(0))
@@ -91,7 +93,6 @@ def test_vectors_are_not_taken_apart(side_by_side: bool) -> None:
     kernels, out = torch.ops.rlhf_fast, torch.empty_like(x)
     *_, norm = kernels.token_logprobs(x, labels, 1.0, None, None, True, False)
     calls: dict[str, Callable[[], object]] = {
-        "exp": lambda: torch.exp(x, out=out),
         "token_logprobs": lambda: kernels.token_logprobs(x, labels, 1.0, None, None, True, False),
         "token_logprobs_backward": lambda: kernels.token_logprobs_backward(
             ones, None, x, labels, norm, None, 1.0, None, None, out
@@ -103,6 +104,11 @@ def test_vectors_are_not_taken_apart(side_by_side: bool) -> None:
         calls["logits_kl_backward"] = lambda: kernels.logits_kl_backward(
             ones, ones, x, y, labels, p, q, kl, 1.0, None, None, True, out
         )
-    least = seconds(calls)
-    taken = {name: x / least["exp"] for name, x in least.items()}
-    assert max(taken.values()) < 3, taken
+    taken = seconds(calls)
+    try:
+        registry.choose_cpu("default")
+        plain = seconds(calls)
+    finally:
+        registry.choose_cpu(level)
+    faster = {name: plain[name] / taken[name] for name in calls}
+    assert min(faster.values()) > 1.5, faster
