@@ -112,8 +112,6 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
       V top_a = before_a, top_b = before_b;
       for (int64_t i = 0; i < length; ++i) {
         const T *at_a = a.x + (start + i) * a.stride + c, *at_b = b.x + (start + i) * b.stride + c;
-        __builtin_prefetch(at_a + kTile * a.stride);  // the next tile; past the end it does nothing
-        __builtin_prefetch(at_b + kTile * b.stride);
         za[i] = load_some(at_a, n - c, 0.0f);
         zb[i] = load_some(at_b, n - c, 0.0f);
       }
@@ -132,7 +130,11 @@ RLHF_INLINE void sum_pairs(Columns<const T> a, Columns<const T> b, int64_t begin
         }
       }
       V sum_a = V{}, sum_b = V{}, gap = V{};
+      const Next next_a(a.x + (start + kTile) * a.stride + c, a.stride);
+      const Next next_b(b.x + (start + kTile) * b.stride + c, b.stride);
       for (int64_t i = 0; i < length; ++i) {
+        next_a.fetch(i);
+        next_b.fetch(i);
         const V da = za[i] - top_a, db = zb[i] - top_b;
         const V e = exp(da);
         sum_a += e;

@@ -258,9 +258,17 @@ RLHF_INLINE double sum(Doubles v) {
 }
 template <class V>
 RLHF_INLINE auto largest(V v) {
-  auto m = v[0];
-  for (unsigned i = 1; i < sizeof(V) / sizeof(m); ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  typedef std::remove_reference_t<decltype(v[0])> S;
+  if constexpr (sizeof(V) > 16) {  // by halves: no chain over all lanes
+    typedef S Half __attribute__((vector_size(sizeof(V) / 2)));
+    Half halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return largest(max(halves[0], halves[1]));
+  } else {
+    S m = v[0];
+    for (unsigned i = 1; i < sizeof(V) / sizeof(S); ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
 }
 
 template <class V>

@@ -132,16 +132,11 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
       const V before = load(&sums.max[c]);
       V top = before;
       for (int64_t i = 0; i < length; ++i) {
-        const T* at = tile + i * stride + c;
-        __builtin_prefetch(at + kTile * stride);  // the next tile; past the end it does nothing
-        z[i] = load_some(at, n - c, 0.0f);
+        z[i] = load_some(tile + i * stride + c, n - c, 0.0f);
       }
       scale.apply(z, length);
       V low = z[0];
-      for (int64_t i = 0; i < length; ++i) {
-        top = max(z[i], top);
-        low = min(z[i], low);
-      }
+      extremes(z, length, low, top);
       if (std::memcmp(&top, &before, sizeof top) != 0) {
         for (int k = 0; k < width; ++k) {
           if (top[k] != before[k]) sums.raise(c + k, top[k]);
@@ -150,7 +145,8 @@ RLHF_INLINE void sum_columns(const T* x, int64_t stride, int64_t begin, int64_t 
       // Nothing but -inf (or NaN) so far: any finite reference gives e^(-inf) = 0.
       const V reference = max(top, V{} + std::numeric_limits<S>::lowest());
       V sum = V{}, weighted = V{};
-      add_exponentials(z, length, reference, low, sum, weighted);
+      const Next next(tile + kTile * stride + c, stride);
+      add_exponentials(z, length, reference, low, next, sum, weighted);
       accumulate(&sums.sum[c], sum);
       accumulate(&sums.weighted[c], weighted);
     }

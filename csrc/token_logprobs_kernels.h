@@ -36,10 +36,7 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
     }
     scale.apply(z, vectors);
     for (int64_t k = length; k < vectors * width; ++k) z[vectors - 1][k % width] = -inf;
-    for (int64_t i = 0; i < vectors; ++i) {
-      block_max = max(z[i], block_max);
-      block_min = min(z[i], block_min);
-    }
+    extremes(z, vectors, block_min, block_max);
     const S top = std::max(row.max, largest(block_max));
     // Nothing but -inf (or NaN) so far: any finite reference gives e^(-inf) = 0.
     const S reference = top == -inf ? S(0) : top;
@@ -51,7 +48,8 @@ RLHF_INLINE RowSums<S> sum_row(const T* x, int64_t vocab, Scale<S, S> scale) {
     }
     row.max = top;
     V sum_ = V{}, weighted = V{};
-    add_exponentials(z, vectors, reference, block_min, sum_, weighted);
+    const Next next(x + start + 2 * kBlock, width);  // one block ahead would come too late
+    add_exponentials(z, vectors, reference, block_min, next, sum_, weighted);
     row.sum += sum(sum_);
     row.weighted += sum(weighted);
   }
@@ -62,6 +60,8 @@ template <bool kCapped, class T, class Out, class S>
 RLHF_INLINE void grad_vectors(const T* x, Out* out, int64_t vocab, const Gradient<S, S>& row) {
   using V = typename Lane<T>::Vector;
   for (int64_t i = 0; i < vocab; i += Lane<T>::width) {
+    __builtin_prefetch(x + i + 2 * kBlock);
+    __builtin_prefetch(out + i + 2 * kBlock, 1);  // both: 1.2 times as fast (Intel Xeon, AVX-512)
     const V values = load_some(x + i, vocab - i, 0.0f);
     store_some(out + i, row.template at<kCapped>(values, V{}), vocab - i);
   }
