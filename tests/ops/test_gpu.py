@@ -18,8 +18,8 @@ from drawing import few_for_all_options
 from rounding import RoundedAfterwards
 from torch import Tensor
 
-from rlhf_fast import chunk_budget, token_logprobs
-from rlhf_fast.ops.linear import groups
+from rlhf_fast import chunk_budget, linear_token_logprobs, token_logprobs
+from rlhf_fast.ops.linear import groups, tiles
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
 
 PRETENDED = os.environ.get("RLHF_FAST_TESTS_GPU") == "pretended"
@@ -215,6 +215,21 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
             rounded = results(OPS[name].function, arguments, sample.grads)
         for x, y in zip(ours, rounded, strict=True):
             assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", ALL_FLOATS)
+def test_tiles_of_the_vocabulary(dtype: torch.dtype, monkeypatch) -> None:
+    """Of a pass without gradients, beside one with."""
+    monkeypatch.setattr(tiles, "MOST", {"gpu": (4 * 1024, 16)})
+    generator = torch.Generator().manual_seed(0)
+    shape = {"N": 9, "V": 2500, "H": 64}
+    sample = OPS["linear_token_logprobs"].workload(shape, generator, "cpu", dtype)
+    arguments = on_cuda(sample, dtype) | {"entropy": True}
+    with_gradients = linear_token_logprobs(**arguments)
+    with torch.no_grad():
+        without = linear_token_logprobs(**arguments)
+    for x, y in zip(without, with_gradients, strict=True):
+        torch.testing.assert_close(x, y.detach(), rtol=2e-6, atol=0)
 
 
 @pytest.mark.real_gpu("a CUDA source, which nothing interprets")

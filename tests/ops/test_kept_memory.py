@@ -11,6 +11,7 @@ from torch import Tensor
 import rlhf_fast as rf
 from rlhf_fast.ops import check
 from rlhf_fast.ops.linear import chunks as linear
+from rlhf_fast.ops.linear import tiles
 
 N, H, V = 48, 8, 100
 OPS = ["linear_token_logprobs", "linear_token_kl", "linear_policy_loss", "sequence"]
@@ -36,9 +37,13 @@ def call(op: str, n: int = N, v: int = V, dtype: torch.dtype = torch.float32, **
     return (x, w), out.float().sum()
 
 
-def kept() -> int:
-    """Bytes."""
-    return sum(m.whole.numel() * m.whole.element_size() for m in list(linear._memory.values()))
+def kept(tiles: bool = False) -> int:
+    """Bytes; of tiles alone."""
+    return sum(
+        m.whole.numel() * m.whole.element_size()
+        for key, m in list(linear._memory.items())
+        if not tiles or key[2] == linear.TILES
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +86,11 @@ def test_what_is_kept_is_bounded_by_the_last_need(op: str, mode: str) -> None:
         run(op)
     rows = linear.DETERMINISTIC_ROWS if options else N
     loops = 2 if op == "linear_token_kl" else 1
-    assert 0 < kept() <= 2 * loops * rows * V * 4
+    of_tiles = kept(tiles=True)
+    tiled = mode in ("no_grad", "inference") and op != "linear_token_kl"
+    assert 0 < (of_tiles if tiled else kept() - of_tiles) <= 2 * loops * rows * V * 4
+    assert of_tiles <= 4 * tiles.MOST["cpu"][0]
+    assert tiled == (kept() == of_tiles)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -17,6 +17,7 @@ from rlhf_fast.ops.linear.head import Head
 
 N, H, V = 96, 16, 1000
 GEMM = 2 * N * H * V
+CONSTANTS = torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool)
 
 
 def draw(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -53,21 +54,35 @@ def test_of_several_chunks_it_is_the_last(inside) -> None:
         assert products(inside, rf.linear_token_logprobs(**x).sum()) == pytest.approx(3 - 1 / 3)
 
 
-@pytest.mark.parametrize("between", ["another forward", "without gradient", "policy loss"])
+@pytest.mark.parametrize("between", ["another forward", "policy loss", "a KL without gradient"])
 def test_another_call_takes_its_memory(inside, between: str) -> None:
     x, other = draw(), draw()
     other["hidden"] = other["hidden"].detach() * 2
     total = rf.linear_token_logprobs(**x).sum()
     (want,) = torch.autograd.grad(total, x["hidden"], retain_graph=True)
     total = rf.linear_token_logprobs(**x).sum()
-    with torch.no_grad() if between == "without gradient" else nullcontext():
-        if between == "policy loss":
-            constants = torch.zeros(N), torch.ones(N), torch.ones(N, dtype=torch.bool)
-            rf.linear_policy_loss(*other.values(), *constants)
-        else:
-            rf.linear_token_logprobs(**other)
+    if between == "policy loss":
+        rf.linear_policy_loss(*other.values(), *CONSTANTS)
+    elif between == "another forward":
+        rf.linear_token_logprobs(**other)
+    else:
+        with torch.no_grad():
+            rf.linear_token_kl(**other, ref_hidden=other["hidden"])
     assert products(inside, total) == 3
     torch.testing.assert_close(x["hidden"].grad, want)
+
+
+def test_log_probs_without_gradients_leave_it(inside) -> None:
+    """A reference's may come between the policy's forward and its backward."""
+    x = draw()
+    want = gradients(x, rf.linear_token_logprobs(**x).sum())
+    total = rf.linear_token_logprobs(**x).sum()
+    with torch.no_grad():
+        rf.linear_token_logprobs(**x)
+        rf.linear_policy_loss(*x.values(), *CONSTANTS)
+    assert products(inside, total) == 2
+    assert torch.equal(x["hidden"].grad, want[0])
+    assert torch.equal(x["weight"].grad, want[1])
 
 
 @pytest.mark.parametrize(("kept", "made"), [(96, 2), (65, 2), (63, 3 * 63 / 96), (0, 0)])
@@ -132,8 +147,7 @@ def test_a_kl_uses_both_chunks_or_none(inside) -> None:
 
     want = gradients(x, kl())
     total = kl()
-    with torch.no_grad():
-        rf.linear_token_logprobs(**x)
+    rf.linear_token_logprobs(**x)
     assert products(inside, total) == 4
     torch.testing.assert_close(x["hidden"].grad, want[0])
     torch.testing.assert_close(x["weight"].grad, want[1])

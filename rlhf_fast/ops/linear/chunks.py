@@ -20,6 +20,7 @@ from .. import check, pages
 from ..support import outside
 from .head import Head
 from .products import accumulate, as_they_are, logits_dtype, product
+from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .groups import Left
@@ -32,6 +33,8 @@ CPU_ROWS = 512
 GPU_BYTES = 2**30
 # Rows of every chunk of a deterministic call, a lone row's too.
 DETERMINISTIC_ROWS = 128
+
+TILES = -1  # the slot of the memory of tiles; others are numbers of loops
 
 _budget: ContextVar[int | None] = ContextVar("chunk_budget", default=None)  # each thread's own
 _memory: dict[tuple[torch.device, torch.dtype, int], Memory] = {}
@@ -50,6 +53,10 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     would, which then is not needed.) A chunk's memory is kept: on CPU for the next call, on a GPU
     from a forward to its backward, which uses the logits in it again or their gradient.
     ``release_memory`` gives it back.
+
+    Where no gradient is wanted, ``linear_token_logprobs`` and ``linear_policy_loss`` have no more
+    of the logits than a tile of some rows and some tokens: 16 MiB on CPU, 32 on a GPU, or the
+    budget where that is less, but at least 1024 tokens of a row.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))
@@ -112,6 +119,11 @@ class Chunk(NamedTuple):
     padded: Tensor  # [m, V]: logits and, in a deterministic chunk, filler rows up to m
     together: int  # this chunk's rows and those after it, whose gradients may share a product
 
+    def tiles(self) -> list[tuple[Tokens, Tensor]]:
+        """One of all tokens; ``tiles.TiledChunk`` has more."""
+        vocab = self.logits.shape[1]
+        return [(Tokens(0, vocab, vocab), self.logits)]
+
 
 class Memory(NamedTuple):
     """The buffer of a loop over chunks that has ended. After a forward it still holds the logits of
@@ -136,6 +148,24 @@ def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
     if memory is None or memory.norm is None or memory.norm.data_ptr() != norm.data_ptr():
         return None
     return memory if _memory.pop(key, None) is memory else None
+
+
+@contextlib.contextmanager
+def tile_memory(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> Iterator[Tensor]:
+    """Memory of tiles [rows, columns] (``chunk_buffer``), kept on CPU beside that of chunks: what a
+    forward has left there for its backward stays."""
+    key = device, dtype, TILES
+    _forget_others(key, buffers=2)
+    memory = _memory.pop(key, None)  # nobody else can have it until it is put back
+    whole = None if memory is None else memory.whole
+    if whole is not None and whole.numel() > 2 * rows * columns:
+        whole = None  # what is kept is bounded by the last need
+    whole, _ = chunk_buffer(whole, rows, columns, dtype, device)
+    yield whole
+    if device.type == "cpu":
+        _memory[key] = Memory(whole)
 
 
 def _forget_others(key: tuple[torch.device, torch.dtype, int], buffers: int) -> None:

@@ -18,6 +18,7 @@ from . import chunks as linear
 from . import gradients, groups, vocab_parallel
 from . import support as few
 from .head import HEAD, Head, Lora, check_head, plain, wanted
+from .tiles import TiledChunk, tiled_chunks
 
 
 def linear_token_logprobs(
@@ -42,7 +43,7 @@ def linear_token_logprobs(
     with N·V. The backward recomputes the logits of the rows whose incoming gradient is not zero,
     and of no others: masked, clipped and zero-advantage tokens cost nothing, whatever the loss.
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
-    linear op has run in between (so a reference model's log-probs come before the policy's) and at
+    linear op has run in between (log-probs without gradients, a reference's, do no harm), and at
     least two thirds of its rows have a gradient. On a GPU, of 16-bit inputs, it is the gradient of
     the log-probs of the last rows that stays, in 16 bits: of as many as the budget has room for,
     and of bfloat16 with a large trained ``weight`` of 2H at least. Of those no logits are made
@@ -186,25 +187,28 @@ def _forward(
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
     norm = logp.new_zeros((2, *labels.shape))
     head, keep = Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
-    how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": part}
-    how["support"] = few.of_part(support, part)
+    how: dict[str, Any] = {"compact": compact, "support": few.of_part(support, part)}
+    loop: Callable[..., Iterator[linear.Chunk | TiledChunk]] = tiled_chunks
+    if any(needs) or deterministic:  # whose rows have the same bits whatever a backward needs
+        loop = linear.chunks
+        how |= {"deterministic": deterministic, "part": part}
     left = None  # deterministic: every product has the same shape, a group's has not
     if any(needs) and groups.in_groups(hidden) and not deterministic:
         left = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype)
         how["parts"] = groups.PARTS
     elif any(needs):
         how["leave_for"] = norm
-    for chunk in linear.chunks(head, keep, **how):
+    for chunk in loop(head, keep, **how):
         rows = chunk.rows
         targets = linear.take(labels, rows)[None]
         divisors = None if per_token is None else linear.take(per_token, rows)[None]
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
-            chunk.logits[None], targets, temperature, divisors, softcap, entropy, part
+            chunk.tiles(), targets, temperature, divisors, softcap, entropy, part
         )
         logp[rows], norm[:, rows] = logp_[0], norm_[:, 0]
         if entropy:
             H[rows] = entropy_[0]
-        if left is not None and left.has_room_for_all(chunk):
+        if left is not None and isinstance(chunk, linear.Chunk) and left.has_room_for_all(chunk):
             divided = temperature if divisors is None else divisors
             (ones, _), units = groups.fitted(hidden, (torch.ones_like(logp_), None), divided)
             of_rows = ones, None, norm_, None, temperature, divisors, softcap

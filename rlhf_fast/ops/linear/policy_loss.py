@@ -217,18 +217,37 @@ def _forward(
     """(loss, stats [14], the gradients of linear.Needs, empty where not needed)."""
     o = PolicyOptions(*options)  # ratio: token
     token_sum = replace(o, aggregation="token-sum").values()
-    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     matters = mask & _matters(advantages, importance_weights, o)
+    labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
+    head = Head(hidden, weight, bias, down, up)
+
+    def result(logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
+            loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
+                logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
+                *options,
+            )  # fmt: skip
+            return loss, stats
+
+        total, stats = whole(mask, normalizer, options)
+        return total, torch.cat([stats[:1], whole(matters, None, token_sum)[1][1:]])
+
+    if not any(needs):
+        divisors = None if per_token is None else per_token.view(-1)
+        of_rows = temperature, divisors, softcap, None, True
+        found = logprobs._forward(
+            *head, labels.view(-1), *of_rows, compact, deterministic, group, needs
+        )
+        logp, entropy = (x.view_as(old_logp) for x in found[:2])
+        return *result(logp, entropy), *(hidden.new_empty(0) for _ in needs)
+
+    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
-    head = Head(hidden, weight, bias, down, up)
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, _saved_dtype(hidden))
-    keep = matters.view(-1)
-    labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
-    for chunk in linear.chunks(head, keep, **how, parts=grads.parts):
-        logits = chunk.logits[None]
+    for chunk in linear.chunks(head, matters.view(-1), **how, parts=grads.parts):
 
         def part(full: Tensor, rows: Tensor | slice = chunk.rows) -> Tensor:
             return linear.take(full.view(-1), rows)[None]
@@ -238,11 +257,9 @@ def _forward(
             None if x is None else part(x) for x in (per_token, importance_weights, ref_logp)
         )
         logp_, entropy_, norm = vocab_parallel.token_logprobs(
-            logits, targets, temperature, divisors, softcap, True, vocabulary
+            chunk.tiles(), targets, temperature, divisors, softcap, True, vocabulary
         )
         logp.view(-1)[chunk.rows], entropy.view(-1)[chunk.rows] = logp_[0], entropy_[0]
-        if not any(needs):
-            continue
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
             logp_, part(old_logp), part(advantages), part(matters), weights_, entropy_,
             ref_logp_, None, *token_sum,
@@ -254,20 +271,10 @@ def _forward(
             temperature=temperature if divisors is None else divisors,
         )
         own_entropy = entropy_ if o.entropy_coef else None
-        of_rows = d_logp, d_entropy, norm, own_entropy, temperature, divisors, softcap
-        grads.add(chunk, targets, partial(logprobs.write, chunk.logits, *of_rows))
-        del chunk, logits  # free when the products of a group of all rows are made
-
-    def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
-        loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
-            logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
-            *options,
-        )  # fmt: skip
-        return loss, stats
-
-    total, stats = whole(mask, normalizer, options)
-    stats = torch.cat([stats[:1], whole(matters, None, token_sum)[1][1:]])
-    return total, stats, *grads.result()
+        of_gradient = d_logp, d_entropy, norm, own_entropy, temperature, divisors, softcap
+        grads.add(chunk, targets, partial(logprobs.write, chunk.logits, *of_gradient))
+        del chunk  # free when the products of a group of all rows are made
+    return *result(logp, entropy), *grads.result()
 
 
 def _saved_dtype(hidden: Tensor) -> torch.dtype:

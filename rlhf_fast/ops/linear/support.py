@@ -55,7 +55,7 @@ def rows(head: Head, labels: Tensor, ids: Tensor, softcap: float | None, group: 
 
 
 def of_part(ids: Tensor | None, part: vocab_parallel.Part | None) -> Tensor | None:
-    return ids if ids is None or part is None else part.tokens(ids)
+    return ids if ids is None or part is None else part.tokens.ids(ids)
 
 
 def logits(head: Head, ids: Tensor, part: vocab_parallel.Part | None) -> Tensor:
@@ -69,7 +69,7 @@ def logits(head: Head, ids: Tensor, part: vocab_parallel.Part | None) -> Tensor:
     hidden, weight, bias, down, up = head
     own = ids
     if part is not None:
-        own = part.tokens(ids)
+        own = part.tokens.ids(ids)
         hidden, down = part.shared(hidden), None if down is None else part.shared(down)
     z: Tensor = torch.ops.rlhf_fast.support_logits(
         hidden.contiguous(),

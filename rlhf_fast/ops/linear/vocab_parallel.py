@@ -1,7 +1,8 @@
 """A head whose vocabulary is shared out over a process group: each rank holds a part of it.
 
 Each rank runs the engine on its part, with logits of its own only. The forward's row kernels see a
-part of the vocabulary; two small all-reduces a chunk turn their results into those over all of it.
+part of the vocabulary, or a tile of it; two small all-reduces a chunk turn their results into those
+over all of it.
 From there on a rank needs nothing of the others: the row kernels' backward is the same for a part,
 except that a row's label may be in another one (``check.ELSEWHERE``). Gradients of what all ranks
 hold are summed over them at the end (``chunks.Gradients``).
@@ -9,7 +10,7 @@ hold are summed over them at the end (``chunks.Gradients``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed import distributed_c10d
 
 from .. import check
 from . import chunks as linear
+from .tokens import Tokens
 
 
 class Part(NamedTuple):
@@ -28,27 +30,9 @@ class Part(NamedTuple):
     sizes: list[int]  # of each rank's part
 
     @property
-    def place(self) -> tuple[int, int, int]:
-        """(its first token, how many it has, how many all parts have)."""
+    def tokens(self) -> Tokens:
         rank = dist.get_rank(self.group)
-        return sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes)
-
-    def labels(self, labels: Tensor) -> Tensor:
-        """Labels of the whole vocabulary -> of this part, ELSEWHERE where they are in another."""
-        first, size, vocab = self.place
-        if check.values_can_be_read(labels):
-            check.label_range(labels, vocab)
-        here = (labels >= first) & (labels < first + size)
-        own = torch.where(here, labels - first, check.ELSEWHERE)
-        own.masked_fill_((labels < 0) | (labels >= vocab), size)  # a GPU's kernel makes it NaN
-        return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
-
-    def tokens(self, ids: Tensor) -> Tensor:
-        """Tokens of the whole vocabulary -> of this part, −2 where they are in another; negative
-        ones stay."""
-        first, size, _ = self.place
-        here = (ids >= first) & (ids < first + size)
-        return torch.where(here, ids - first, torch.where(ids < 0, ids, -2))
+        return Tokens(sum(self.sizes[:rank]), self.sizes[rank], sum(self.sizes))
 
     def shared(self, x: Tensor) -> Tensor:
         """x, that all ranks hold and each uses for its part: its gradient is summed over them."""
@@ -112,11 +96,11 @@ def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | N
     if len(set(budgets)) > 1:  # chunks of other rows would wait for each other
         raise ValueError(f"chunk_budget must be the same on every rank of group, got {budgets}")
     part = Part(ranks, sizes)
-    return part, part.labels(labels)
+    return part, part.tokens.labels(labels)
 
 
 def token_logprobs(
-    logits: Tensor,
+    tiles: Iterable[tuple[Tokens, Tensor]],
     labels: Tensor,
     temperature: float,
     per_token: Tensor | None,
@@ -124,15 +108,25 @@ def token_logprobs(
     entropy: bool,
     part: Part | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's (logp, entropy, norm) over the whole vocabulary of which the logits are a part,
-    the same on every rank."""
-    logp, H, norm = torch.ops.rlhf_fast.token_logprobs(
-        logits, some_label(labels, part), temperature, per_token, softcap, entropy, False
-    )
-    if part is None:
+    """The kernel's (logp, entropy, norm) of rows whose logits these are, tile by tile of this
+    part: over the whole vocabulary, the same on every rank. labels [1, n] are of this part."""
+    found, own_labels = [], []
+    for tokens, logits in tiles:
+        own = labels if tokens.size == tokens.vocab else tokens.labels(labels)
+        found.append(
+            torch.ops.rlhf_fast.token_logprobs(
+                logits[None], some_label(own), temperature, per_token, softcap, entropy, False
+            )
+        )
+        own_labels.append(own)
+    if len(found) == 1 and part is None:
+        logp, H, norm = found[0]
         return logp, H, norm
-    (logp,), mean, (norm,) = combined([logp], [norm], H if entropy else None, [-1], labels, part)
-    return logp, H if mean is None else mean, norm
+    logps, entropies, norms = zip(*found, strict=True)
+    means = torch.stack(entropies) if entropy else None
+    of_tiles = [torch.stack(logps)], [torch.stack(norms, 1)], means, [-1], torch.stack(own_labels)
+    (logp,), mean, (norm,) = combined(*of_tiles, part)
+    return logp, logp.new_empty(0) if mean is None else mean, norm
 
 
 def logits_kl(
@@ -148,22 +142,27 @@ def logits_kl(
     """The kernel's (logp, ref_logp, kl, norm, ref_norm) over the whole vocabulary, of which the
     logits are a part; the same on every rank."""
     logp, ref_logp, kl, norm, ref_norm = torch.ops.rlhf_fast.logits_kl(
-        logits, ref_logits, some_label(labels, part), temperature, per_token, softcap, reverse
+        logits, ref_logits, some_label(labels), temperature, per_token, softcap, reverse
     )
     if part is None:
         return logp, ref_logp, kl, norm, ref_norm
     order = 1 if reverse else -1  # the distribution that the mean is taken over comes first
     logps, whole_kl, norms = combined(
-        [logp, ref_logp][::order], [norm, ref_norm][::order], kl, [1, -1], labels, part
+        [logp[None], ref_logp[None]][::order],
+        [norm[:, None], ref_norm[:, None]][::order],
+        kl[None],
+        [1, -1],
+        labels[None],
+        part,
     )
     logp, ref_logp = logps.unbind()[::order]
     norm, ref_norm = norms.unbind()[::order]
     return logp, ref_logp, kl if whole_kl is None else whole_kl, norm, ref_norm
 
 
-def some_label(labels: Tensor, part: Part | None) -> Tensor:
-    """Labels that the forward kernels can read the logit of: token 0 for one in another part."""
-    return labels if part is None else labels.masked_fill(labels == check.ELSEWHERE, 0)
+def some_label(labels: Tensor) -> Tensor:
+    """Labels that the forward kernels can read the logit of: token 0 for one that is elsewhere."""
+    return labels.masked_fill(labels == check.ELSEWHERE, 0)
 
 
 def combined(
@@ -172,36 +171,43 @@ def combined(
     mean: Tensor | None,
     signs: Sequence[int],
     labels: Tensor,
-    part: Part,
+    part: Part | None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Row statistics of this part -> (logps, mean, norms), stacked, of the whole vocabulary.
+    """Row statistics of the tiles of this part -> (logps, mean, norms), stacked, of the whole
+    vocabulary.
 
-    logps [...], norms [2, ...]: of one or two distributions p_i over the same tokens.
-    mean [...] or None: over p_0, of Σ_i sign_i log p_i: entropy (−1), or KL(p_0 ‖ p_1) (1, −1).
+    logps [tiles, ...], norms [2, tiles, ...]: of one or two distributions p_i over the same tokens.
+    mean [tiles, ...] or None: over p_0, of Σ_i sign_i log p_i: entropy (−1), or KL(p_0 ‖ p_1)
+    (1, −1). labels [tiles, ...]: of each tile.
 
-    With e_i = Σ_part e^(z_i − m_i), m_i the whole maximum, a part holds the share e_i / Σ e_i of
-    p_i, and the log p_i of its tokens are lower by −log share_i in the whole than in the part.
-    A part whose logits are all −inf has a norm of (anything below +inf, −inf): its share is 0, and
-    what else the row kernels say of it may be NaN.
+    With e_i = Σ_tile e^(z_i − m_i), m_i the whole maximum, a tile holds the share e_i / Σ e_i of
+    p_i, and the log p_i of its tokens are lower by −log share_i in the whole than in the tile: in
+    float64, so that what the kernels rounded is all. A tile whose logits are all −inf has a norm of
+    (anything below +inf, −inf): its share is 0, and what else the row kernels say of it may be NaN.
     """
-    largest, log_sum = torch.stack(tuple(norms), 1)
-    whole = largest.clone()
-    dist.all_reduce(whole, dist.ReduceOp.MAX, group=part.group)
-    log_e = (largest - whole) + log_sum
+    dtype, n = logps[0].dtype, len(logps)
+    largest, log_sum = torch.stack(tuple(norms), 1).double()
+    whole = largest.amax(1)
+    if part is not None:
+        dist.all_reduce(whole, dist.ReduceOp.MAX, group=part.group)
+    log_e = (largest - whole.unsqueeze(1)) + log_sum
     e, nothing = log_e.exp(), log_e == -torch.inf
     at_label = torch.where(nothing, -torch.inf, torch.stack(tuple(logps)) + log_e)  # z[label] − m
     columns = [e, at_label.masked_fill(labels == check.ELSEWHERE, 0.0)]
     if mean is not None:
         shift = sum(sign * x for sign, x in zip(signs, log_e, strict=True))
-        shifted = torch.where(shift.isinf(), shift, mean + shift)  # p_1 = 0 in all of the part
+        shifted = torch.where(shift.isinf(), shift, mean + shift)  # p_1 = 0 in all of the tile
         columns.append((e[0] * shifted).masked_fill(e[0] == 0, 0.0).unsqueeze(0))
-    sums, n = part.sum(torch.cat(columns)), len(logps)
+    sums = torch.cat(columns).sum(1)
+    if part is not None:
+        sums = part.sum(sums)
     log_total = sums[:n].log()
     if mean is not None:
         shift = sum(sign * x for sign, x in zip(signs, log_total, strict=True))
-        mean = sums[-1] / sums[0] - shift
-    whole_logps, whole_norms = sums[n : 2 * n] - log_total, torch.stack([whole, log_total], 1)
-    ignored = labels == check.IGNORE_INDEX
+        mean = (sums[-1] / sums[0] - shift).to(dtype)
+    whole_logps = (sums[n : 2 * n] - log_total).to(dtype)
+    whole_norms = torch.stack([whole, log_total], 1).to(dtype)
+    ignored = labels[0] == check.IGNORE_INDEX
     for x in (whole_logps, mean, whole_norms):
         if x is not None:
             x.masked_fill_(ignored, 0.0)
