@@ -10,6 +10,7 @@ spends seconds in its first call, which --quick cannot always wait for.
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,31 +47,70 @@ def _compiled(op: Op) -> Function:
 
 def _bare_gemms(op: Op) -> Function | None:
     """The head's matrix products alone, into buffers that are already there: X·Wᵀ forward; dX and
-    dW backward, from the [N, V] buffer as it lies. What no implementation can go below."""
+    dW backward. Each as the logits lie best for it, row by row or token by token. What no
+    implementation can go below."""
     parameters = inspect.signature(op.function).parameters.keys()
     if not {"hidden", "weight"} <= parameters or "ref_hidden" in parameters:  # of two models
         return None
-    buffers: dict[str, Tensor] = {}
+    made: dict[tuple[int, ...], Products] = {}
 
     class HeadGemms(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            if not buffers:
-                buffers["logits"] = hidden.new_empty(hidden.shape[0], weight.shape[0])
-                buffers["hidden"] = torch.empty_like(hidden, requires_grad=False)
-                buffers["weight"] = torch.empty_like(weight, requires_grad=False)
+            size = *hidden.shape, weight.shape[0]
+            if size not in made:
+                made.clear()
+                made[size] = Products(hidden, weight)
+            ctx.products = made[size]
             ctx.save_for_backward(hidden, weight)
-            torch.mm(hidden, weight.t(), out=buffers["logits"])
+            ctx.products.logits(hidden, weight)
             return hidden.new_empty(hidden.shape[0]), hidden.new_empty(hidden.shape[0])
 
         @staticmethod
         def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor]:
-            hidden, weight = ctx.saved_tensors
-            torch.mm(buffers["logits"], weight, out=buffers["hidden"])
-            torch.mm(buffers["logits"].t(), hidden, out=buffers["weight"])
-            return buffers["hidden"], buffers["weight"]
+            return ctx.products.d_hidden(*ctx.saved_tensors), ctx.products.d_weight(
+                *ctx.saved_tensors
+            )
 
     return lambda hidden, weight, **_: HeadGemms.apply(hidden, weight)
+
+
+class Products:
+    """The three products of a head [V, H] of N rows."""
+
+    TIMES = 3  # each layout of each product is tried
+
+    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+        n, v = hidden.shape[0], weight.shape[0]
+        self.of_hidden = torch.empty_like(hidden, requires_grad=False)
+        self.of_weight = torch.empty_like(weight, requires_grad=False)
+        layouts = hidden.new_full((n, v), 0.5), hidden.new_full((v, n), 0.5).t()
+        self.lie = dict.fromkeys(("logits", "d_hidden", "d_weight"), layouts[0])
+        for name in self.lie:
+            took: list[float] = []
+            for layout in layouts:
+                self.lie[name] = layout
+                took.append(min(self._seconds(name, hidden, weight) for _ in range(self.TIMES)))
+            self.lie[name] = layouts[took.index(min(took))]
+
+    def _seconds(self, name: str, hidden: Tensor, weight: Tensor) -> float:
+        def now() -> float:
+            if hidden.is_cuda:
+                torch.cuda.synchronize()
+            return time.perf_counter()
+
+        start = now()
+        getattr(self, name)(hidden, weight)
+        return now() - start
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(hidden, weight.t(), out=self.lie["logits"])
+
+    def d_hidden(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(self.lie["d_hidden"], weight, out=self.of_hidden)
+
+    def d_weight(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(self.lie["d_weight"].t(), hidden, out=self.of_weight)
 
 
 def _all_rows(op: Op) -> Function | None:
