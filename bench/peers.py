@@ -53,14 +53,17 @@ def _bare_gemms(op: Op) -> Function | None:
     if not {"hidden", "weight"} <= parameters or "ref_hidden" in parameters:  # of two models
         return None
     made: dict[tuple[int, ...], Products] = {}
+    best: list[dict[str, bool]] = []  # of the first size, that of the check: it is not timed
 
     class HeadGemms(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
             size = *hidden.shape, weight.shape[0]
+            if not best:
+                best.append(Products.by_token(hidden, weight))
             if size not in made:
                 made.clear()
-                made[size] = Products(hidden, weight)
+                made[size] = Products(hidden, weight, best[0])
             ctx.products = made[size]
             ctx.save_for_backward(hidden, weight)
             ctx.products.logits(hidden, weight)
@@ -76,32 +79,32 @@ def _bare_gemms(op: Op) -> Function | None:
 
 
 class Products:
-    """The three products of a head [V, H] of N rows."""
+    """The three products of a head [V, H] of N rows, of logits that lie row by row or token by
+    token: ``by_token`` says which is faster for each."""
 
-    TIMES = 3  # each layout of each product is tried
+    NAMES = ("logits", "d_hidden", "d_weight")
+    TIMES = 3
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
+    def __init__(self, hidden: Tensor, weight: Tensor, by_token: dict[str, bool]) -> None:
         n, v = hidden.shape[0], weight.shape[0]
         self.of_hidden = torch.empty_like(hidden, requires_grad=False)
         self.of_weight = torch.empty_like(weight, requires_grad=False)
-        layouts = hidden.new_full((n, v), 0.5), hidden.new_full((v, n), 0.5).t()
-        self.lie = dict.fromkeys(("logits", "d_hidden", "d_weight"), layouts[0])
-        for name in self.lie:
-            took: list[float] = []
-            for layout in layouts:
-                self.lie[name] = layout
-                took.append(min(self._seconds(name, hidden, weight) for _ in range(self.TIMES)))
-            self.lie[name] = layouts[took.index(min(took))]
+        layouts = {
+            way: hidden.new_full((v, n), 0.5).t() if way else hidden.new_full((n, v), 0.5)
+            for way in set(by_token.values())
+        }
+        self.lie = {name: layouts[way] for name, way in by_token.items()}
 
-    def _seconds(self, name: str, hidden: Tensor, weight: Tensor) -> float:
-        def now() -> float:
-            if hidden.is_cuda:
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        start = now()
-        getattr(self, name)(hidden, weight)
-        return now() - start
+    @classmethod
+    def by_token(cls, hidden: Tensor, weight: Tensor) -> dict[str, bool]:
+        took: dict[tuple[str, bool], float] = {}
+        for way in (False, True):
+            products = cls(hidden, weight, dict.fromkeys(cls.NAMES, way))
+            for name in cls.NAMES:
+                took[name, way] = min(
+                    seconds(getattr(products, name), hidden, weight) for _ in range(cls.TIMES)
+                )
+        return {name: took[name, True] < took[name, False] for name in cls.NAMES}
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(hidden, weight.t(), out=self.lie["logits"])
@@ -111,6 +114,17 @@ class Products:
 
     def d_weight(self, hidden: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(self.lie["d_weight"].t(), hidden, out=self.of_weight)
+
+
+def seconds(product: Callable[[Tensor, Tensor], Tensor], hidden: Tensor, weight: Tensor) -> float:
+    def now() -> float:
+        if hidden.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    start = now()
+    product(hidden, weight)
+    return now() - start
 
 
 def _all_rows(op: Op) -> Function | None:

@@ -173,7 +173,7 @@ def figures(records: list[Record]) -> str:
     cells = head["cells"] if head else {}
     bare = cells.get("bare-GEMMs", {}).get("ratio", {}).get("median")
     others = ", ".join(f"{name} {_head(cells[name], bare)}" for name in HEAD_PEERS if name in cells)
-    what = f"head + PPO loss + entropy, {spelled(LONG)}, forward + backward"
+    what = f"head + PPO loss + entropy, {spelled(LONG)}"
     lines.append(
         f"| {what}: time over its bare products | {_head(cells.get('ours'), bare)} | {others} |"
     )

@@ -24,6 +24,7 @@ from bench import (  # noqa: E402
     measure,
     memory,
     oracle,
+    peers,
     plot,
     report,
     run,
@@ -216,6 +217,30 @@ def test_what_float64_cannot_hold_is_checked_at_fewer_rows(monkeypatch):
     for row in suite.compare(OPS["linear_token_logprobs"], shape, [PEERS["eager"]], settings()):
         assert row["checked_at"] == shape | {"N": 8}
         assert row["shape"] == shape and row["cells"]["eager"]["ratio"]["median"] > 0
+
+
+def test_bare_products_lie_as_is_best_for_each(monkeypatch):
+    """As the first size says, which is not timed."""
+    tried = []
+
+    def seconds(product, hidden, weight):
+        result, name = product(hidden, weight), product.__name__
+        assert result.shape == {"logits": (5, 7), "d_hidden": (5, 3), "d_weight": (7, 3)}[name]
+        rows = product.__self__.lie[name].stride() == (7, 1)
+        tried.append((name, rows))
+        return 1.0 if rows == (name != "d_hidden") else 2.0
+
+    monkeypatch.setattr(peers, "seconds", seconds)
+    function = PEERS["bare-GEMMs"].function_for(OPS["linear_token_logprobs"])
+    for rows in (5, 9):
+        hidden, weight = torch.ones(rows, 3, requires_grad=True), torch.ones(7, 3)
+        logp, _ = function(hidden, weight.requires_grad_())
+        logp.sum().backward()
+        products = logp.grad_fn.products
+        places = {name: x.stride() for name, x in products.lie.items()}
+        assert places == {"logits": (7, 1), "d_hidden": (1, rows), "d_weight": (7, 1)}
+        assert torch.equal(products.lie["logits"], torch.full((rows, 7), 3.0))
+    assert len(tried) == 6 * peers.Products.TIMES == 3 * len(set(tried))
 
 
 def test_absent_libraries_are_said_to_be_absent(monkeypatch, tmp_path):
