@@ -219,7 +219,8 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
 
 @pytest.mark.parametrize("dtype", ALL_FLOATS)
 def test_tiles_of_the_vocabulary(dtype: torch.dtype, monkeypatch) -> None:
-    """Of a pass without gradients, beside one with."""
+    """Of a pass without gradients, beside one with: either rounds a few numbers no larger than the
+    largest log-prob, or log V."""
     monkeypatch.setattr(tiles, "MOST", {"gpu": (4 * 1024, 16)})
     generator = torch.Generator().manual_seed(0)
     shape = {"N": 9, "V": 2500, "H": 64}
@@ -228,8 +229,10 @@ def test_tiles_of_the_vocabulary(dtype: torch.dtype, monkeypatch) -> None:
     with_gradients = linear_token_logprobs(**arguments)
     with torch.no_grad():
         without = linear_token_logprobs(**arguments)
+    largest = with_gradients[0].abs().max().item()
     for x, y in zip(without, with_gradients, strict=True):
-        torch.testing.assert_close(x, y.detach(), rtol=2e-6, atol=0)
+        bound = 8 * torch.finfo(dtype).eps * max(largest, 8)
+        torch.testing.assert_close(x, y.detach(), rtol=0, atol=bound)
 
 
 @pytest.mark.real_gpu("a CUDA source, which nothing interprets")

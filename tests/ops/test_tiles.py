@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any
 
@@ -86,18 +87,20 @@ def test_the_policy_loss_without_gradients_has_the_numbers_of_one_with() -> None
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("peaked", [1, 30])
-def test_tiles_are_as_exact_as_eager(peaked: float) -> None:
-    """Against float64, in float32: flat rows and such that have nearly all on a few tokens."""
+@pytest.mark.parametrize("peaked", [0.125, 4.0])
+def test_float32_loses_a_few_roundings_alone(peaked: float) -> None:
+    """Of logits that float32 holds exactly, flat or with nearly all on a few tokens: a tile's sums
+    are of 16 terms in float32 (then in double), each an exponential to about 1 ulp; its log-prob,
+    entropy and sum are rounded once, and so is the result."""
     x = draw()
-    x["weight"] *= peaked / H**0.5
+    x["hidden"], x["weight"] = x["hidden"].mul(4).round() / 4, x["weight"].mul(4).round() * peaked
     x["labels"][::2] = (x["hidden"] @ x["weight"].t()).argmax(-1)[::2]
+    want = logprobs.reference(**x, entropy=True)
     narrow = {k: v.float() if v.is_floating_point() else v for k, v in x.items()}
-    wide = {k: v.double() if v.is_floating_point() else v for k, v in narrow.items()}
-    want, eager = (logprobs.reference(**y, entropy=True) for y in (wide, narrow))
     got = rf.linear_token_logprobs(**narrow, entropy=True)
-    for a, b, c in zip(got, eager, want, strict=True):
-        assert (a - c).norm() <= 1.1 * (b - c).norm()
+    largest = max(float(want[0].abs().max()), math.log(V))
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 2**-24 * 24 * (1 + largest)
 
 
 def test_tokens_that_cannot_come_fill_a_tile() -> None:
@@ -162,7 +165,7 @@ def test_labels_outside_the_vocabulary_are_told_as_such() -> None:
     """Not as outside of a tile, where a compiled graph is the first to see them."""
     x = draw()
     x["labels"][40] = V
-    with pytest.raises(ValueError, match=rf"labels\[0, 8\] is {V}, outside \[0, {V}\)"):
+    with pytest.raises(ValueError, match=rf"labels\[40\] is {V}, outside \[0, {V}\)"):
         logprobs._forward(
             x["hidden"], x["weight"], None, None, None, x["labels"], 1.0, None, None, None, False,
             True, False, None, [False] * 5,

@@ -192,6 +192,8 @@ def _forward(
     if any(needs) or deterministic:  # whose rows have the same bits whatever a backward needs
         loop = linear.chunks
         how |= {"deterministic": deterministic, "part": part}
+    elif part is None and check.values_can_be_read(labels):
+        check.label_range(labels, weight.shape[0])  # a tile's kernel would tell of the tile
     left = None  # deterministic: every product has the same shape, a group's has not
     if any(needs) and groups.in_groups(hidden) and not deterministic:
         left = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype)

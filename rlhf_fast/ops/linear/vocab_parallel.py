@@ -96,6 +96,8 @@ def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | N
     if len(set(budgets)) > 1:  # chunks of other rows would wait for each other
         raise ValueError(f"chunk_budget must be the same on every rank of group, got {budgets}")
     part = Part(ranks, sizes)
+    if check.values_can_be_read(labels):
+        check.label_range(labels, part.tokens.vocab)
     return part, part.tokens.labels(labels)
 
 
