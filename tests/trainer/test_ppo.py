@@ -220,7 +220,7 @@ def test_a_run_is_made_longer(configured):
     longer = configured("longer", steps=2, data=whole.data)
     ppo.train(whole), ppo.train(longer)
     longer.resume, longer.steps = True, 4
-    assert ppo.train(longer)["seconds"] > 0
+    ppo.train(longer)
     assert metrics(longer) == metrics(whole)
     assert all(torch.equal(weights(longer)[k], w) for k, w in weights(whole).items())
     summary = ppo.train(longer)  # finished, now at the new end
@@ -291,7 +291,8 @@ def test_one_folder_one_run(configured):
     with pytest.raises(InputError, match="top_k=7, but the run in .* began with top_k=0"):
         ppo.train(config)
     config.resume, config.overwrite = False, True
-    assert ppo.train(config)["seconds"] > 0
+    ppo.train(config)
+    assert "top_k: 7" in Path(config.output_dir, "config.yaml").read_text()
 
 
 def test_overwrite_deletes_nothing_before_all_is_checked(configured):
@@ -323,7 +324,8 @@ def test_bad_reward_function_stops_before_training(configured, reward, name, mes
         ppo.train(config)
     assert not Path(config.output_dir, "metrics.jsonl").exists()
     config.reward = reward("share")  # set right, the same command runs: no --overwrite needed
-    assert ppo.train(config)["seconds"] > 0
+    ppo.train(config)
+    assert len(metrics(config)) == config.steps
 
 
 @pytest.mark.parametrize(
@@ -359,7 +361,9 @@ def test_weights_that_cannot_be_read(configured, tiny_policy_folder, tmp_path, w
 
 def test_a_large_seed(configured):
     """Times a million it is more than NumPy takes."""
-    assert ppo.train(configured(seed=12345, steps=1))["seconds"] > 0
+    config = configured(seed=12345, steps=1)
+    ppo.train(config)
+    assert len(metrics(config)) == 1
 
 
 def test_reward_from_an_importable_module(configured, reward, tmp_path, monkeypatch):

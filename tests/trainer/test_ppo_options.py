@@ -480,7 +480,7 @@ def test_a_tracker_that_fails_costs_nothing(configured, monkeypatch, capsys, met
 
     monkeypatch.setattr(f"accelerate.tracking.TensorBoardTracker.{method}", fails)
     config = configured(steps=2, report_to="tensorboard")
-    assert ppo.train(config)["seconds"] > 0
+    ppo.train(config)
     assert len(metrics(config)) == 2
     text = " ".join(capsys.readouterr().out.split())
     assert text.count("goes on without: ConnectionError: server [gone]") == 1  # and is told once
