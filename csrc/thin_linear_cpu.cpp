@@ -1,7 +1,19 @@
 // thin_linear on CPU: one product of thin_linear.h.
-#include "thin_linear.h"
+#define RLHF_AVX512_ELSEWHERE  // in thin_linear_avx512_cpu.cpp
+#include "thin_linear_kernels.h"
 
 namespace rlhf_fast {
+
+namespace vectors_of_64_bytes {
+decltype(vectors_of_32_bytes::multiply_all) multiply_all;
+}
+
+void thin_products(const float* x, int64_t rows, int64_t columns,
+                   const std::vector<Product>& products) {
+  OfThisCpu<&vectors_of_32_bytes::multiply_all, &vectors_of_64_bytes::multiply_all>::run(
+      x, rows, columns, products);
+}
+
 namespace {
 
 // x [M, K], weight [N, K], bias [N] or none, float32 -> [M, N].

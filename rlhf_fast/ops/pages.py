@@ -30,7 +30,8 @@ def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     fitting = [block for block in _take_free() if size <= len(block) <= 2 * size]
     block = fitting[0] if fitting else mmap.mmap(-1, size, flags=PRIVATE)
     with torch.inference_mode(False):
-        found = torch.frombuffer(block, dtype=dtype, count=x.numel()).view(x.shape)
+        # not a view of it: autograd adds in place to what no other tensor shares
+        found = torch.frombuffer(block, dtype=dtype, count=x.numel()).resize_(x.shape)
     _blocks.append(block)
     return found
 

@@ -34,6 +34,7 @@ from rlhf_fast.trainer.distributed.fsdp import gathered
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.dynamic_sampling import Sampled, without_even_groups
 from rlhf_fast.trainer.evaluate import evaluate, summarise
+from rlhf_fast.trainer.freed_memory import freed_memory_kept
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.greedy import greedy_scores
 from rlhf_fast.trainer.measure import (
@@ -79,6 +80,7 @@ from rlhf_fast.trainer.update import Stepper
 @interrupts.guarded()
 @engines_closed()
 @quiet()
+@freed_memory_kept()
 def train(
     config: PPOConfig, *, engine: RolloutEngine | None = None, given: Given | None = None
 ) -> dict:

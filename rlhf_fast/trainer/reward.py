@@ -35,6 +35,7 @@ from rlhf_fast.trainer.data.read import Rows, read_data
 from rlhf_fast.trainer.data.rows import Pair, batch_order, pad, preference_pairs
 from rlhf_fast.trainer.distributed.workers import Workers
 from rlhf_fast.trainer.errors import InputError
+from rlhf_fast.trainer.freed_memory import freed_memory_kept
 from rlhf_fast.trainer.given import Given
 from rlhf_fast.trainer.metrics import Means
 from rlhf_fast.trainer.models.loading import context_length, source_dtype
@@ -58,6 +59,7 @@ WINDOW = 8  # batches drawn at once and sorted by length: little padding, still 
 
 @interrupts.guarded()
 @quiet()
+@freed_memory_kept()
 def train(config: RewardConfig, *, given: Given | None = None) -> dict:
     """Returns (and saves as summary.json) held-out accuracy, loss and the scores' mean and std.
 

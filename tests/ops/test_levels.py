@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from rlhf_fast.ops import registry
+from rlhf_fast.ops.decoding import thin_linear  # noqa: F401, which registers its kernel
 
 OPS = Path(__file__).parent
 FEW = "test_float32 and (everything or all or garbage or behind or block or far or compact)"
@@ -98,6 +99,9 @@ def test_vectors_are_not_taken_apart(side_by_side: bool) -> None:
             ones, None, x, labels, norm, None, 1.0, None, None, out
         ),
     }
+    if not side_by_side:
+        rows, weight = torch.randn(32, 256), torch.randn(256, 256)
+        calls["thin_linear"] = lambda: kernels.thin_linear(rows, weight, None)
     if side_by_side:  # what logits_kl is made for
         _, _, kl, p, q = kernels.logits_kl(x, y, labels, 1.0, None, None, True)
         calls["logits_kl"] = lambda: kernels.logits_kl(x, y, labels, 1.0, None, None, True)

@@ -186,6 +186,15 @@ def test_no_more_than_one_free_block_is_kept(like: Tensor) -> None:
     assert pages._blocks == []
 
 
+def test_a_tied_embeddings_gradient_is_added_in_place(like: Tensor) -> None:
+    """Not into memory of its own, as autograd does where a gradient is a view of another tensor."""
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.arange(5)
+    rf.linear_token_logprobs(weight[ids], weight, ids).sum().backward()
+    blocks = [torch.frombuffer(block, dtype=torch.float32) for block in pages._blocks]
+    assert weight.grad.data_ptr() in [block.data_ptr() for block in blocks]
+
+
 def test_small_memory_and_other_devices_are_torchs(like: Tensor) -> None:
     assert pages.empty_like(torch.empty(3, 4)).shape == (3, 4)
     assert pages.empty_like(torch.empty(SHAPE, device="meta")).device.type == "meta"

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from rlhf_fast.ops.decoding import thin_linear as module
 from rlhf_fast.ops.decoding.thin_linear import MOST_ROWS, thin_linear
 
-ROWS = (1, 5, 7, 8, 9, 16, 17, 24, 25, 64, MOST_ROWS)  # around the groups of 8 and 16
+# around the groups of 8 and 16, with AVX-512 of 16 and 32
+ROWS = (1, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 48, 49, 64, MOST_ROWS)
 
 
 def draw(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-@pytest.mark.parametrize("outputs", [1, 5, 6, 7, 12, 193])  # around the kernel's 6
+@pytest.mark.parametrize("outputs", [1, 3, 4, 5, 6, 7, 12, 193])  # around the kernel's 6 and 4
 @pytest.mark.parametrize("columns", [1, 15, 16, 17, 256, 600])  # its lines of 16, blocks of 256
 @pytest.mark.parametrize("biased", [False, True])
 def test_against_float64(outputs: int, columns: int, biased: bool) -> None:

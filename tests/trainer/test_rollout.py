@@ -17,6 +17,7 @@ from rlhf_fast.trainer.measure import measure
 from rlhf_fast.trainer.models.logits import logit_divisor
 from rlhf_fast.trainer.models.policy import load_policy
 from rlhf_fast.trainer.rollout import sample as rollout_module
+from rlhf_fast.trainer.rollout.fused_layers import same_states
 from rlhf_fast.trainer.rollout.memory import cache_argument
 from rlhf_fast.trainer.rollout.sample import (
     Completions,
@@ -145,6 +146,15 @@ def test_what_does_not_decode_exactly(policy, monkeypatch):
 
     monkeypatch.setattr(type(policy.model.base_model), "forward", other)
     assert not decodes_exactly(policy)
+
+
+def test_rounding_beside_a_large_element_is_no_other_state():
+    states = torch.full((2, 3, 512), 0.5)
+    states[..., 7] = 500.0
+    assert same_states(states + 2e-3, states)  # 9e-5 of its length, 4e-3 of the small elements
+    assert not same_states(states * 1.0002, states)
+    states[1, 2, 0] = torch.nan
+    assert not same_states(states, states)
 
 
 def test_hidden_states_predict_the_answers(policy):

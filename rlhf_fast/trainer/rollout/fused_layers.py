@@ -110,4 +110,11 @@ def agrees(model: PreTrainedModel) -> bool:
         silu = all(torch.allclose(x.mlp.act_fn(some), F.silu(some)) for x in base.layers)
     except (AttributeError, RuntimeError, TypeError, ValueError):  # Llama's names, other insides
         return False
-    return silu and torch.allclose(fused, own, rtol=1e-4, atol=1e-4)
+    return silu and same_states(fused, own)
+
+
+def same_states(states: Tensor, own: Tensor) -> bool:
+    """Whether hidden states [..., H] are the same to float32's rounding, which thirty layers let
+    grow to 5e-6 of a state's length. (Of single elements it says little: beside one of 44, small
+    ones were off by 4e-4 in a model where decoding was the more exact of the two.)"""
+    return bool(((states - own).norm(dim=-1) <= 1e-4 * own.norm(dim=-1)).all())

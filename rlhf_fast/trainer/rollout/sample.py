@@ -28,7 +28,7 @@ from rlhf_fast.trainer.models.packing import Packing, final_hidden, positions
 from rlhf_fast.trainer.models.policy import Policy
 from rlhf_fast.trainer.models.trunk import trunk_recorder
 from rlhf_fast.trainer.rollout.engine import FunctionEngine, ask
-from rlhf_fast.trainer.rollout.fused_layers import fused_layers
+from rlhf_fast.trainer.rollout.fused_layers import fused_layers, same_states
 from rlhf_fast.trainer.rollout.kv_cache import growing_cache
 from rlhf_fast.trainer.rollout.memory import Memory, Way, way_of_decoding
 from rlhf_fast.trainer.rollout.protocol import (
@@ -300,7 +300,7 @@ def decodes_exactly(policy: Policy) -> bool:
     rollout = roll_out(keeping, ids, mask, Sampling(6, 0.0, []), draws)
     with torch.no_grad():
         whole = answer_hidden(policy.body, rollout, slice(None), packed=policy.packed)
-    return torch.allclose(rollout.hidden, whole, rtol=1e-4, atol=1e-4)
+    return same_states(rollout.hidden, whole)
 
 
 def run_trunk(policy: Policy, rollout: Rollout) -> Tensor:
