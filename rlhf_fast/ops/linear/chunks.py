@@ -100,13 +100,15 @@ def most_rows(vocab: int, element_size: int, device_type: str) -> int:
 def chunk_rows(total: int, vocab: int, element_size: int, device_type: str) -> int:
     """Rows of logits in each chunk of `total`: of nearly equal chunks, multiples of 16 above 16.
 
-    Where one chunk is not enough there are total // most + 1: exactly k times the most rows make
-    k + 1 chunks, so that each holds less than 1/k of the logits.
+    As few as can be, up to eight; from there on exactly k times the most rows make k + 1 chunks,
+    so that a chunk and what lies beside it are less than 1/k of the logits. (Two chunks of 512
+    rows take .97 to 1 times as long as three of 352, four .98 to 1 times as long as five of 416.)
     """
     most = most_rows(vocab, element_size, device_type)
     if total <= most:
         return total
-    rows = math.ceil(total / (total // most + 1))
+    count = math.ceil(total / most) if total < 8 * most else total // most + 1
+    rows = math.ceil(total / count)
     return min(most, math.ceil(rows / 16) * 16) if rows > 16 else rows
 
 
