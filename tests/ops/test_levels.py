@@ -102,7 +102,7 @@ def test_vectors_are_not_taken_apart(side_by_side: bool) -> None:
     if not side_by_side:
         rows, weight = torch.randn(32, 256), torch.randn(256, 256)
         calls["thin_linear"] = lambda: kernels.thin_linear(rows, weight, None)
-    if side_by_side:  # what logits_kl is made for
+    else:  # what logits_kl is made for
         _, _, kl, p, q = kernels.logits_kl(x, y, labels, 1.0, None, None, True)
         calls["logits_kl"] = lambda: kernels.logits_kl(x, y, labels, 1.0, None, None, True)
         calls["logits_kl_backward"] = lambda: kernels.logits_kl_backward(
