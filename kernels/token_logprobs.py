@@ -37,14 +37,26 @@ from .exponentials import LOG2_E, log1p, tanh
 
 IGNORE_INDEX = tl.constexpr(-100)
 FLOOR = tl.constexpr(-1e30)  # stands for −inf where 0 · −inf would be NaN
+FAR = tl.constexpr(16.0)  # by how many powers of 2 what a tile leaves may pass 1
 # One binary for all shapes: kernels/alignment.py finds the boundaries of 16 bytes by itself.
 SIZES = ["rows", "T", "V", "stride_b", "stride_t", "out_stride_b", "out_stride_t",
-         "stride", "ref_stride", "out_stride"]  # fmt: skip
+         "stride", "ref_stride", "out_stride", "left_stride", "before"]  # fmt: skip
 
 
 @triton.jit
 def _capped(x, softcap):
     return x if softcap is None else softcap * tanh(x / softcap)
+
+
+@triton.jit
+def _with_slope(x, softcap):
+    """(capped x, its derivative)."""
+    slope = tl.full(x.shape, 1.0, x.dtype)
+    if softcap is not None:
+        t = tanh(x / softcap)
+        x = softcap * t
+        slope = 1.0 - t * t
+    return x, slope
 
 
 @triton.jit
@@ -63,15 +75,38 @@ def _absorb(u, scale, top, total, tilt, ENTROPY: tl.constexpr):
     return new_top, total, tilt
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits"])
+@triton.jit
+def _anchored(left, anchors, row, rows, top, before):
+    """(anchor, shift) of ``leave_logprobs`` for this tile, whose largest z is top; what it has
+    written of the tokens before goes there, too."""
+    anchor, shift = tl.load(anchors + row), tl.load(anchors + rows + row)
+    first = (before == 0) | (anchor == float("-inf"))  # in which not all logits are −inf
+    above = tl.where(first, 0.0, (top - anchor) * LOG2_E - shift)
+    steps = tl.where(above > FAR, tl.floor(above), 0.0)
+    if steps > 0.0:
+        for start in range(0, before, 1024):
+            at = start + tl.arange(0, 1024)
+            e = tl.load(left + at, mask=at < before, other=0.0).to(tl.float32)
+            e = (e * tl.exp2(-steps)).to(left.dtype.element_ty)
+            tl.store(left + at, e, mask=at < before)
+    shift = tl.where(first, 0.0, tl.where(steps > 0.0, steps - above, shift))
+    anchor = tl.where(first | (steps > 0.0), top, anchor)
+    tl.store(anchors + row, anchor)
+    tl.store(anchors + rows + row, shift)
+    return anchor, shift
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "left"])
 def token_logprobs_kernel(
-    logits, labels, per_token, logp, entropy, norm, T, V, stride_b, stride_t,
-    temperature: tl.float64, softcap: tl.float64,
+    logits, labels, per_token, logp, entropy, norm, left, anchors, slopes, T, V, stride_b, stride_t,
+    left_stride, before, temperature: tl.float64, softcap: tl.float64,
     SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, REPEAT: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """logits [B, T, V] of strides (stride_b, stride_t, 1); labels [B, T] int64; per_token [B, T] or
-    None. Written: logp [B, T], entropy [B, T] (empty without), norm [2, B, T]."""
+    None. Written: logp [B, T], entropy [B, T] (empty without), norm [2, B, T]; and, unless None,
+    columns of left [T, ...], from the one that ``before`` others lie before, anchors [2, T] and
+    slopes [T], as in ops/linear/exponentials.py."""
     dtype: tl.constexpr = logp.dtype.element_ty
     TILE: tl.constexpr = REPEAT * LANES
     row = tl.program_id(0).to(tl.int64)
@@ -85,6 +120,11 @@ def token_logprobs_kernel(
         tl.store(norm + rows + row, zero)
         if ENTROPY:
             tl.store(entropy + row, zero)
+        if left is not None:
+            target, first = alignment.boundary(left + row * left_stride + before, VECTOR)
+            for start in range(0, first + V, TILE):
+                zeros = tl.zeros((TILE,), left.dtype.element_ty)
+                alignment.store(target, start, first, first + V, zeros)
         return
 
     if per_token is None:
@@ -130,6 +170,21 @@ def token_logprobs_kernel(
     if ENTROPY:
         row_tilt = tl.sum(shrink * (tilt + total * down), axis=0)
         tl.store(entropy + row, log_total - row_tilt / row_total * inverse)
+    if left is not None:
+        left += row * left_stride
+        z_top = tl.where(row_top == LOWEST, float("-inf"), row_top * inverse)
+        anchor, shift = _anchored(left, anchors, row, rows, z_top, before)
+        anchor = tl.maximum(anchor, LOWEST)
+        target, _ = alignment.boundary(left + before, VECTOR)
+        for start in range(0, end, TILE):
+            at = start + tl.arange(0, TILE)
+            x = tl.load(base + at, mask=alignment.touched(at, end, VECTOR), other=0.0).to(dtype)
+            u, slope = _with_slope(x, cap)
+            e = tl.exp2((u * inverse - anchor) * LOG2_E - shift)
+            e = tl.where(at - first == label, 0.0, -e * slope * inverse)
+            alignment.store(target, start, first, end, e.to(left.dtype.element_ty))
+        _, of_label = _with_slope(chosen, cap)
+        tl.store(slopes + row, of_label * inverse, mask=known)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["logits", "out"])
@@ -212,8 +267,13 @@ def token_logprobs(
     softcap: float | None,
     entropy: bool,
     inplace_backward: bool,
+    left: Tensor | None = None,
+    anchors: Tensor | None = None,
+    slopes: Tensor | None = None,
+    before: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [B, T], entropy [B, T] or empty, norm [2, B, T]); all 0 in an ignored row."""
+    """(logp [B, T], entropy [B, T] or empty, norm [2, B, T]); all 0 in an ignored row. The other
+    arguments are those of ``leave_logprobs``."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logp = torch.empty(labels.shape, dtype=wide, device=logits.device)
     norm = logp.new_empty((2, *labels.shape))
@@ -224,12 +284,34 @@ def token_logprobs(
     with torch.cuda.device_of(logits):
         token_logprobs_kernel[(logp.numel(),)](
             logits, labels.contiguous(), None if per_token is None else per_token.contiguous(),
-            logp, H, norm, logits.shape[1], logits.shape[2], logits.stride(0), logits.stride(1),
+            logp, H, norm, left, anchors, slopes, logits.shape[1], logits.shape[2],
+            logits.stride(0), logits.stride(1), 0 if left is None else left.stride(0), before,
             temperature, 0.0 if softcap is None else softcap,
             SOFTCAP=softcap is not None, ENTROPY=entropy, REPEAT=repeat, LANES=lanes,
-            VECTOR=alignment.vector(logits), num_warps=warps,
+            VECTOR=alignment.vector(logits, *(() if left is None else (left[None, :, before:],))),
+            num_warps=warps,
         )  # fmt: skip
     return logp, H, norm
+
+
+def leave_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    entropy: bool,
+    before: int,
+    left: Tensor,
+    anchors: Tensor,
+    slopes: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``token_logprobs`` of logits [1, n, size], a tile of the vocabulary that ``before`` tokens
+    lie before, and what ``ops.linear.exponentials`` says of the others."""
+    return token_logprobs(
+        logits, labels, temperature, per_token, softcap, entropy, False, left, anchors, slopes,
+        before,
+    )  # fmt: skip
 
 
 def token_logprobs_backward(

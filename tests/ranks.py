@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -12,11 +13,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
+from left_exponentials import exactly_as_on_a_gpu
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import rlhf_fast as rf
 from rlhf_fast.ops import support as sets
+from rlhf_fast.ops.linear import tiles
 
 N, H, R, V = 13, 6, 2, 29
 
@@ -164,6 +167,8 @@ def parts_of_the_vocabulary(rank: int, folder: str) -> None:
     for op in LINEAR:
         print(op, flush=True)  # for one that fails
         parts_in_one_op(rank, op)
+        if op != "linear_token_kl":
+            exponentials_in_one_op(rank, op)
     dist.destroy_process_group()
 
 
@@ -231,6 +236,31 @@ def parts_in_one_op(rank: int, op: str) -> None:
             for y, z in zip(*both, strict=True):
                 assert not z.isnan().any()
                 torch.testing.assert_close(y, z)
+
+
+def exponentials_in_one_op(rank: int, op: str) -> None:
+    """What a forward leaves on a GPU, tile by tile: of parts it is the whole's."""
+
+    def call(**x) -> tuple:
+        found = getattr(rf, op)(**x)
+        return found if op == "linear_policy_loss" else found[:1]  # the entropy without gradient
+
+    ways = [{}, {"compact": False}, {"softcap": 4.0, "temperature": 0.7}]
+    for (impossible, first), how in itertools.product(IMPOSSIBLE, ways):
+        x = head(op, impossible, **how)
+        x |= {"entropy_coef": 0.0} if op == "linear_policy_loss" else {}
+        part = slice(0, first) if rank == 0 else slice(first, V)
+        want = outputs_and_gradients(call, part_of_it(x, slice(None)))
+        want[-3:] = (y[part] for y in want[-3:])
+        with pytest.MonkeyPatch.context() as patch:
+            exactly_as_on_a_gpu(patch)
+            patch.setattr(tiles, "NARROW", 4)
+            patch.setattr(tiles, "STEP", 4)
+            patch.setattr(tiles, "MOST", {"cpu": (4 * 5, 5)})
+            mine = part_of_it(x, part) | {"group": dist.group.WORLD}
+            got = outputs_and_gradients(call, mine)
+        for y, z in zip(got, want, strict=True):
+            torch.testing.assert_close(y, z, rtol=1e-9, atol=1e-10)
 
 
 # (tokens whose logits are -inf, size of the first part): none, some of a part, the one or the other

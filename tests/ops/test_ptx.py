@@ -16,6 +16,7 @@ import pytest
 import torch
 from drawing import few_for_all_options
 from kernel_calls import run
+from left_exponentials import OPTIONS, WIDE, check_gradient
 
 from rlhf_fast.ops.linear import groups
 from rlhf_fast.ops.registry import KERNELS, OPS, Op, Sample
@@ -93,6 +94,15 @@ def large_sets(op: Op, dtype: torch.dtype) -> Sample:
     return Sample("sets of 20", given, sample.grads)
 
 
+def left_by_tiles() -> set[str]:
+    """What it leaves of a tile depends on the tiles before."""
+    leave = KERNELS["leave_logprobs"].launcher
+    check_gradient(leave, "rising", columns=WIDE)
+    check_gradient(leave, "nothing at first", temperature=0.7)
+    check_gradient(leave, "in and out of reach", **OPTIONS["softcap"])
+    return {"leave_logprobs"}
+
+
 @contextmanager
 def told(what: str) -> Iterator[None]:
     try:
@@ -116,6 +126,8 @@ def test_the_ptx_of(module: str, launches: Launches) -> None:
     for op, sample, dtype in calls(module):
         with told(f"{op.name}, {sample.name}, {dtype}"):
             checked |= run(sample, op, dtype, kernels)
+    if "leave_logprobs" in kernels:
+        checked |= left_by_tiles()
     assert checked == kernels
     assert module in READ_BEYOND or not +launches.beyond
     made = vars(importlib.import_module(f"rlhf_fast.kernels.{module}"))

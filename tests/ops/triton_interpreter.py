@@ -15,6 +15,7 @@ import pytest
 import torch
 from drawing import one_for_each_option
 from kernel_calls import ENGINES, copied, replay, run
+from left_exponentials import CASES, WIDE, check_gradient
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,6 +88,16 @@ def test_softcap_and_temperature_in_every_block(name: str) -> None:
     sample = OPS[name].workload(shape, generator, "cpu", torch.float32)
     options = {"softcap": 1.5, "temperature": torch.tensor([0.6, 1.4])}
     run(Sample("", sample.arguments | options, sample.grads), OPS[name], torch.float32)
+
+
+@pytest.mark.parametrize("order, options", CASES)
+def test_token_logprobs_of_tiles(order: str, options: dict[str, object]) -> None:
+    check_gradient(KERNELS["leave_logprobs"].launcher, order, cut_off=True, **options)
+
+
+@pytest.mark.parametrize("order", ["rising", "in and out of reach"])
+def test_token_logprobs_of_wide_tiles(order: str) -> None:
+    check_gradient(KERNELS["leave_logprobs"].launcher, order, columns=WIDE, cut_off=True)
 
 
 @triton.jit

@@ -25,15 +25,19 @@ def on_the_gpu(x: object) -> object:
     return x.cuda() if isinstance(x, Tensor) else x
 
 
-@pytest.mark.parametrize("name", OPS)
-def test_nothing_waits_for_the_device(name: str) -> None:
+WITHOUT_WAITS = [(name, torch.float32) for name in OPS]
+WITHOUT_WAITS += [(name, torch.bfloat16) for name in OPS if name.startswith("linear_")]
+
+
+@pytest.mark.parametrize("name, dtype", WITHOUT_WAITS)
+def test_nothing_waits_for_the_device(name: str, dtype: torch.dtype) -> None:
     """What a CUDA graph's capture shows on a real one (test_gpu.py)."""
     sizes = {"B": 4, "G": 4, "T": 40, "N": 9, "H": 16, "V": 203}
     op = OPS[name]
     shape = {letter: sizes[letter] for letter in op.shapes[0]}
-    sample = op.workload(shape, torch.Generator().manual_seed(0), "cpu", torch.float32)
+    sample = op.workload(shape, torch.Generator().manual_seed(0), "cpu", dtype)
     engine = {"compact": False} if name.startswith("linear_") else {}
-    made = arguments(Sample("", sample.arguments | engine, ()), torch.float32)
+    made = arguments(Sample("", sample.arguments | engine, ()), dtype)
     there = {key: on_the_gpu(x) for key, x in made.items()}
     for key in sample.grads:
         there[key].requires_grad_()

@@ -20,7 +20,6 @@ from .. import check, pages
 from ..support import outside
 from .head import Head
 from .products import accumulate, as_they_are, logits_dtype, product
-from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .groups import Left
@@ -54,9 +53,11 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
     from a forward to its backward, which uses the logits in it again or their gradient.
     ``release_memory`` gives it back.
 
-    Where no gradient is wanted, ``linear_token_logprobs`` and ``linear_policy_loss`` have no more
-    of the logits than a tile of some rows and some tokens: 16 MiB on CPU, 32 on a GPU, or the
-    budget where that is less, but at least 1024 tokens of a row.
+    Where no gradient is wanted, and of bfloat16 on a GPU where no entropy's is, too,
+    ``linear_token_logprobs`` and ``linear_policy_loss`` have no more of the logits than a tile of
+    some rows and some tokens: 16 MiB on CPU, 32 on a GPU (more where H is less than 4096: up to
+    256), or the budget (of that gradient a quarter of it) where that is less, but at least 1024
+    tokens of a row.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))
@@ -122,10 +123,9 @@ class Chunk(NamedTuple):
     padded: Tensor  # [m, V]: logits and, in a deterministic chunk, filler rows up to m
     together: int  # this chunk's rows and those after it, whose gradients may share a product
 
-    def tiles(self) -> list[tuple[Tokens, Tensor]]:
+    def tiles(self, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """One of all tokens; ``tiles.TiledChunk`` has more."""
-        vocab = self.logits.shape[1]
-        return [(Tokens(0, vocab, vocab), self.logits)]
+        return [(labels, self.logits)]
 
 
 class Memory(NamedTuple):

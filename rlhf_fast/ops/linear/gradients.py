@@ -56,7 +56,7 @@ class Gradients:
         self.accumulator = check.accumulator(head.hidden)
         self.in_groups = groups.in_groups(head.hidden)
         self.parts = groups.parts(head.hidden, needs)
-        self.group = groups.Group(head, needs.weight, self.dtype)
+        self.group = groups.Group(head, needs.weight, self.dtype, part)
         self.first = True
         self.row_units: Tensor | None = None  # of the chunk to be added (``Rows.units``)
         self.unit: Tensor | None = None  # 0-dim: what the sums over rows are in units of
@@ -104,7 +104,7 @@ class Gradients:
         them, below 0 where a row has none here."""
         if self.group.is_full(chunk):
             self._add_group()
-            self.group.make_room(chunk)
+            self.group.make_room(len(chunk.padded), chunk.together)
         self.group.add(chunk, labels, write, self.row_units)
         if not self.in_groups:
             self._add_group()
@@ -124,18 +124,22 @@ class Gradients:
             padded.masked_fill_(~keep.unsqueeze(-1), 0.0)
             at_labels = at_labels._replace(entries=at_labels.entries.masked_fill(~keep, 0.0))
             grad_logp = grad_logp.masked_fill(~keep, 0.0)
-        units = grad_logp if units is None else grad_logp * units
+        if units is not None:
+            grad_logp = grad_logp * (units if keep is None else units.masked_fill(~keep, 0.0))
         self.group.memory = memory
         hidden = rows_of(self.head.hidden, rows, keep)
-        self.group.waiting.append(Rows(rows, hidden, padded, at_labels, units))
+        self.group.waiting.append(Rows(rows, hidden, padded, at_labels, grad_logp))
 
     def _add(self, chunk: Rows, alone: bool) -> None:
         head, at_labels = self.head, chunk.at_labels
         dlogits, hidden = chunk.padded[: len(chunk.hidden)], chunk.hidden
+        numbers = head.weight.numel()
         units = None if chunk.units is None else self._in_common(chunk.units)
 
         def in_units(rows: Tensor) -> Tensor:
-            return rows if units is None else rows * units.unsqueeze(-1).to(rows.dtype)
+            if units is None:
+                return rows
+            return torch.mul(rows, units.unsqueeze(-1), out=torch.empty_like(rows))
 
         if at_labels is not None and units is not None:
             at_labels = at_labels.scaled(units)
@@ -147,7 +151,7 @@ class Gradients:
                     d_low[: len(hidden)] += chunk.at_labels.times(head.up[chunk.at_labels.tokens])
             if self.hidden is not None:
                 self._add_hidden(self.hidden, chunk, d_low)
-            if alone and self.needs.weight and groups.rounded_once(head, self.dtype):
+            if alone and self.needs.weight and groups.rounded_once(numbers, self.dtype):
                 self.weight = pages.empty_like(head.weight)
                 accumulate(self.weight, dlogits.t(), in_units(hidden), first=True)
                 assert at_labels is not None  # dlogits have 16 bits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from .. import check
 from .chunks import Chunk, chunk_buffer, most_rows
 from .head import Head
 from .products import dlogits_dtype
+
+if TYPE_CHECKING:
+    from .vocab_parallel import Part
 
 # Of a group's 16-bit dlogits and the logits they are made of: those are made in so many parts, 512
 # rows of 131072 each, which a product's time on a GPU does not show (predicted).
@@ -50,10 +53,8 @@ class Rows(NamedTuple):
 
 
 class Left(NamedTuple):
-    """What a forward leaves of its last rows, in 16 bits over their logits' place: the gradient of
-    their log-probs. A row's own is that times what comes for its log-prob, whatever the loss: no
-    logits are made again. (As E = exp(z), which leaves 1/ΣE to the backward, it would be the same
-    16 bits.)"""
+    """What a forward leaves of its last rows, in 16 bits: the gradient of their log-probs. A row's
+    own is that times what comes for its log-prob, whatever the loss: no logits are made again."""
 
     rows: Tensor | slice
     padded: Tensor  # [n, V]
@@ -71,19 +72,19 @@ def parts(hidden: Tensor, needs: list[bool] | tuple[bool, ...]) -> int:
     return PARTS if in_groups(hidden) and any(needs) else 1
 
 
-def rounded_once(head: Head, dtype: torch.dtype) -> bool:
-    """Whether a group of all rows makes a dW of this dtype at once. A small one has fewer tiles
-    than a GPU has multiprocessors: cuBLAS may then split their sums and round each part. float16
-    would have to hold sums in their rows' units."""
-    return dtype == torch.bfloat16 and head.weight.numel() >= LARGE
+def rounded_once(numbers: int, dtype: torch.dtype) -> bool:
+    """Whether a group of all rows makes a dW of so many numbers and this dtype at once. A small one
+    has fewer tiles than a GPU has multiprocessors: cuBLAS may then split their sums and round each
+    part. float16 would have to hold sums in their rows' units."""
+    return dtype == torch.bfloat16 and numbers >= LARGE
 
 
-def most_together(head: Head, weight: bool, dtype: torch.dtype) -> int:
-    """Rows of a group: as many as the budget has room for or, where they then need no float32 dW,
-    as take its memory."""
-    hidden = head.hidden
-    most = most_rows(head.weight.shape[0], hidden.element_size(), hidden.device.type)
-    return max(most, 2 * hidden.shape[1]) if weight and rounded_once(head, dtype) else most
+def most_together(hidden: Tensor, vocab: int, weight: bool, dtype: torch.dtype) -> int:
+    """Rows of a group: as many as the budget has room for or, where they then need no float32 dW
+    [vocab, H], as take its memory."""
+    width = hidden.shape[1]
+    most = most_rows(vocab, hidden.element_size(), hidden.device.type)
+    return max(most, 2 * width) if weight and rounded_once(vocab * width, dtype) else most
 
 
 class Group:
@@ -92,9 +93,14 @@ class Group:
     most: rows of a group; one that is full must be ``taken`` before the next chunk is added.
     """
 
-    def __init__(self, head: Head, weight: bool, dtype: torch.dtype) -> None:
-        self.dtype = dlogits_dtype(head.hidden)
-        self.most = most_together(head, weight, dtype) if in_groups(head.hidden) else 0
+    def __init__(
+        self, head: Head, weight: bool, dtype: torch.dtype, part: Part | None = None
+    ) -> None:
+        self.dtype, self.vocab = dlogits_dtype(head.hidden), head.weight.shape[0]
+        widest = self.vocab if part is None else max(part.sizes)  # the same rows on every rank
+        together = in_groups(head.hidden)
+        self.most = most_together(head.hidden, widest, weight, dtype) if together else 0
+        self.device = head.hidden.device
         self.waiting: list[Rows] = []
         self.place: Tensor | None = None  # [rows, V], of their dlogits
         self.memory: Tensor | None = None  # and of those of the next group
@@ -110,25 +116,28 @@ class Group:
     def _used(self) -> int:
         return sum(len(x.padded) for x in self.waiting)
 
-    def make_room(self, chunk: Chunk) -> None:
-        """For this chunk and those after it, after the last group was taken."""
-        rows, vocab = chunk.padded.shape
-        size = max(rows, min(chunk.together, self.most))
-        device = chunk.padded.device
-        self.memory, self.place = chunk_buffer(self.memory, size, vocab, self.dtype, device)
+    def make_room(self, rows: int, together: int) -> None:
+        """For a chunk of so many rows, together with those after it, after the last group was
+        taken."""
+        size = max(rows, min(together, self.most))
+        of_group = size, self.vocab, self.dtype, self.device
+        self.memory, self.place = chunk_buffer(self.memory, *of_group)
 
-    def has_room_for_all(self, chunk: Chunk) -> bool:
-        """Whether this chunk and those after it fit, as those of the last group do."""
-        if self.place is None and chunk.together <= max(self.most, len(chunk.padded)):
-            self.make_room(chunk)
+    def has_room_for_all(self, rows: int, together: int) -> bool:
+        """Whether such a chunk and those after it fit, as those of the last group do."""
+        if self.place is None and together <= max(self.most, rows):
+            self.make_room(rows, together)
         return self.place is not None
+
+    def next(self, rows: int) -> Tensor:
+        """[rows, V] for what is next."""
+        assert self.place is not None
+        return self.place[self._used :][:rows]
 
     def placed(self, chunk: Chunk) -> Tensor:
         """[m, V] for dlogits, in the dtype that the products take."""
-        if chunk.padded.dtype == self.dtype:
-            return chunk.padded
-        assert self.place is not None
-        return self.place[self._used :][: len(chunk.padded)]
+        same = chunk.padded.dtype == self.dtype
+        return chunk.padded if same else self.next(len(chunk.padded))
 
     def add(self, chunk: Chunk, labels: Tensor, write: Write, units: Tensor | None) -> None:
         """Add one chunk, whose gradient ``write`` writes, in these units; labels [1, n] as the row

@@ -15,10 +15,11 @@ from .. import support as sets
 from .. import token_logprobs as from_logits
 from ..registry import Op, Sample, define_kernel, register, save_for_backward, zeros_unless_given
 from . import chunks as linear
-from . import gradients, groups, vocab_parallel
+from . import exponentials, gradients, groups, vocab_parallel
 from . import support as few
 from .head import HEAD, Head, Lora, check_head, plain, wanted
 from .tiles import TiledChunk, tiled_chunks
+from .vocab_parallel import Part
 
 
 def linear_token_logprobs(
@@ -180,41 +181,83 @@ def _forward(
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored. needs: the
-    gradients that a backward will be asked for (``gradients.Needs``)."""
+    """``forward``, of labels of the whole vocabulary."""
     part, labels = vocab_parallel.part_of(weight, labels, group)
+    return forward(
+        Head(hidden, weight, bias, down, up), labels, temperature, per_token, softcap, support,
+        entropy, compact, deterministic, part, needs,
+    )  # fmt: skip
+
+
+def leaves_all(
+    head: Head, labels: Tensor, deterministic: bool, part: Part | None, needs: list[bool]
+) -> bool:
+    """Whether ``forward`` leaves the exponentials of all rows: ``backward`` then makes no logits
+    again, whatever their log-probs' gradients."""
+    hidden = head.hidden
+    if deterministic or not groups.in_groups(hidden) or not exponentials.hold(hidden.dtype):
+        return False
+    group = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype, part)
+    return labels.numel() <= group.most
+
+
+def forward(
+    head: Head,
+    labels: Tensor,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    support: Tensor | None,
+    entropy: bool,
+    compact: bool,
+    deterministic: bool,
+    part: Part | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp [N], entropy [N] or empty, norm [2, N]); 0 in the rows that are ignored. labels: of
+    this part; needs: the gradients that a backward will be asked for (``gradients.Needs``)."""
+    hidden, vocab = head.hidden, head.weight.shape[0]
     logp = hidden.new_zeros(labels.shape, dtype=check.accumulator(hidden))
     H = torch.zeros_like(logp) if entropy else logp.new_empty(0)
-    norm = logp.new_zeros((2, *labels.shape))
-    head, keep = Head(hidden, weight, bias, down, up), labels != check.IGNORE_INDEX
-    how: dict[str, Any] = {"compact": compact, "support": few.of_part(support, part)}
-    loop: Callable[..., Iterator[linear.Chunk | TiledChunk]] = tiled_chunks
-    if any(needs) or deterministic:  # whose rows have the same bits whatever a backward needs
-        loop = linear.chunks
-        how |= {"deterministic": deterministic, "part": part}
-    elif part is None and check.values_can_be_read(labels):
-        check.label_range(labels, weight.shape[0])  # a tile's kernel would tell of the tile
+    norm, keep = logp.new_zeros((2, *labels.shape)), labels != check.IGNORE_INDEX
     left = None  # deterministic: every product has the same shape, a group's has not
     if any(needs) and groups.in_groups(hidden) and not deterministic:
-        left = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype)
-        how["parts"] = groups.PARTS
-    elif any(needs):
-        how["leave_for"] = norm
+        left = groups.Group(head, gradients.Needs(*needs).weight, hidden.dtype, part)
+    in_tiles = exponentials.hold(hidden.dtype) if left is not None else not any(needs)
+    how: dict[str, Any] = {"compact": compact, "support": few.of_part(support, part)}
+    how["parts"] = 1 if left is None else groups.PARTS
+    loop: Callable[..., Iterator[linear.Chunk | TiledChunk]] = linear.chunks
+    if in_tiles and not deterministic:  # whose rows have the same bits whatever a backward needs
+        loop = tiled_chunks
+        how["last"] = 0 if left is None else left.most
+        if part is None and check.values_can_be_read(labels):
+            check.label_range(labels, vocab)  # a tile's kernel would tell of the tile
+    else:
+        how |= {"deterministic": deterministic, "part": part}
+        how["leave_for"] = norm if any(needs) and left is None else None
     for chunk in loop(head, keep, **how):
         rows = chunk.rows
         targets = linear.take(labels, rows)[None]
         divisors = None if per_token is None else linear.take(per_token, rows)[None]
+        of_rows = temperature, divisors, softcap
+        number, e = targets.shape[1], None
+        stays = left is not None and left.has_room_for_all(number, chunk.together)
+        if left is not None and stays and isinstance(chunk, TiledChunk):
+            e = exponentials.Exponentials(left.next(number))
         logp_, entropy_, norm_ = vocab_parallel.token_logprobs(
-            chunk.tiles(), targets, temperature, divisors, softcap, entropy, part
+            chunk.tiles(targets), *of_rows, entropy, part, e
         )
         logp[rows], norm[:, rows] = logp_[0], norm_[:, 0]
         if entropy:
             H[rows] = entropy_[0]
-        if left is not None and isinstance(chunk, linear.Chunk) and left.has_room_for_all(chunk):
+        if left is not None and e is not None and isinstance(chunk, TiledChunk):
+            gradient = e.gradient(targets[0], logp_[0], norm_[:, 0])
+            left.waiting.append(groups.Rows(rows, chunk.hidden, e.left, *gradient))
+        elif left is not None and stays and isinstance(chunk, linear.Chunk):
             divided = temperature if divisors is None else divisors
             (ones, _), units = groups.fitted(hidden, (torch.ones_like(logp_), None), divided)
-            of_rows = ones, None, norm_, None, temperature, divisors, softcap
-            left.add(chunk, targets, partial(write, chunk.logits, *of_rows), units)
+            of_gradient = partial(write, chunk.logits, ones, None, norm_, None, *of_rows)
+            left.add(chunk, targets, of_gradient, units)
     if left is not None and left.memory is not None:
         linear.leave(left.memory, left.left(), norm, hidden)
     return logp, H, norm
@@ -240,18 +283,42 @@ def _backward(
     group: str | None,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients in the order of linear.Needs, empty where not needed."""
-    vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
+    """``backward``, of labels of the whole vocabulary."""
+    part, labels = vocab_parallel.part_of(weight, labels, group)
+    return backward(
+        grad_logp, grad_entropy, Head(hidden, weight, bias, down, up), labels, norm, entropy,
+        temperature, per_token, softcap, support, compact, deterministic, part, needs,
+    )  # fmt: skip
+
+
+def backward(
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    head: Head,
+    labels: Tensor,
+    norm: Tensor,
+    entropy: Tensor | None,
+    temperature: float,
+    per_token: Tensor | None,
+    softcap: float | None,
+    support: Tensor | None,
+    compact: bool,
+    deterministic: bool,
+    vocabulary: Part | None,
+    needs: list[bool],
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients in the order of ``gradients.Needs``, empty where not needed, in this dtype or the
+    operands' own; labels: of this part of the vocabulary."""
     matters = grad_logp != 0
     if grad_entropy is not None:
         matters |= grad_entropy != 0
     matters &= labels != check.IGNORE_INDEX
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
-    head = Head(hidden, weight, bias, down, up)
-    grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary)
+    grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, dtype)
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic}
     how |= {"support": few.of_part(support, vocabulary), "parts": grads.parts}
-    memory = linear.left_by(norm, hidden)
+    memory = linear.left_by(norm, head.hidden)
     if memory is not None and isinstance(memory.last, groups.Left):
         usable = memory if grad_entropy is None else None  # the entropy's gradient is not in it
         how["plan"] = linear.planned(matters, compact, usable)

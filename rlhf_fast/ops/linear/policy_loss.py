@@ -221,29 +221,49 @@ def _forward(
     labels = labels.masked_fill(~matters, check.IGNORE_INDEX)
     head = Head(hidden, weight, bias, down, up)
 
-    def result(logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
-        def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
-            loss, stats, *_ = torch.ops.rlhf_fast.policy_loss(
+    def result(logp: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, stats, gradient of logp where its sum is the loss)"""
+
+        def whole(mask: Tensor, normalizer: Tensor | None, options: Any) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.ops.rlhf_fast.policy_loss(
                 logp, old_logp, advantages, mask, importance_weights, entropy, ref_logp, normalizer,
                 *options,
             )  # fmt: skip
-            return loss, stats
+            return found
 
-        total, stats = whole(mask, normalizer, options)
-        return total, torch.cat([stats[:1], whole(matters, None, token_sum)[1][1:]])
-
-    if not any(needs):
-        divisors = None if per_token is None else per_token.view(-1)
-        of_rows = temperature, divisors, softcap, None, True
-        found = logprobs._forward(
-            *head, labels.view(-1), *of_rows, compact, deterministic, group, needs
-        )
-        logp, entropy = (x.view_as(old_logp) for x in found[:2])
-        return *result(logp, entropy), *(hidden.new_empty(0) for _ in needs)
+        total, stats, *_ = whole(mask, normalizer, options)
+        _, stayed, of_logp, _ = whole(matters, None, token_sum)
+        return total, torch.cat([stats[:1], stayed[1:]]), of_logp
 
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
     coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
     coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
+    engine = compact, deterministic, vocabulary, needs
+    if not any(needs) or (not o.entropy_coef and logprobs.leaves_all(head, labels, *engine[1:])):
+        rows, divisors = labels.view(-1), None if per_token is None else per_token.view(-1)
+        of_rows = temperature, divisors, softcap, None
+        *found, norm_of_all = logprobs.forward(head, rows, *of_rows, True, *engine)
+        logp, entropy = (x.view_as(old_logp) for x in found)
+        loss, stats, of_logp = result(logp, entropy)
+        if not any(needs):
+            return loss, stats, *(hidden.new_empty(0) for _ in needs)
+        of_logp = aggregate.times(coefficient, of_logp.view(-1))
+        return (
+            loss,
+            stats,
+            *logprobs.backward(
+                of_logp,
+                None,
+                head,
+                rows,
+                norm_of_all,
+                None,
+                *of_rows,
+                *engine,
+                _saved_dtype(hidden),
+            ),
+        )
+
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, _saved_dtype(hidden))
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
@@ -257,7 +277,7 @@ def _forward(
             None if x is None else part(x) for x in (per_token, importance_weights, ref_logp)
         )
         logp_, entropy_, norm = vocab_parallel.token_logprobs(
-            chunk.tiles(), targets, temperature, divisors, softcap, True, vocabulary
+            chunk.tiles(targets), temperature, divisors, softcap, True, vocabulary
         )
         logp.view(-1)[chunk.rows], entropy.view(-1)[chunk.rows] = logp_[0], entropy_[0]
         _, _, d_logp, d_entropy = torch.ops.rlhf_fast.policy_loss(
@@ -274,7 +294,7 @@ def _forward(
         of_gradient = d_logp, d_entropy, norm, own_entropy, temperature, divisors, softcap
         grads.add(chunk, targets, partial(logprobs.write, chunk.logits, *of_gradient))
         del chunk  # free when the products of a group of all rows are made
-    return *result(logp, entropy), *grads.result()
+    return *result(logp, entropy)[:2], *grads.result()
 
 
 def _saved_dtype(hidden: Tensor) -> torch.dtype:

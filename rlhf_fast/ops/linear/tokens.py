@@ -10,6 +10,23 @@ from torch import Tensor
 from .. import check
 
 
+def own_labels(labels: Tensor, first: int | Tensor, size: int | Tensor, vocab: int) -> Tensor:
+    """Labels of the vocabulary -> among the `size` tokens from first on, ELSEWHERE where they are
+    not."""
+    here = (labels >= first) & (labels < first + size)
+    own = torch.where(here, labels - first, check.ELSEWHERE)
+    wrong = (labels < 0) | (labels >= vocab)
+    own = torch.where(wrong & (labels != check.ELSEWHERE), size, own)  # a GPU makes it NaN
+    return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
+
+
+def labels_of_tiles(labels: Tensor, columns: int, vocab: int) -> Tensor:
+    """[tiles, *labels.shape]: the same for each tile of so many tokens, in a few launches."""
+    first = torch.arange(0, vocab, columns, device=labels.device)
+    first = first.view(-1, *(1 for _ in labels.shape))
+    return own_labels(labels, first, (vocab - first).clamp(max=columns), vocab)
+
+
 class Tokens(NamedTuple):
     """Neighbouring tokens of a vocabulary."""
 
@@ -19,11 +36,7 @@ class Tokens(NamedTuple):
 
     def labels(self, labels: Tensor) -> Tensor:
         """Labels of the vocabulary -> among these tokens, ELSEWHERE where they are not."""
-        here = (labels >= self.first) & (labels < self.first + self.size)
-        own = torch.where(here, labels - self.first, check.ELSEWHERE)
-        wrong = (labels < 0) | (labels >= self.vocab)
-        own.masked_fill_(wrong & (labels != check.ELSEWHERE), self.size)  # a GPU makes it NaN
-        return own.masked_fill_(labels == check.IGNORE_INDEX, check.IGNORE_INDEX)
+        return own_labels(labels, self.first, self.size, self.vocab)
 
     def ids(self, ids: Tensor) -> Tensor:
         """Ids of the vocabulary -> among these tokens, −2 elsewhere; negative ones stay."""

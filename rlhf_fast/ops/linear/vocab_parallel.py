@@ -11,7 +11,7 @@ hold are summed over them at the end (``chunks.Gradients``).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from torch.distributed import distributed_c10d
 from .. import check
 from . import chunks as linear
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from .exponentials import Exponentials
 
 
 class Part(NamedTuple):
@@ -102,24 +105,25 @@ def part_of(weight: Tensor, labels: Tensor, group: str | None) -> tuple[Part | N
 
 
 def token_logprobs(
-    tiles: Iterable[tuple[Tokens, Tensor]],
-    labels: Tensor,
+    tiles: Iterable[tuple[Tensor, Tensor]],
     temperature: float,
     per_token: Tensor | None,
     softcap: float | None,
     entropy: bool,
     part: Part | None,
+    leave: Exponentials | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's (logp, entropy, norm) of rows whose logits these are, tile by tile of this
-    part: over the whole vocabulary, the same on every rank. labels [1, n] are of this part."""
+    part, with labels [1, n] of the tile: over the whole vocabulary, the same on every rank. Their
+    exponentials go to ``leave``."""
     found, own_labels = [], []
-    for tokens, logits in tiles:
-        own = labels if tokens.size == tokens.vocab else tokens.labels(labels)
-        found.append(
-            torch.ops.rlhf_fast.token_logprobs(
-                logits[None], some_label(own), temperature, per_token, softcap, entropy, False
-            )
-        )
+    for own, logits in tiles:
+        how = temperature, per_token, softcap, entropy
+        if leave is None:
+            of_tile = torch.ops.rlhf_fast.token_logprobs(logits[None], some_label(own), *how, False)
+        else:
+            of_tile = leave.token_logprobs(logits[None], own, *how)
+        found.append(of_tile)
         own_labels.append(own)
     if len(found) == 1 and part is None:
         logp, H, norm = found[0]
