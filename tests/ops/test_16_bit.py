@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import chunks, groups
+from rlhf_fast.ops.linear import chunks, groups, tiles
 from rlhf_fast.ops.linear.head import Head
 
 N, H, V = 48, 96, 3000
@@ -167,3 +167,39 @@ def test_the_loss_scale_acts_in_float32(dtype, size, given, as_on_a_gpu):
         found.append((hidden.grad.double(), weight.grad.double()))
     for got, exact in zip(*found, strict=True):
         assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_largest_logits_may_come_last(dtype, given, monkeypatch, as_on_a_gpu):
+    """By more than 16 bits hold, where what is left of the tiles before is already written."""
+    as_on_a_gpu(dtype, 100)
+    monkeypatch.setattr(tiles, "MOST", {"cpu": (16 * 1024, 16)})
+    given["weight"][:2048] /= 8
+    given["labels"] = (given["hidden"] @ given["weight"].t()).argmax(-1)
+    assert given["labels"].min() > 2048
+    _, grads = run(LOGP, given, dtype, dtype)
+    _, exact_gradients = run(LOGP, given, dtype, torch.float64)
+    for got, exact in zip(grads, exact_gradients, strict=True):
+        assert error(got, exact) <= 1.1 * error(exact.to(dtype).double(), exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_flat_row_keeps_its_digits_beside_a_peaked_one(dtype, given, as_on_a_gpu):
+    """Its tokens are improbable, each, and so is the sum that they are divided by large."""
+    as_on_a_gpu(dtype, 100)
+    hidden = given["hidden"][0, :2] * torch.tensor([[4.0], [0.03]])
+    weight, labels = given["weight"], given["labels"][0, :2]
+    found = []
+    for wide in (dtype, torch.float64):
+        x, w = (y.to(dtype).to(wide, copy=True) for y in (hidden, weight))
+        logp = rf.linear_token_logprobs(x, w.requires_grad_(), labels)
+        logp.backward(torch.full_like(logp, 1024.0))
+        found.append(w.grad.double())
+    got, exact = found
+    of_the_flat_row = torch.ones(V, dtype=torch.bool)
+    of_the_flat_row[labels] = False
+    of_the_flat_row &= (hidden[0] @ weight.t()).softmax(-1) < 1e-12
+    got, exact = got[of_the_flat_row], exact[of_the_flat_row]
+    assert len(got) > V / 4
+    # a probability, what it is multiplied by and the result are rounded, each once
+    assert ((got - exact).abs() <= 3 * torch.finfo(dtype).eps / 2 * exact.abs() + 2**-24).all()
