@@ -56,14 +56,14 @@ inline double variance(double sum, double squares, double n) {
 // The K numbers as a [K] tensor like `like`, and the first of them as a 0-dim one.
 template <class S>
 Tensor vector_of(const Tensor& like, const std::vector<double>& numbers) {
-  const int64_t size = static_cast<int64_t>(numbers.size());
-  Tensor out = torch::stable::new_empty(like, {&size, 1});
-  for (int64_t k = 0; k < size; ++k) mutable_data<S>(out)[k] = static_cast<S>(numbers[k]);
+  const size_t size = numbers.size();
+  Tensor out = new_tensor({static_cast<int64_t>(size)}, like.scalar_type());
+  for (size_t k = 0; k < size; ++k) mutable_data<S>(out)[k] = static_cast<S>(numbers[k]);
   return out;
 }
 template <class S>
 Tensor scalar_of(const Tensor& like, double number) {
-  Tensor out = torch::stable::new_empty(like, {});
+  Tensor out = new_tensor({}, like.scalar_type());
   *mutable_data<S>(out) = static_cast<S>(number);
   return out;
 }

@@ -156,7 +156,7 @@ Tensor decoder_layer(const Tensor& hidden, std::vector<Tensor> weights,
   thin_products(gate.data(), rows, inner, {product(8, y)});
   add_to(x, y);
 
-  Tensor out = torch::stable::new_empty(hidden, {rows, width});
+  Tensor out = new_tensor({rows, width}, hidden.scalar_type());
   std::copy(x.begin(), x.end(), mutable_data<float>(out));
   return out;
 }

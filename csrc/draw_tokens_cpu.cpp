@@ -64,8 +64,8 @@ void draw(const float* logits, const double* draws, int64_t begin, int64_t end, 
 // logits [B, V] float32, draws [B] float64 in [0, 1) -> (tokens [B] int64, their log-probs [B]).
 std::tuple<Tensor, Tensor> draw_tokens(const Tensor& logits, const Tensor& draws) {
   const int64_t rows = logits.size(0), size = logits.size(1);
-  Tensor tokens = torch::stable::new_empty(logits, {rows}, ScalarType::Long);
-  Tensor logp = torch::stable::new_empty(logits, {rows});
+  Tensor tokens = new_tensor({rows}, ScalarType::Long);
+  Tensor logp = new_tensor({rows}, logits.scalar_type());
   const float* from = data<float>(logits);
   const double* drawn = data<double>(draws);
   int64_t* to = mutable_data<int64_t>(tokens);

@@ -51,36 +51,43 @@ RLHF_INLINE void compose(V& p, V& q) {
   p = p * shifted<by>(p, V{} + 1);
 }
 
+// The n steps from i on, of a vector's width at most; next: X just right of them, in every lane, and
+// then of the first of them.
+template <bool drops, class S, class V>
+RLHF_INLINE void scan_vector(const Scan<S>& s, int64_t i, int64_t n, V& next) {
+  constexpr int width = Lane<S>::width;
+  const V zero = V{}, one = V{} + 1;
+  const V counts = s.mask ? load_mask<S>(s.mask + i, n) : one;
+  const V alive = s.dones ? one - load_mask<S>(s.dones + i, n) : one;
+  const V value = select(counts, load_some(s.values + i, n, 0), zero);
+  const V delta = select(counts, load_some(s.rewards + i, n, 0), zero) - value;
+  const V decay = s.gamma_lambda * alive;
+  V p = s.skip_holes ? select(counts, decay, alive) : decay;
+  V q = drops ? times(zero + s.gamma, value) + times(zero + s.gamma_lambda, delta)
+              : s.gamma * value + s.gamma_lambda * delta;
+  q = select(counts, q, zero);
+  for (int64_t lane = n; lane < width; ++lane) {  // beyond the row: nothing happens
+    p[lane] = 1;
+    q[lane] = 0;
+  }
+  compose<1, drops>(p, q);
+  compose<2, drops>(p, q);
+  if constexpr (width == 8) compose<4, drops>(p, q);
+  const V X = applied<drops>(p, next, q);
+  const V advantage = select(counts, applied<drops>(alive, shifted<1>(X, next), delta), zero);
+  store_some(s.advantages + i, advantage, n);
+  store_some(s.returns + i, advantage + value, n);
+  next = zero + X[0];
+}
 template <bool drops, class S>
 RLHF_INLINE void scan_row(const Scan<S>& s, int64_t first, int64_t steps, S bootstrap) {
   using V = typename Lane<S>::Vector;
   constexpr int width = Lane<S>::width;
-  const V zero = V{}, one = V{} + 1;
-  V next = times(zero + s.gamma, zero + bootstrap);  // X just right of this vector, in every lane
-  const int64_t vectors = (steps + width - 1) / width;
-  for (int64_t k = vectors - 1; k >= 0; --k) {
-    const int64_t n = steps - k * width, i = first + k * width;
-    const V counts = s.mask ? load_mask<S>(s.mask + i, n) : one;
-    const V alive = s.dones ? one - load_mask<S>(s.dones + i, n) : one;
-    const V value = select(counts, load_some(s.values + i, n, 0), zero);
-    const V delta = select(counts, load_some(s.rewards + i, n, 0), zero) - value;
-    const V decay = s.gamma_lambda * alive;
-    V p = s.skip_holes ? select(counts, decay, alive) : decay;
-    V q = drops ? times(zero + s.gamma, value) + times(zero + s.gamma_lambda, delta)
-                : s.gamma * value + s.gamma_lambda * delta;
-    q = select(counts, q, zero);
-    for (int64_t lane = n; lane < width; ++lane) {  // beyond the row: nothing happens
-      p[lane] = 1;
-      q[lane] = 0;
-    }
-    compose<1, drops>(p, q);
-    compose<2, drops>(p, q);
-    if constexpr (width == 8) compose<4, drops>(p, q);
-    const V X = applied<drops>(p, next, q);
-    const V advantage = select(counts, applied<drops>(alive, shifted<1>(X, next), delta), zero);
-    store_some(s.advantages + i, advantage, n);
-    store_some(s.returns + i, advantage + value, n);
-    next = zero + X[0];
+  V next = times(V{} + s.gamma, V{} + bootstrap);
+  const int64_t rest = steps % width;
+  if (rest) scan_vector<drops>(s, first + steps - rest, rest, next);
+  for (int64_t i = first + steps - rest - width; i >= first; i -= width) {
+    scan_vector<drops>(s, i, width, next);  // a constant: no lane is looked at by itself
   }
 }
 template <class S>
@@ -104,8 +111,8 @@ std::tuple<Tensor, Tensor> scan_rows(
     const Tensor& rewards, const Tensor& values, const MaybeTensor& mask, const MaybeTensor& dones,
     const MaybeTensor& bootstrap, double gamma, double lambda, bool skip_holes, int64_t rows,
     const First& first) {
-  Tensor advantages = torch::stable::empty_like(rewards);
-  Tensor returns = torch::stable::empty_like(rewards);
+  Tensor advantages = new_like(rewards);
+  Tensor returns = new_like(rewards);
   dispatch_accumulator(rewards, "gae", [&](auto element) {
     using S = decltype(element);
     const Scan<S> s{data<S>(rewards), data<S>(values), bits(mask), bits(dones),

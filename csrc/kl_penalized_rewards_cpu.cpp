@@ -38,7 +38,7 @@ void run(const RewardRow<double>* r) {
 // scores [B]; logp, ref_logp [B, T]; mask [B, T] bool -> rewards [B, T].
 Tensor kl_penalized_rewards(const Tensor& scores, const Tensor& logp, const Tensor& ref_logp,
                             const Tensor& mask, double beta, std::string name) {
-  Tensor rewards = torch::stable::empty_like(logp);
+  Tensor rewards = new_like(logp);
   const int64_t rows = logp.size(0), steps = logp.size(1);
   dispatch_accumulator(logp, "kl_penalized_rewards", [&](auto element) {
     using S = decltype(element);

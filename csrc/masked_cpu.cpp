@@ -90,7 +90,7 @@ void run(const NormalizeSpan<double>* s, int64_t begin, int64_t end) {
 // values [N], mask [N] bool, moments [3] as masked_moments gives them -> [N].
 Tensor masked_normalize(const Tensor& values, const Tensor& mask, const Tensor& moments,
                         bool shift_mean) {
-  Tensor out = torch::stable::empty_like(values);
+  Tensor out = new_like(values);
   dispatch_accumulator(values, "masked_normalize", [&](auto element) {
     using S = decltype(element);
     const S *m = data<S>(moments);

@@ -111,6 +111,27 @@ auto dispatch_gradient(const Tensor& logits, const Tensor& out, const char* op, 
   return f(float{}, fp16{});
 }
 
+// A new contiguous tensor on the CPU, of int64 or a type that kernels compute in.
+// torch::stable::empty_like looks its operator up by name: gae of 8 steps, with two new tensors,
+// takes 9 us with it and 5 without (AMD EPYC, AVX2).
+inline Tensor new_tensor(torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type) {
+  std::array<int64_t, 64> strides;  // torch has no tensor of more dimensions
+  int64_t numbers = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = numbers;
+    numbers *= std::max<int64_t>(1, sizes[d]);
+  }
+  const int32_t code = type == ScalarType::Long     ? aoti_torch_dtype_int64()
+                       : type == ScalarType::Double ? aoti_torch_dtype_float64()
+                                                    : aoti_torch_dtype_float32();
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(),
+                                                         code, aoti_torch_device_type_cpu(), 0,
+                                                         &made));
+  return Tensor(made);
+}
+inline Tensor new_like(const Tensor& t) { return new_tensor(t.sizes(), t.scalar_type()); }
+
 inline ScalarType accumulator(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -288,10 +288,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> policy_loss(
   const std::vector<double> c = coefficients(mask, aggregation, normalizer, &tokens);
   const Units units(logp.size(0), logp.size(1));
   std::vector<std::array<double, kSums>> unit_sums(units.count());
-  Tensor d_logp = torch::stable::empty_like(logp);
-  const int64_t none = 0;
-  Tensor d_entropy = entropy.has_value() ? torch::stable::empty_like(logp)
-                                         : torch::stable::new_empty(logp, {&none, 1});
+  Tensor d_logp = new_like(logp);
+  Tensor d_entropy = entropy.has_value() ? new_like(logp)
+                                         : new_tensor({0}, logp.scalar_type());
   return dispatch_accumulator(logp, "policy_loss", [&](auto element) {
     using S = decltype(element);
     PolicySpan<S> span{

@@ -43,7 +43,7 @@ void check_position(int64_t at, int64_t label, int64_t vocabulary, int64_t row) 
 Tensor support_positions(const Tensor& ids, const Tensor& labels, int64_t vocabulary, bool told) {
   const int64_t rows = ids.size(0), most = ids.size(1);
   const int64_t *from = data<int64_t>(ids), *label = data<int64_t>(labels);
-  Tensor out = torch::stable::new_empty(labels, {rows});
+  Tensor out = new_tensor({rows}, ScalarType::Long);
   int64_t* to = mutable_data<int64_t>(out);
   parallel_rows(rows, most, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> seen(vocabulary, -1);
@@ -184,7 +184,7 @@ void run_tokens(const Backward<T>* b, int64_t begin, int64_t end) {
 Tensor support_logits(const Tensor& hidden, const Tensor& weight, const MaybeTensor& bias,
                       const Tensor& ids) {
   const int64_t rows = hidden.size(0), width = hidden.size(1), most = ids.size(1);
-  Tensor out = torch::stable::new_empty(hidden, {rows, most}, accumulator(hidden));
+  Tensor out = new_tensor({rows, most}, accumulator(hidden));
   dispatch_floating(hidden, "support_logits", [&](auto element) {
     using T = decltype(element);
     const Forward<T> f{data<T>(hidden), data<T>(weight), data<T>(bias), data<int64_t>(ids),

@@ -19,7 +19,7 @@ namespace {
 // x [M, K], weight [N, K], bias [N] or none, float32 -> [M, N].
 Tensor thin_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const int64_t rows = x.size(0), columns = x.size(1), outputs = weight.size(0);
-  Tensor out = torch::stable::new_empty(x, {rows, outputs});
+  Tensor out = new_tensor({rows, outputs}, x.scalar_type());
   thin_products(data<float>(x), rows, columns,
                 {{data<float>(weight), data<float>(bias), outputs, mutable_data<float>(out)}});
   return out;

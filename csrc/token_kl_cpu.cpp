@@ -32,7 +32,7 @@ void run(const KlSpan<double>* s) {
 // grad, logp, ref_logp and the result: of one shape.
 Tensor elementwise(const MaybeTensor& grad, const Tensor& logp, const Tensor& ref_logp,
                    const std::string& name) {
-  Tensor out = torch::stable::empty_like(logp);
+  Tensor out = new_like(logp);
   dispatch_accumulator(logp, "token_kl", [&](auto element) {
     using S = decltype(element);
     const KlSpan<S> all{data<S>(logp), data<S>(ref_logp), data<S>(grad), mutable_data<S>(out),

@@ -144,12 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs(
   const int64_t batch = logits.size(0), steps = logits.size(1), vocab = logits.size(2);
   const int64_t n = batch * steps;
   const auto dtype = accumulator(logits);
-  auto empty = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(logits, {shape.begin(), shape.size()}, dtype);
-  };
-  Tensor logp = empty({batch, steps});
-  Tensor entropy = want_entropy ? empty({batch, steps}) : empty({0});
-  Tensor norm = empty({2, batch, steps});
+  Tensor logp = new_tensor({batch, steps}, dtype);
+  Tensor entropy = want_entropy ? new_like(logp) : new_tensor({0}, dtype);
+  Tensor norm = new_tensor({2, batch, steps}, dtype);
   const int64_t* label = data<int64_t>(labels);
   for (int64_t i = 0; i < n; ++i) check_label(label[i], vocab, i);
   const Rows rows(logits);

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> value_loss(
   const std::vector<double> c = coefficients(mask, aggregation, normalizer, &tokens);
   const Units units(values.size(0), values.size(1));
   std::vector<std::array<double, kSums>> unit_sums(units.count());
-  Tensor d_values = torch::stable::empty_like(values);
+  Tensor d_values = new_like(values);
   return dispatch_accumulator(values, "value_loss", [&](auto element) {
     using S = decltype(element);
     const S *value = data<S>(values), *target = data<S>(returns);
