@@ -46,7 +46,8 @@ def linear_token_logprobs(
     The forward's last chunk of logits stays in memory, and the backward uses it again if no other
     linear op has run in between (log-probs without gradients, a reference's, do no harm), and at
     least two thirds of its rows have a gradient. On a GPU, of 16-bit inputs, it is the gradient of
-    the log-probs of the last rows that stays, in 16 bits: of as many as the budget has room for,
+    the log-probs of the last rows that stays, in 16 bits (of bfloat16 the logits' exponentials,
+    written tile by tile while a cache holds the logits): of as many as the budget has room for,
     and of bfloat16 with a large trained ``weight`` of 2H at least. Of those no logits are made
     again whatever the loss, unless ``entropy`` has a gradient, which is not in it.
 

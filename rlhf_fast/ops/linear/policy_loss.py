@@ -56,7 +56,9 @@ def linear_policy_loss(
     and ``weight`` are complete when the forward ends; the backward multiplies them by the incoming
     gradient. (On a GPU gradients of bfloat16 inputs are rounded to bfloat16 before that
     multiplication, and once more after it unless its factor is a power of two. All others stay in
-    float32 until then; a loss scale arrives with the incoming gradient.)
+    float32 until then; a loss scale arrives with the incoming gradient.) Where the exponentials of
+    all rows find room, as ``linear_token_logprobs`` leaves them of bfloat16 on a GPU, and
+    entropy_coef is 0, the log-probs of all rows come first and no logits beyond a tile's exist.
 
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
     its log-probs are, so the other ratios run the two ops one after the other. So does ``support``,
