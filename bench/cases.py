@@ -256,6 +256,7 @@ DENSE: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 # has measured those.
 GPU_HEADLINES: tuple[tuple[str, Shape], ...] = (
     ("linear_policy_loss", {"N": 8192, "H": 4096, "V": 131072}),
+    ("linear_policy_loss:no-entropy", {"N": 8192, "H": 4096, "V": 131072}),
     ("linear_policy_loss", {"N": 8192, "H": 896, "V": 151936}),
     ("linear_policy_loss:masked", {"N": 8192, "H": 4096, "V": 131072, "kept": 50}),
     ("linear_token_logprobs", {"N": 8192, "H": 4096, "V": 131072}),

@@ -251,6 +251,26 @@ def test_gradients_by_tiles(name: str, monkeypatch) -> None:
         assert off <= (6 if PRETENDED else 1.1) * (rounded - y).norm()
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_label_that_is_none(dtype: torch.dtype) -> None:
+    """Outside of debug() only NaN can tell of it; the other rows are as they would be."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"N": 5, "V": 203, "H": 64}
+    sample = OPS["linear_token_logprobs"].workload(shape, generator, "cpu", dtype)
+    found = []
+    for wrong in ([203, -7], [-100, -100]):
+        labels = sample.arguments["labels"].index_copy(0, torch.tensor([1, 3]), torch.tensor(wrong))
+        with_it = Sample("", sample.arguments | {"labels": labels}, sample.grads)
+        arguments = on_cuda(with_it, dtype) | {"entropy": False}
+        logp, of_hidden, _ = results(linear_token_logprobs, arguments, sample.grads)
+        found.append((logp.cpu(), of_hidden.cpu()))
+    bad = torch.tensor([False, True, False, True, False])
+    (logp, of_hidden), (expected, of_others) = found
+    assert torch.equal(logp.isnan(), bad)
+    assert torch.equal(logp[~bad], expected[~bad])
+    torch.testing.assert_close(of_hidden[~bad], of_others[~bad], rtol=2**-6, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ALL_FLOATS)
 def test_tiles_of_the_vocabulary(dtype: torch.dtype, monkeypatch) -> None:
     """Of a pass without gradients, beside one with: either rounds a few numbers no larger than the

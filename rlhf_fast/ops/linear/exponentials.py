@@ -63,7 +63,8 @@ class Exponentials:
         log_sum = norm[0].double() - self.anchors[0] + norm[1]
         log_sum = (log_sum - math.log(2) * self.anchors[1]).clamp(max=LARGEST)
         entries = -torch.expm1(logp) * self.slopes * log_sum.exp().to(logp.dtype)
-        return AtLabels(labels.clamp(min=0), entries), (-log_sum).exp().to(logp.dtype)
+        labels = labels.clamp(0, self.left.shape[1] - 1)  # one that is none has made logp NaN
+        return AtLabels(labels, entries), (-log_sum).exp().to(logp.dtype)
 
 
 def _leave(

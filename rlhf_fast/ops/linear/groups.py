@@ -193,7 +193,8 @@ def fitted(
 
 def taken_out(dlogits: Tensor, labels: Tensor, write: Write) -> AtLabels:
     """The entries of dlogits [n, V] at the labels [1, n], in float32; in dlogits they become 0."""
-    tokens, has_none = labels[0].clamp(min=0).unsqueeze(-1), (labels[0] < 0).unsqueeze(-1)
+    last = dlogits.shape[1] - 1  # a label beyond it has made its row NaN
+    tokens, has_none = labels[0].clamp(0, last).unsqueeze(-1), (labels[0] < 0).unsqueeze(-1)
     left = dlogits.gather(-1, tokens).masked_fill(~has_none, 0.0)
     dlogits.scatter_(-1, tokens, left)
     wide = check.accumulator(dlogits)

@@ -250,21 +250,8 @@ def _forward(
         if not any(needs):
             return loss, stats, *(hidden.new_empty(0) for _ in needs)
         of_logp = aggregate.times(coefficient, of_logp.view(-1))
-        return (
-            loss,
-            stats,
-            *logprobs.backward(
-                of_logp,
-                None,
-                head,
-                rows,
-                norm_of_all,
-                None,
-                *of_rows,
-                *engine,
-                _saved_dtype(hidden),
-            ),
-        )
+        gradients_of = of_logp, None, head, rows, norm_of_all, None, *of_rows, *engine
+        return loss, stats, *logprobs.backward(*gradients_of, _saved_dtype(hidden))
 
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, _saved_dtype(hidden))
