@@ -55,9 +55,9 @@ def chunk_budget(n_bytes: int) -> Iterator[None]:
 
     Where no gradient is wanted, and of bfloat16 on a GPU where no entropy's is, too,
     ``linear_token_logprobs`` and ``linear_policy_loss`` have no more of the logits than a tile of
-    some rows and some tokens: 16 MiB on CPU, 32 on a GPU (more where H is less than 4096: up to
-    256), or the budget (of that gradient a quarter of it) where that is less, but at least 1024
-    tokens of a row.
+    some rows and some tokens: 16 MiB on CPU, 32 on a GPU (more where H is less than 4096, 146 at
+    896, 1 GiB at most), or the budget (of that gradient a quarter of it) where that is less, but at
+    least 1024 tokens of a row.
     """
     check.number("n_bytes", n_bytes, low=1)
     token = _budget.set(int(n_bytes))

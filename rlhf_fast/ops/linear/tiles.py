@@ -99,8 +99,8 @@ def sizes(hidden: Tensor) -> tuple[int, int]:
     if hidden.device.type == "cpu":
         return MOST["cpu"]
     numbers, rows = MOST["gpu"]
-    in_budget = chunks.GPU_BYTES // 4
-    return max(numbers, min(GPU_WORK // max(hidden.shape[1], 1), in_budget)), rows
+    worth = min(GPU_WORK // max(hidden.shape[1], 1), chunks.GPU_BYTES // 4)
+    return max(numbers, worth), rows
 
 
 def evenly_cut(place: slice, most: int, step: int) -> list[slice]:
