@@ -80,6 +80,7 @@ def _anchored(left, anchors, row, rows, top, before):
     """(anchor, shift) of ``leave_logprobs`` for this tile, whose largest z is top; what it has
     written of the tokens before goes there, too."""
     anchor, shift = tl.load(anchors + row), tl.load(anchors + rows + row)
+    tl.debug_barrier()  # every warp has read them before one writes them
     first = (before == 0) | (anchor == float("-inf"))  # in which not all logits are −inf
     above = tl.where(first, 0.0, (top - anchor) * LOG2_E - shift)
     steps = tl.where(above > FAR, tl.floor(above), 0.0)

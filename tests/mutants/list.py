@@ -267,6 +267,8 @@ OPS = [
     Mutant("gradients: a row's unit is rounded, too", "rlhf_fast/ops/linear/gradients.py",
            "torch.mul(rows, units.unsqueeze(-1), out",
            "torch.mul(rows, units.unsqueeze(-1).to(rows.dtype), out", "tests/ops/test_16_bit.py"),
+    Mutant("logprobs: two forwards' exponentials at a time", "rlhf_fast/ops/linear/logprobs.py",
+           "linear.forget_left(hidden)", "pass", "tests/ops/test_exponentials.py -k second"),
     Mutant("tiles: rows that stay begin anywhere", "rlhf_fast/ops/linear/tiles.py",
            "places = [slice(0, total - last), slice(max(total - last, 0), total)]",
            "places = [slice(0, total)]", "tests/ops/test_16_bit.py"),

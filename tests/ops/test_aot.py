@@ -202,6 +202,24 @@ def moved(ptx: str, instruction: str) -> int:
     return sum(int(count) * int(bits) // 8 for count, bits in pieces)
 
 
+def overtaken(ptx: str) -> list[str]:
+    """Stores to where a load was, with no barrier between: where one thread writes what all read, a
+    warp that is late would read what is written."""
+    read: set[str] = set()
+    found = []
+    for line in ptx.splitlines():
+        load, store = (
+            re.search(rf"{x}\.global\.b32.*\[ (%rd\d+) \+ 0 \]", line) for x in ("ld", "st")
+        )
+        if "bar.sync" in line:
+            read.clear()
+        elif load:
+            read.add(load[1])
+        elif store and store[1] in read:
+            found.append(line.strip())
+    return found
+
+
 def elements(constants: dict[str, int]) -> int:
     """Of one tile, which a program takes at a time."""
     if "LANES" in constants:
@@ -236,6 +254,7 @@ def test_triton_kernels_read_and_write_16_bytes_once_and_do_not_spill(monkeypatc
         stack, local = (int(re.search(rf"{x}:(\d+)", usage)[1]) for x in ("STACK", "LOCAL"))
         spills = stack > ON_THE_STACK or local
         found = [f"spills: sm_{capability} {key}\n{usage}"] if spills else []
+        found += [f"races: sm_{capability} {x} {key}" for x in overtaken(compiled.asm["ptx"])]
         if key in rounding and ROUNDED[result(signature)] not in compiled.asm["ptx"]:
             found.append(f"no {ROUNDED[result(signature)]}: sm_{capability} {key}")
         if is_large and fn.__name__ in MOVED:

@@ -14,6 +14,7 @@ from rlhf_fast.ops import check
 from rlhf_fast.ops import support as sets
 from rlhf_fast.ops.linear import (
     chunks,
+    groups,
     logprobs,
     policy_loss,
     tiles,
@@ -103,6 +104,23 @@ def test_log_probs_have_the_gradients_of_the_formula(how: dict[str, Any], in_flo
     assert sum(n * v for n, v in in_float64) == rows * V
     assert max(v for _, v in in_float64) == 1024
     same(got, torch.autograd.grad(logprobs.reference(**x), leaves(x), incoming))
+
+
+def test_a_second_forward_does_not_wait_for_the_first(in_float64, monkeypatch) -> None:
+    """What that has left is free before the next one's is made."""
+    x, kept, make_logits = draw(), set(), chunks.make_logits
+
+    def noted(*args: Any) -> None:
+        kept.update(type(memory.last) for memory in chunks._memory.values())
+        make_logits(*args)
+
+    first = rf.linear_token_logprobs(**x)
+    monkeypatch.setattr(chunks, "make_logits", noted)
+    second = rf.linear_token_logprobs(**x)
+    assert groups.Left not in kept
+    for logp in (first, second):
+        got = torch.autograd.grad(logp.sum(), leaves(x))
+        same(got, torch.autograd.grad(logprobs.reference(**x).sum(), leaves(x)))
 
 
 def test_an_entropy_has_logits_made_again(in_float64) -> None:

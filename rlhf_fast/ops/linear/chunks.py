@@ -143,6 +143,11 @@ def leave(whole: Tensor, left: Left, norm: Tensor, hidden: Tensor) -> None:
     _memory[hidden.device, logits_dtype(hidden), 0] = Memory(whole, left, norm)
 
 
+def forget_left(hidden: Tensor) -> None:
+    """Before a forward that leaves something else: two would take twice the memory."""
+    _memory.pop((hidden.device, logits_dtype(hidden), 0), None)
+
+
 def left_by(norm: Tensor, hidden: Tensor, slot: int = 0) -> Memory | None:
     """The memory in which the forward pass that computed `norm` left its last chunk; None where
     another loop has taken it since."""

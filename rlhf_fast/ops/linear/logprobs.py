@@ -194,7 +194,7 @@ def leaves_all(
     head: Head, labels: Tensor, deterministic: bool, part: Part | None, needs: list[bool]
 ) -> bool:
     """Whether ``forward`` leaves the exponentials of all rows: ``backward`` then makes no logits
-    again, whatever their log-probs' gradients."""
+    again unless so many rows have no gradient that it is less work (``chunks.planned``)."""
     hidden = head.hidden
     if deterministic or not groups.in_groups(hidden) or not exponentials.hold(hidden.dtype):
         return False
@@ -230,7 +230,9 @@ def forward(
     loop: Callable[..., Iterator[linear.Chunk | TiledChunk]] = linear.chunks
     if in_tiles and not deterministic:  # whose rows have the same bits whatever a backward needs
         loop = tiled_chunks
-        how["last"] = 0 if left is None else left.most
+        if left is not None:
+            how["last"] = left.most
+            linear.forget_left(hidden)
         if part is None and check.values_can_be_read(labels):
             check.label_range(labels, vocab)  # a tile's kernel would tell of the tile
     else:

@@ -58,7 +58,8 @@ def linear_policy_loss(
     multiplication, and once more after it unless its factor is a power of two. All others stay in
     float32 until then; a loss scale arrives with the incoming gradient.) Where the exponentials of
     all rows find room, as ``linear_token_logprobs`` leaves them of bfloat16 on a GPU, and
-    entropy_coef is 0, the log-probs of all rows come first and no logits beyond a tile's exist.
+    entropy_coef is 0, the log-probs of all rows come first, of logits no larger than a tile; where
+    more than a third of those rows then have no gradient, the others' logits are made again.
 
     That holds for every ``loss`` with token ratios. A sequence's ratio is known only when all of
     its log-probs are, so the other ratios run the two ops one after the other. So does ``support``,
