@@ -10,6 +10,9 @@ multiprocessor is more than bf16 logits leave time for.) Compiled for sm_90 the 
 instructions a bfloat16 logit, 11 with entropy; at 3.35 TB/s a multiprocessor of 132 gets 7.2 logits
 a clock and can issue 128: memory is the bound.
 
+Of a tile of the vocabulary it may leave the exponentials, too (ops/linear/exponentials.py): a
+second walk over the row, which a cache then holds.
+
 Backward: one program a (row, block): one read, one write, no reduction: ``norm``, the row's
 (max z, log Σ e^(z − max)), says all about the row. A row whose incoming gradients are zero writes
 zeros without reading; neither does the forward read a row that is ignored.

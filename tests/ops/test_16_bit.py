@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import head_products
 import pytest
 import torch
 from torch import Tensor
 
 import rlhf_fast as rf
 from rlhf_fast.ops.linear import chunks, groups, tiles
-from rlhf_fast.ops.linear.head import Head
 
 N, H, V = 48, 96, 3000
 LOGP = "linear_token_logprobs, of logp alone"
@@ -116,13 +116,7 @@ def test_logits_are_made_once_whatever_the_loss(loss, most, again, given, as_on_
     as_on_a_gpu(torch.bfloat16, most)
     hidden, weight = (given[x].bfloat16().requires_grad_() for x in ("hidden", "weight"))
     labels, advantages = given["labels"], given["advantages"]
-    made, make_logits = [], chunks.make_logits
-
-    def counted(head: Head, hidden: Tensor, out: Tensor) -> None:
-        made.append(out.numel())
-        make_logits(head, hidden, out)
-
-    monkeypatch.setattr(chunks, "make_logits", counted)
+    made = head_products.noted(monkeypatch)
     with rf.chunk_budget(4 * 4 * 7 * V):  # made in 4 parts
         if loss == "logp":
             total = rf.linear_token_logprobs(hidden, weight, labels).square().sum()
@@ -131,9 +125,9 @@ def test_logits_are_made_once_whatever_the_loss(loss, most, again, given, as_on_
             total, _ = rf.linear_policy_loss(
                 hidden, weight, labels, old, advantages, old == 0, ratio="sequence", clip_high=1e9
             )
-        assert sum(made) == N * V
+        assert sum(n * v for n, v in made) == N * V
         total.backward()
-    assert sum(made) == (N + again) * V
+    assert sum(n * v for n, v in made) == (N + again) * V
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

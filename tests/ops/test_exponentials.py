@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import head_products
 import pytest
 import torch
 from left_exponentials import CASES, WIDE, check_gradient, exactly_as_on_a_gpu
@@ -51,15 +52,7 @@ def in_float64(monkeypatch) -> list[tuple[int, int]]:
     """The form of 16 bits on a GPU, exactly; (rows, tokens) of every product of the head."""
     exactly_as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(tiles, "MOST", dict.fromkeys(tiles.MOST, (16 * 1024, 16)))
-    seen: list[tuple[int, int]] = []
-    make_logits = chunks.make_logits
-
-    def noted(head, hidden: Tensor, out: Tensor) -> None:
-        seen.append(tuple(out.shape))
-        make_logits(head, hidden, out)
-
-    monkeypatch.setattr(chunks, "make_logits", noted)
-    return seen
+    return head_products.noted(monkeypatch)
 
 
 def draw(**options: Any) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import math
 from itertools import product
 from typing import Any
 
+import head_products
 import pytest
 import torch
 from torch import Tensor
 
 import rlhf_fast as rf
-from rlhf_fast.ops.linear import chunks, logprobs, tiles
+from rlhf_fast.ops.linear import logprobs, tiles
 
 N, H, V = 70, 12, 3000  # in tiles of 32 rows and 1024, 1024, 952 tokens
 SHAPES = [(n, v) for n, v in product((0, 1, 31, 70), (1, 7, 1024, 1025, 3000))]
@@ -116,21 +117,8 @@ def test_tokens_that_cannot_come_fill_a_tile() -> None:
     assert rf.linear_token_logprobs(**x, bias=bias)[3] == -torch.inf
 
 
-def sizes(monkeypatch) -> list[tuple[int, int]]:
-    """(rows, tokens) of every product of the head."""
-    seen: list[tuple[int, int]] = []
-    make_logits = chunks.make_logits
-
-    def noted(head, hidden: Tensor, out: Tensor) -> None:
-        seen.append(tuple(out.shape))
-        make_logits(head, hidden, out)
-
-    monkeypatch.setattr(chunks, "make_logits", noted)
-    return seen
-
-
 def test_tiles_are_nearly_equal_and_within_the_budget(monkeypatch) -> None:
-    x, seen = draw(), sizes(monkeypatch)
+    x, seen = draw(), head_products.noted(monkeypatch)
     rf.linear_token_logprobs(**x)
     assert seen == [(n, v) for n in (32, 32, 6) for v in (1024, 1024, 952)]
     seen.clear()
@@ -144,7 +132,7 @@ def test_tiles_are_nearly_equal_and_within_the_budget(monkeypatch) -> None:
 
 
 def test_tiles_are_for_passes_without_gradients_alone(monkeypatch) -> None:
-    x, seen = draw(), sizes(monkeypatch)
+    x, seen = draw(), head_products.noted(monkeypatch)
     without = rf.linear_token_logprobs(**x)
     for how in ({"deterministic": True}, {}):
         seen.clear()

@@ -238,9 +238,12 @@ def _forward(
         _, stayed, of_logp, _ = whole(matters, None, token_sum)
         return total, torch.cat([stats[:1], stayed[1:]]), of_logp
 
+    def coefficients() -> Tensor:
+        """[N]: by how much each token's loss counts."""
+        of_row = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
+        return of_row.unsqueeze(-1).expand_as(mask).reshape(-1)
+
     vocabulary, labels = vocab_parallel.part_of(weight, labels, group)
-    coefficient = aggregate.coefficients(mask, o.aggregation, normalizer, old_logp.dtype)
-    coefficient = coefficient.unsqueeze(-1).expand_as(mask).reshape(-1)
     engine = compact, deterministic, vocabulary, needs
     if not any(needs) or (not o.entropy_coef and logprobs.leaves_all(head, labels, *engine[1:])):
         rows, divisors = labels.view(-1), None if per_token is None else per_token.view(-1)
@@ -250,10 +253,11 @@ def _forward(
         loss, stats, of_logp = result(logp, entropy)
         if not any(needs):
             return loss, stats, *(hidden.new_empty(0) for _ in needs)
-        of_logp = aggregate.times(coefficient, of_logp.view(-1))
+        of_logp = aggregate.times(coefficients(), of_logp.view(-1))
         gradients_of = of_logp, None, head, rows, norm_of_all, None, *of_rows, *engine
         return loss, stats, *logprobs.backward(*gradients_of, _saved_dtype(hidden))
 
+    coefficient = coefficients()
     logp, entropy = torch.zeros_like(old_logp), torch.zeros_like(old_logp)
     grads = gradients.Gradients(head, gradients.Needs(*needs), vocabulary, _saved_dtype(hidden))
     how: dict[str, Any] = {"compact": compact, "deterministic": deterministic, "part": vocabulary}
